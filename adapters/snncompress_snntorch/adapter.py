@@ -1,0 +1,116 @@
+"""What snncompress must know of snnTorch ≥ 1.0: neurons, hidden states, recurrent weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snncompress import Adapter, Fire, ModelError, Observer, patched, remove_along, remove_from_layer
+
+
+class SNNTorchAdapter(Adapter):
+    """Models whose neurons derive from snnTorch's SpikingNeuron.
+
+    Where every neuron keeps its own state (``init_hidden=True``), the time loop is outside the model: ``timesteps`` =
+    T calls it T times and stacks the outputs. Else the model loops itself: ``timesteps`` = T hands it [T, N, ...].
+    """
+
+    framework = "snntorch"
+
+    def is_neuron(self, module: nn.Module) -> bool:
+        """SpikingNeuron in the class's ancestry."""
+        return any(
+            c.__module__ == "snntorch._neurons.neurons" and c.__name__ == "SpikingNeuron" for c in type(module).__mro__
+        )
+
+    def reset(self, model: nn.Module) -> None:
+        """States back to the empty tensors that a new neuron has; they take the next input's shape."""
+        for neuron in self.neurons(model).values():
+            for name in neuron._non_persistent_buffers_set:
+                setattr(neuron, name, getattr(neuron, name).detach().new_zeros(0))
+            vars(neuron).pop("reset", None)  # the reset signal of the last step
+
+    def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
+        """Loops over T where the neurons keep their state, else leaves the loop to the model."""
+        if timesteps is None:
+            return model(x)
+        if all(n.init_hidden for n in self.neurons(model).values()):
+            return _stack([model(x) for _ in range(timesteps)])
+        return model(x.unsqueeze(0).expand(timesteps, *x.shape))
+
+    @contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        """Each neuron runs for the shape of what it returns; all of it is replaced by ``fire``'s output."""
+        with ExitStack() as stack:
+            for neuron in self.neurons(model).values():
+                stack.enter_context(patched(neuron, "forward", _firing(neuron, neuron.forward, fire)))
+            yield
+        self.reset(model)
+
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        """Spikes from a forward hook; Ũ by standing in for ``fire``, which is called with Ũ once per step."""
+        if not membrane:
+
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                spikes = output[0] if isinstance(output, tuple) else output
+                observer(spikes.detach().unsqueeze(0), None)
+
+            return neuron.register_forward_hook(hook).remove
+
+        def tapped(fire: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(*args: Any) -> Tensor:
+                spikes = fire(*args)
+                observer(spikes.detach().unsqueeze(0), args[-1].detach().unsqueeze(0))
+                return spikes
+
+            return call
+
+        taps = ExitStack()
+        taps.enter_context(patched(neuron, "fire", tapped(neuron.fire)))  # type: ignore[arg-type]
+        taps.enter_context(patched(neuron, "fire_inhibition", tapped(neuron.fire_inhibition)))  # type: ignore[arg-type]
+        return taps.close
+
+    def remove_channels(self, neuron: nn.Module, indices: list[int], axis: int) -> None:
+        """β, α, threshold, V along the channel axis; all-to-all recurrent weights on both sides."""
+        recurrent = getattr(neuron, "recurrent", None)
+        if recurrent is None and next(neuron.children(), None) is not None:
+            raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
+        remove_along(neuron, indices, axis)
+        if recurrent is None:
+            return
+        if not isinstance(recurrent, (nn.Linear, nn.Conv2d)):  # one-to-one: shares the neuron's V
+            recurrent.V = neuron.V
+            return
+        remove_from_layer(recurrent, "out", indices)
+        remove_from_layer(recurrent, "in", indices)
+        if isinstance(recurrent, nn.Linear):
+            neuron.linear_features = recurrent.out_features
+        else:
+            neuron.conv2d_channels = recurrent.out_channels
+
+    def adopt(self, model: nn.Module) -> None:
+        """snnTorch's ``utils.reset`` and ``backprop`` only see neurons in the class's list; copies must be added."""
+        instances = sys.modules["snntorch._neurons.neurons"].SpikingNeuron.instances
+        known = {id(n) for n in instances}
+        instances.extend(n for n in self.neurons(model).values() if id(n) not in known)
+
+
+def _stack(outputs: list[Any]) -> Any:
+    if isinstance(outputs[0], tuple):
+        return tuple(_stack([o[i] for o in outputs]) for i in range(len(outputs[0])))
+    return torch.stack(outputs)
+
+
+def _firing(neuron: nn.Module, forward: Callable[..., Any], fire: Fire) -> Callable[..., Any]:
+    def call(x: Tensor, *states: Any, **named: Any) -> Any:
+        with torch.no_grad():
+            real = forward(x.detach(), *states, **named)
+        y = fire(neuron, x)
+        return tuple(y for _ in real) if isinstance(real, tuple) else y
+
+    return call

@@ -1,0 +1,12 @@
+"""SpikingJelly models for snncompress."""
+
+from snncompress import hookimpl
+
+from .adapter import SpikingJellyAdapter
+
+__all__ = ["SpikingJellyAdapter"]
+
+
+@hookimpl
+def register_adapters(register):  # type: ignore[no-untyped-def]  # noqa: D103
+    register(SpikingJellyAdapter)

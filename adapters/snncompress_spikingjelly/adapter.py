@@ -1,0 +1,181 @@
+"""What snncompress must know of SpikingJelly ≥ 2.0: neurons, step modes, memories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snncompress import Adapter, Fire, ModelError, Observer, patched, remove_along
+
+
+class SpikingJellyAdapter(Adapter):
+    """Models whose neurons derive from SpikingJelly's BaseNode, in single- or multi-step mode.
+
+    A model is multi-step where one of its modules is: its input is then [T, N, ...], and ``timesteps`` = T repeats
+    static samples along a new first dimension. A single-step model is called once per timestep.
+    """
+
+    framework = "spikingjelly"
+
+    def is_neuron(self, module: nn.Module) -> bool:
+        """BaseNode or SimpleBaseNode in the class's ancestry."""
+        return _derives(module, "neuron.base_node", ("BaseNode", "SimpleBaseNode"))
+
+    def reset(self, model: nn.Module) -> None:
+        """Every memory back to its reset value."""
+        for module in model.modules():
+            if _is_memory(module):
+                module.reset()  # type: ignore[operator]
+
+    def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
+        """[T, N, ...] at once in multi-step mode, else step by step, the outputs stacked to [T, N, ...]."""
+        if timesteps is None:
+            return model(x)
+        if any(_is_multi_step(module) for module in model.modules()):
+            return model(x.unsqueeze(0).expand(timesteps, *x.shape))
+        return torch.stack([model(x) for _ in range(timesteps)])
+
+    @contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        """Multi-step modules run the first timestep alone and repeat its result over all T."""
+        with ExitStack() as stack:
+            for module in list(model.modules()):
+                if self.is_neuron(module):
+                    single = _firing(module, fire)
+                elif _is_memory(module):
+                    single = _twice(module.forward)
+                else:
+                    single = module.forward
+                if _is_multi_step(module):
+                    stack.enter_context(patched(module, "forward", _collapsed(module, single)))
+                elif single is not module.forward:
+                    stack.enter_context(patched(module, "forward", single))
+            yield
+        self.reset(model)
+
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        """Spikes from a forward hook; Ũ by standing in for the surrogate function, which is called with Ũ − θ."""
+        if not membrane:
+
+            def hook(module: nn.Module, args: Any, spikes: Tensor) -> None:
+                spikes = spikes.detach()
+                observer(spikes if _is_multi_step(module) else spikes.unsqueeze(0), None)
+
+            return neuron.register_forward_hook(hook).remove
+        original = neuron.surrogate_function
+        neuron.surrogate_function = _Tap(original, neuron, observer)
+
+        def stop() -> None:
+            neuron.surrogate_function = original
+
+        return stop
+
+    def remove_channels(self, neuron: nn.Module, indices: list[int], axis: int) -> None:
+        """Most neurons have scalar parameters, so nothing to remove; those that hold layers can't be shrunk."""
+        layers = [name for name, child in neuron.named_children() if next(child.parameters(), None) is not None]
+        if layers:
+            raise ModelError(
+                f"{type(neuron).__name__} holds layers of its own ({', '.join(layers)}), so its channels stay."
+            )
+        remove_along(neuron, indices, axis)
+
+
+class _Tap(nn.Module):
+    """Passes Ũ − θ on to the surrogate function and shows (spikes, Ũ) to the observer."""
+
+    def __init__(self, surrogate: Any, neuron: nn.Module, observer: Observer) -> None:
+        super().__init__()
+        self.surrogate, self.threshold, self.observer = surrogate, neuron.v_threshold, observer
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes: Tensor = self.surrogate(x)
+        self.observer(spikes.detach().unsqueeze(0), (x.detach() + self.threshold).unsqueeze(0))
+        return spikes
+
+
+def _derives(module: nn.Module, where: str, names: tuple[str, ...]) -> bool:
+    # By name, so that SpikingJelly isn't imported for a model of another framework.
+    home = f"spikingjelly.activation_based.{where}"
+    return any(cls.__module__ == home and cls.__name__ in names for cls in type(module).__mro__)
+
+
+def _is_memory(module: nn.Module) -> bool:
+    return _derives(module, "base", ("MemoryModule",)) or _derives(module, "neuron.base_node", ("NonSpikingBaseNode",))
+
+
+def _is_multi_step(module: nn.Module) -> bool:
+    supported = getattr(module, "supported_step_mode", None)
+    return supported is not None and ("s" not in supported() or getattr(module, "step_mode", "s") == "m")
+
+
+def _firing(neuron: nn.Module, fire: Fire) -> Callable[..., Tensor]:
+    return lambda x, *args, **kwargs: fire(neuron, x)
+
+
+def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent container shows its feedback connection at its second step only."""
+
+    def run(*args: Any) -> Any:
+        forward(*args)
+        return forward(*args)
+
+    return run
+
+
+def _collapsed(module: nn.Module, single: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    time_last = type(module).__name__.startswith("TLast")
+    if isinstance(module, nn.Sequential) and _derives(module, "layer.container", (type(module).__name__,)):
+
+        def single(x: Tensor) -> Any:
+            return nn.Sequential.forward(module, x)
+
+    elif "s" in module.supported_step_mode():  # type: ignore[operator]
+        native = single
+
+        def single(x: Tensor) -> Any:
+            with patched(module, "_step_mode", "s"):
+                return native(x)
+
+    else:
+        multi = single
+
+        def single(x: Tensor) -> Any:
+            return multi(x.unsqueeze(0))[0]
+
+    def forward(x_seq: Tensor) -> Tensor:
+        if time_last:
+            x_seq = x_seq.movedim(-1, 0)
+        y: Tensor = _AllSteps.apply(single(_FirstStep.apply(x_seq)), len(x_seq))
+        return y.movedim(0, -1) if time_last else y
+
+    return forward
+
+
+class _FirstStep(torch.autograd.Function):
+    """[T, N, ...] → [N, ...]; one node that torch-pruning takes for an elementwise operation."""
+
+    @staticmethod
+    def forward(ctx: Any, x_seq: Tensor) -> Tensor:
+        ctx.steps = len(x_seq)
+        return x_seq[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        rest = grads[0].new_zeros(ctx.steps - 1, *grads[0].shape)
+        return torch.cat([grads[0].unsqueeze(0), rest])
+
+
+class _AllSteps(torch.autograd.Function):
+    """[N, ...] → [T, N, ...], without copying."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, steps: int) -> Tensor:
+        return y.unsqueeze(0).expand(steps, *y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].sum(0), None

@@ -1,0 +1,82 @@
+"""Make spiking neural networks small and cheap without leaving the framework they were built in.
+
+compressed = snncompress.apply(model, criterion="svs", ratio=0.6, bits=4)
+"""
+
+from .data import Batch, Feed
+from .edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, TruncateTimesteps
+from .errors import (
+    DataError,
+    ModelError,
+    OptionError,
+    PlanError,
+    PluginError,
+    SilentNeuronsWarning,
+    SNNCompressError,
+    SyntheticDataWarning,
+    UnknownNameError,
+)
+from .hookspecs import hookimpl
+from .interfaces import (
+    Adapter,
+    Criterion,
+    EnergyModel,
+    Fire,
+    Layer,
+    Observer,
+    OperationCounts,
+    Quantizer,
+    Scheduler,
+    Signal,
+)
+from .network import remove_from_layer
+from .pipeline import apply
+from .plan import Plan, plan_of
+from .registry import criteria, energy_models, plugins, quantizers, schedulers
+from .surgery import patched, remove_along
+from .training import finetune
+from .version import __version__
+
+__all__ = [
+    "Adapter",
+    "Batch",
+    "Criterion",
+    "DataError",
+    "Edit",
+    "EnergyModel",
+    "Feed",
+    "Fire",
+    "Layer",
+    "MaskWeights",
+    "ModelError",
+    "Observer",
+    "OperationCounts",
+    "OptionError",
+    "Plan",
+    "PlanError",
+    "PluginError",
+    "QuantizeWeights",
+    "Quantizer",
+    "RemoveBlock",
+    "RemoveChannels",
+    "SNNCompressError",
+    "Scheduler",
+    "Signal",
+    "SilentNeuronsWarning",
+    "SyntheticDataWarning",
+    "TruncateTimesteps",
+    "UnknownNameError",
+    "__version__",
+    "apply",
+    "criteria",
+    "energy_models",
+    "finetune",
+    "hookimpl",
+    "patched",
+    "plan_of",
+    "plugins",
+    "quantizers",
+    "remove_along",
+    "remove_from_layer",
+    "schedulers",
+]

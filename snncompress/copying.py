@@ -1,0 +1,40 @@
+"""Copies of a model that leave the original bitwise as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .interfaces import Adapter
+
+
+def private_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """A deep copy with neurons reset; also of a model whose neurons still hold a live autograd graph.
+
+    ``copy.deepcopy`` refuses tensors inside a graph, and resetting the user's model first would change it; so those
+    tensors are replaced by detached clones on the way.
+    """
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in _graph_tensors(model)}
+    result: nn.Module = copy.deepcopy(model, memo)
+    adapter.reset(result)
+    return result
+
+
+def _graph_tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        yield from _non_leaves(vars(module))
+
+
+def _non_leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _non_leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _non_leaves(item)

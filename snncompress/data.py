@@ -1,0 +1,167 @@
+"""What users hand in as data, and how a model is run on it.
+
+A ``Feed`` turns a tensor, an (x, y) batch, a DataLoader or any iterable of either into batches that were checked at
+the door, and runs a model on one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DataError, SNNCompressError
+from .interfaces import Adapter, Forward
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: inputs ``x`` and, where given, labels ``y`` [N]; ``raw`` is what the user's iterable yielded."""
+
+    x: Any
+    y: Tensor | None
+    raw: Any
+
+
+class Feed:
+    """Batches, and the way to run a model on one.
+
+    ``timesteps`` = T feeds static samples [N, ...] as constant current for T steps; None feeds a batch as it is;
+    ``forward(model, batch)`` runs anything else and gets the batch as the user's iterable yields it.
+    """
+
+    def __init__(
+        self, adapter: Adapter, data: Any, timesteps: int | None = None, forward: Forward | None = None
+    ) -> None:
+        if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
+            raise DataError(f"timesteps must be None or a whole number of at least 1, not {timesteps!r}.")
+        if timesteps is not None and forward is not None:
+            raise DataError("Give timesteps or forward, not both: forward drives the steps itself.")
+        self.adapter, self.timesteps, self.forward = adapter, timesteps, forward
+        self._data = _as_iterable(data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        empty = True
+        for number, raw in enumerate(self._data):
+            empty = False
+            yield self._checked(raw, number)
+        if empty:
+            raise DataError("The data hold no batch. If this is an iterator that was used up, pass a list or a DataLoader.")
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Any:
+        """Reset the neurons, run the batch, return the model's output."""
+        self.adapter.reset(model)
+        try:
+            if self.forward is not None:
+                return self.forward(model, batch.raw)
+            return self.adapter.run(model, batch.x, self.timesteps)
+        except SNNCompressError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            what = f"shape {list(batch.x.shape)}" if isinstance(batch.x, Tensor) else f"type {type(batch.x).__name__}"
+            fed = (
+                "by forward=" if self.forward is not None
+                else f"with timesteps={self.timesteps} (constant current)" if self.timesteps is not None
+                else "as it is (timesteps=None)"
+            )  # fmt: skip
+            raise DataError(
+                f"{type(model).__name__} failed on a batch of {what}, fed {fed}: {type(error).__name__}: {error} "
+                f"Likely cause: the shape isn't what the model takes. Static samples [N, ...] want timesteps=T; a "
+                f"model with a signature of its own wants forward=lambda model, batch: ..."
+            ) from error
+
+    def __len__(self) -> int:
+        """Number of batches; TypeError where the data do not tell."""
+        return len(self._data)  # type: ignore[arg-type]
+
+    def first(self) -> Batch:
+        """The first batch."""
+        return next(iter(self))
+
+    def example(self) -> Callable[[nn.Module], Any]:
+        """Runs one sample of the first batch, for at most two timesteps: enough to see a network's structure."""
+        batch = self.first()
+        x = batch.x
+        if self.forward is None and isinstance(x, Tensor):
+            if self.timesteps is not None or (batch.y is not None and len(x) == len(batch.y)):
+                x = x[:1]
+            elif batch.y is not None and x.dim() > 1 and x.shape[1] == len(batch.y):
+                x = x[:, :1]
+        steps = None if self.timesteps is None else min(self.timesteps, 2)
+        feed = Feed(self.adapter, [batch.raw], steps, self.forward)
+        return lambda model: feed(model, Batch(x, batch.y, batch.raw))
+
+    def _checked(self, raw: Any, number: int) -> Batch:
+        x, y = _split(raw)
+        if self.forward is None and not isinstance(x, Tensor):
+            raise DataError(
+                f"Batch {number} is a {type(raw).__name__}, not a tensor or an (x, y) pair. Convert it, or say how to "
+                f"run it: forward=lambda model, batch: ..."
+            )
+        if isinstance(x, Tensor):
+            if x.numel() == 0:
+                raise DataError(f"Batch {number} is empty: shape {list(x.shape)}.")
+            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+                raise DataError(f"Batch {number} holds NaN or infinite values. Clean the data first.")
+        return Batch(x, y, raw)
+
+    def check_against(self, model: nn.Module) -> None:
+        """Compare dtype and device of the first batch with the model's parameters; raises DataError."""
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+        x = self.first().x
+        if parameter is None or self.forward is not None or not isinstance(x, Tensor):
+            return
+        if x.dtype != parameter.dtype:
+            raise DataError(
+                f"The data are {x.dtype}, the model's weights {parameter.dtype}. Convert the data: "
+                f"x.to({parameter.dtype}), and scale bytes to [0, 1]."
+            )
+        if x.device != parameter.device:
+            raise DataError(
+                f"The data are on {x.device}, the model on {parameter.device}. Move one: x.to({str(parameter.device)!r})."
+            )
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def _split(raw: Any) -> tuple[Any, Tensor | None]:
+    if isinstance(raw, (tuple, list)) and len(raw) == 2 and isinstance(raw[1], Tensor):
+        return raw[0], raw[1]
+    if isinstance(raw, (tuple, list)) and len(raw) == 1:  # TensorDataset without labels
+        return raw[0], None
+    return raw, None
+
+
+def _as_iterable(data: Any) -> Iterable[Any]:
+    if isinstance(data, Tensor) or _is_pair(data):
+        return [data]
+    if isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
+        raise DataError(
+            f"data must be a tensor, an (x, y) batch, a DataLoader or an iterable of either, not {type(data).__name__}."
+        )
+    # Several passes are made (tracing, every pruning step), so a one-shot iterator is kept.
+    return list(data) if isinstance(data, Iterator) else data
+
+
+def _is_pair(data: Any) -> bool:
+    """(x, y) rather than a list of two batches: y has no more than two dimensions, and fewer than x."""
+    return (
+        isinstance(data, (tuple, list))
+        and len(data) == 2
+        and all(isinstance(part, Tensor) for part in data)
+        and data[1].dim() <= 2
+        and (data[1].dim() < data[0].dim() or not data[1].is_floating_point())
+    )

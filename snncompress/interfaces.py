@@ -1,0 +1,194 @@
+"""The whole contract between the core and its plugins: Criterion, Quantizer, Scheduler, EnergyModel, Adapter.
+
+A plugin subclasses one of these and registers the class (see :mod:`snncompress.hookspecs`). Where a class is a
+dataclass, its fields are its options: they are stored in the plan, so they must be plain JSON values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Granularity = Literal["channel", "weight", "block"]
+Signal = Literal["spikes", "membrane", "gradients"]
+Forward = Callable[[nn.Module, Any], Any]
+"""How to run a model on one batch: ``forward(model, batch) -> output``."""
+Fire = Callable[[nn.Module, Tensor], Tensor]
+"""Stands in for a neuron while channels are traced: ``fire(neuron, input) -> output`` of the same shape."""
+Observer = Callable[[Tensor, "Tensor | None"], None]
+"""Called with spikes S and membrane potential Ũ, each [T', N, C, ...]; T' consecutive timesteps at once."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight layer as a criterion sees it.
+
+    ``weight`` is the float weight with the output channels first, [C, ...], also for a transposed convolution or a
+    quantized layer; ``weight_grad`` its gradient, None unless the criterion asked for gradients. ``norm`` is the
+    batch normalization between the layer and its neurons. ``generator`` is seeded from the seed of ``apply`` and
+    the layer's name: the only source of chance a criterion may use.
+    """
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+    weight_grad: Tensor | None
+    norm: nn.Module | None
+    neurons: tuple[str, ...]
+    generator: torch.Generator
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels (features of a linear layer)."""
+        return int(self.weight.shape[0])
+
+
+class _Plugin(ABC):
+    name: ClassVar[str]
+    """What users write: ``criterion="svs"``."""
+
+    def options(self) -> dict[str, Any]:
+        """The settings of this instance as plain JSON values: the fields of a dataclass, else nothing."""
+        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+
+
+class Criterion(_Plugin):
+    """Scores the output channels of a layer; higher = keep.
+
+    A criterion is a fold over calibration: ``begin`` makes a layer's empty state, ``observe`` adds what its neurons
+    did in some timesteps, ``end_batch`` closes a batch, ``score`` turns the state into one score per channel. States
+    are plain values, so the same criterion serves many layers and many calls, and memory doesn't grow with the
+    number of batches. A criterion that needs no recording only writes ``score``.
+
+    ``needs`` says what must be recorded: ``"spikes"`` S[t], ``"membrane"`` Ũ[t] (after charging, before reset),
+    ``"gradients"`` (one backward pass per batch through the surrogate gradient: ``layer.weight_grad`` is that batch's
+    gradient in ``end_batch``; labels are then required).
+    """
+
+    granularity: ClassVar[Granularity] = "channel"
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+
+    def begin(self, layer: Layer) -> Any:  # noqa: B027 - optional by design
+        """The empty state of one layer."""
+
+    def observe(self, layer: Layer, state: Any, spikes: Tensor, membrane: Tensor | None) -> Any:
+        """Add consecutive timesteps, ``spikes`` and ``membrane`` each [T', N, C, ...]; return the new state.
+
+        C is the layer's channels. T' is 1 in networks that step through time and may be all T in multi-step ones.
+        ``membrane`` is None unless ``needs`` names it.
+        """
+        return state
+
+    def end_batch(self, layer: Layer, state: Any) -> Any:
+        """Close a batch: all its timesteps were observed, and its gradient, if asked for, is there."""
+        return state
+
+    @abstractmethod
+    def score(self, layer: Layer, state: Any) -> Tensor:
+        """One score per output channel, [C], float64 where counts or sums matter; finite; higher = keep."""
+
+
+class Quantizer(_Plugin):
+    """Turns (weight, bits) into a fake-quantized weight, as a Brevitas tensor quantizer."""
+
+    @abstractmethod
+    def tensor_quant(self, bits: int) -> nn.Module:
+        """A module that maps a weight [C, ...] to Brevitas' (value, scale, zero_point, bit_width).
+
+        ``value`` has the weight's shape, at most 2^bits distinct values per scale, and a straight-through gradient.
+        The grid is ``scale * (n - zero_point)`` for n = 0 … 2^bits - 1.
+        """
+
+
+class Scheduler(_Plugin):
+    """A pure function that spreads a target over pruning steps."""
+
+    default_steps: ClassVar[int] = 1
+
+    @abstractmethod
+    def ratio(self, target: float, step: int, steps: int) -> float:
+        """The share removed in all after ``step`` = 1 … ``steps``; non-decreasing, and ``target`` at the last."""
+
+    @property
+    def n_steps(self) -> int:
+        """How many pruning steps this instance takes."""
+        return int(getattr(self, "steps", self.default_steps))
+
+
+@dataclass(frozen=True)
+class OperationCounts:
+    """What one layer does for one sample: accumulates, multiply-accumulates, neuron updates (mean over samples)."""
+
+    n_ac: float
+    n_mac: float
+    n_neuron_updates: float = 0.0
+
+
+class EnergyModel(_Plugin):
+    """Turns operation counts into energy."""
+
+    @abstractmethod
+    def energy_pj(self, counts: OperationCounts) -> float:
+        """Energy of these operations in picojoules."""
+
+
+class Adapter(ABC):
+    """Everything the core must know of one framework. The core never imports the framework itself.
+
+    An adapter must be importable where its framework isn't installed.
+    """
+
+    framework: ClassVar[str]
+
+    @abstractmethod
+    def is_neuron(self, module: nn.Module) -> bool:
+        """Is this module one of the framework's spiking neurons? Must not import the framework."""
+
+    @abstractmethod
+    def reset(self, model: nn.Module) -> None:
+        """Put every neuron back to its state before the first timestep, and cut it from any graph."""
+
+    @abstractmethod
+    def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
+        """Run one batch through time and return the model's output.
+
+        With ``timesteps`` = T, ``x`` [N, ...] is fed as constant current for T steps; with None it goes in as it is.
+        Where the steps are driven from outside the model, the outputs are stacked to [T, N, ...].
+        """
+
+    @abstractmethod
+    def identities(self, model: nn.Module, fire: Fire) -> AbstractContextManager[None]:
+        """Inside, every neuron outputs ``fire(neuron, input)`` instead of spikes, and one timestep stands for all.
+
+        Used on a private copy, to see how channels flow: what remains is a feed-forward network. ``fire`` gets one
+        timestep [N, C, ...] and returns a tensor of that shape.
+        """
+
+    @abstractmethod
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        """Call ``observer`` at every step of this neuron until the returned function is called."""
+
+    @abstractmethod
+    def remove_channels(self, neuron: nn.Module, indices: list[int], axis: int) -> None:
+        """Remove channels from the neuron's own per-channel tensors (threshold, decay, recurrent weights).
+
+        ``axis`` < 0 is where the channels stand in the neuron's input: -1 in [N, C], -3 in [N, C, H, W]. A tensor
+        that broadcasts along that axis has nothing to remove. Raises ModelError for a neuron that can't be shrunk.
+        """
+
+    def adopt(self, model: nn.Module) -> None:  # noqa: B027 - most frameworks keep no books
+        """Called with a finished copy of a model, for frameworks that keep a list of their modules."""
+
+    def neurons(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The model's spiking neurons by name."""
+        return {name: m for name, m in model.named_modules() if self.is_neuron(m)}
+
+
+Options = Mapping[str, Any]

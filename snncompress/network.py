@@ -1,0 +1,132 @@
+"""The uniform view of a spiking network: weight layers, the neurons they drive, and channels that go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch_pruning import ops
+from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
+
+from .interfaces import Adapter
+from .parametrizations import bare
+
+Side = Literal["out", "in", "neuron"]
+WEIGHT_LAYERS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor dimension of a coupled group: row c of ``index`` [size, k] lists what channel c occupies there.
+
+    k is 1 but for a linear layer behind a flatten (h·w columns per channel) and the like. ``axis`` is where a neuron's
+    channels stand, counted from the end: -1 in [N, C], -3 in [N, C, H, W]; 0 for a layer, whose type tells.
+    """
+
+    module: str
+    side: Side
+    index: Tensor
+    axis: int = 0
+
+    def shrunk(self, removed: Tensor) -> Member:
+        """The member after the group's channels ``removed`` are gone, its indices renumbered."""
+        gone = self.index[removed].flatten().sort().values
+        keep = torch.ones(len(self.index), dtype=torch.bool)
+        keep[removed] = False
+        index = self.index[keep]
+        return Member(self.module, self.side, index - torch.searchsorted(gone, index), self.axis)
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together: ``size`` of them, in ``blocks`` equal runs (grouped convolutions).
+
+    From each block the same positions are removed.
+    """
+
+    members: tuple[Member, ...]
+    size: int
+    blocks: int = 1
+
+    def names(self, side: Side) -> tuple[str, ...]:
+        """Modules in the group on this side."""
+        return tuple(m.module for m in self.members if m.side == side)
+
+    def member(self, module: str, side: Side) -> Member | None:
+        """The member for one module, or None."""
+        return next((m for m in self.members if m.module == module and m.side == side), None)
+
+    def without(self, removed: Tensor) -> ChannelGroup:
+        """The group after channels ``removed`` (positions in the group) are gone."""
+        members = tuple(m.shrunk(removed) for m in self.members)
+        return ChannelGroup(members, self.size - len(removed), self.blocks)
+
+
+@dataclass
+class Network:
+    """What tracing found. ``layers`` are the weight layers in order of execution.
+
+    ``drives`` binds each weight layer to the neurons that its output reaches before any other weight layer;
+    ``producers`` to the weight layers that feed it. ``groups`` can be pruned; ``whole`` says why others can't.
+    """
+
+    layers: tuple[str, ...]
+    neurons: tuple[str, ...]
+    drives: dict[str, tuple[str, ...]]
+    producers: dict[str, tuple[str, ...]]
+    norms: dict[str, str]
+    classifiers: tuple[str, ...]
+    groups: list[ChannelGroup] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        """The first weight layer."""
+        return self.layers[0]
+
+    @property
+    def classifier_inputs(self) -> tuple[str, ...]:
+        """The weight layers that feed a classifier."""
+        feeding = {p for c in self.classifiers for p in self.producers[c] if p not in self.classifiers}
+        return tuple(name for name in self.layers if name in feeding)
+
+    def group_of(self, layer: str) -> ChannelGroup | None:
+        """The coupled group in which this layer's outputs are."""
+        return next((g for g in self.groups if layer in g.names("out")), None)
+
+
+def width(module: nn.Module, side: Side) -> int | None:
+    """Channels of a module on one side; None for a neuron, whose tensors may be scalars."""
+    if side == "neuron":
+        return None
+    pruner = _pruner(module)
+    return int(pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module))
+
+
+def remove_from_neuron(model: nn.Module, adapter: Adapter, name: str, indices: list[int], axis: int) -> None:
+    """Remove channels from a neuron's own tensors, in place."""
+    adapter.remove_channels(model.get_submodule(name), indices, axis)
+
+
+def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None:
+    """Remove output or input channels from a layer, in place, through torch-pruning's pruner for its type."""
+    pruner = _pruner(module)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    with bare(module):
+        (pruner.prune_out_channels if side == "out" else pruner.prune_in_channels)(module, indices)
+    for name, parameter in module.named_parameters():  # torch-pruning makes every new parameter trainable
+        parameter.requires_grad_(name not in frozen)
+
+
+def prunable_type(module: nn.Module) -> bool:
+    """Does torch-pruning know how to shrink this kind of module?"""
+    return ops.module2type(module) in PrunerBox
+
+
+def _pruner(module: nn.Module) -> BasePruningFunc:
+    kind: Any = ops.module2type(module)
+    return PrunerBox[kind]

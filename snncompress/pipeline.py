@@ -1,0 +1,243 @@
+"""apply(): the whole story, top-down."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import registry as _registry
+from .adapting import find_adapter
+from .copying import private_copy
+from .data import Feed
+from .edits import Edit, QuantizeWeights, RemoveChannels
+from .errors import DataError, OptionError
+from .interfaces import Adapter, Criterion, Forward, Quantizer, Scheduler
+from .network import WEIGHT_LAYERS, Network
+from .parametrizations import quantize_weight
+from .plan import Plan, attach, plan_of
+from .progress import Progress
+from .recording import record
+from .selection import Skips, Target, check_bits, lowest, per_layer, resolve_skip, targets
+from .synthetic import synthetic_feed
+from .tracing import trace
+from .training import train
+from .version import __version__
+
+M = TypeVar("M", bound=nn.Module)
+Finetune = int | Callable[[nn.Module], object] | None
+
+
+def apply(
+    model: M,
+    criterion: str | Criterion | None = "svs",
+    ratio: float | Mapping[str, float] = 0.5,
+    bits: int | Mapping[str, int | None] | None = None,
+    *,
+    data: Any = None,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    quantizer: str | Quantizer = "rescaw",
+    scheduler: str | Scheduler = "one_shot",
+    order: str = "qp",
+    finetune: Finetune = None,
+    skip: Any = None,
+    adapter: Adapter | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> M:
+    """Compress a spiking network: remove channels, quantize weights; the original stays bitwise as it was.
+
+    Args:
+        model: a SpikingJelly or snnTorch network.
+        criterion: which channels matter: a name (:func:`snncompress.criteria` lists them), an instance, or None to
+            prune nothing.
+        ratio: share of channels to remove: a number for every prunable layer, or a mapping from layer name or glob
+            to number. A layer that no key matches keeps all its channels; coupled layers follow their smallest.
+        bits: weight bit width, 1 to 16: a number, a mapping, or None for no quantization.
+        data: calibration data: a tensor, an (x, y) batch, a DataLoader, or any iterable of either. Without any, a
+            synthetic batch of the shape the model takes is used, and a SyntheticDataWarning says so.
+        timesteps: T feeds static samples [N, ...] as constant current for T steps; None feeds a batch as it is
+            ([T, N, ...] for a multi-step model).
+        forward: ``forward(model, batch)`` runs a model that takes anything else.
+        quantizer: name or instance.
+        scheduler: name or instance: in how many steps the channels go.
+        order: "qp" quantizes first, then prunes (QP-SNN); "pq" the reverse.
+        finetune: None, a number of epochs for the built-in trainer (cross-entropy on the time-averaged output, labels
+            from ``data``), or ``callable(model)``. Called after quantization and after each pruning step.
+        skip: None: the first weight layer and the classifier stay at 32 bits and the classifier's input layer keeps
+            its outputs. Else names or globs of layers to leave alone altogether, or ``{"prune": …, "quantize": …}``;
+            an empty list leaves out nothing. A classifier's outputs are never pruned.
+        adapter: settles the framework by hand.
+        seed: seed of everything random; same seed, data and threads give bitwise the same plan.
+        progress: True for a bar, False for none, or ``callable(what, done, total)``. None: a bar on a terminal.
+
+    Returns:
+        A new model of the same class, with the same call contract, flags and hooks; :func:`snncompress.plan_of` tells
+        what was done. A model that was compressed before is compressed further, and its plan continues.
+
+    Raises:
+        SNNCompressError: ModelError, DataError, OptionError or PluginError; the model is then unchanged.
+    """
+    found = find_adapter(model, adapter)
+    chosen = None if criterion is None else _registry.registry().resolve("criterion", criterion, Criterion)
+    codec: Quantizer = _registry.registry().resolve("quantizer", quantizer, Quantizer)
+    schedule: Scheduler = _registry.registry().resolve("scheduler", scheduler, Scheduler)
+    _check_options(chosen, order, finetune, seed)
+
+    with torch.random.fork_rng(devices=_devices(model)):
+        torch.manual_seed(seed)
+        work = private_copy(model, found)
+        if data is None:
+            feed = synthetic_feed(work, found, timesteps, forward, needs_labels=_needs_labels(chosen, finetune))
+        else:
+            feed = Feed(found, data, timesteps, forward)
+            feed.check_against(work)
+        network = trace(work, found, feed.example())
+        quantizable = _weight_layers(work)
+        skips = resolve_skip(skip, network, quantizable)
+        widths: dict[str, int | None] = per_layer(bits, quantizable, "bits", check_bits)
+        todo, whole = targets(network, ratio if chosen is not None else 0.0, skips)
+        _check_quantizable(work, widths, skips)
+
+        edits: list[Edit] = []
+
+        def tune() -> None:
+            if callable(finetune):
+                finetune(work)
+                found.reset(work)
+            elif finetune:
+                train(work, feed, finetune, progress=progress)
+
+        def quantize() -> None:
+            new = _quantize(work, codec, widths, skips)
+            edits.extend(new)
+            if new:
+                tune()
+
+        def prune() -> None:
+            for step in range(1, schedule.n_steps + 1 if todo and chosen is not None else 1):
+                scores = record(work, network, feed, chosen, [t.group for t in todo], seed + step, progress)
+                edits.extend(_prune(work, found, todo, scores, schedule, step))
+                tune()
+
+        for stage in (quantize, prune) if order == "qp" else (prune, quantize):
+            stage()
+
+    found.reset(work)
+    found.adopt(work)
+    _restore_flags(model, work)
+    settings = _origin(found, chosen, ratio, bits, codec, schedule, order, finetune, seed, data is None)
+    attach(work, _continued(model, Plan(tuple(edits), whole, settings)))
+    return work
+
+
+def _quantize(model: nn.Module, quantizer: Quantizer, widths: dict[str, int | None], skips: Skips) -> list[Edit]:
+    edits: list[Edit] = []
+    for name, bits in widths.items():
+        if bits is not None and name not in skips.quantize:
+            edit = QuantizeWeights.of(name, quantizer, bits)
+            edit.check(model)
+            quantize_weight(model.get_submodule(name), quantizer, bits)
+            edits.append(edit)
+    return edits
+
+
+def _prune(
+    model: nn.Module, adapter: Adapter, todo: list[Target], scores: dict[str, Any], schedule: Scheduler, step: int
+) -> list[Edit]:
+    edits: list[Edit] = []
+    for target in todo:
+        count = target.count(schedule.ratio(target.ratio, step, schedule.n_steps))
+        if count == 0:
+            continue
+        removed = lowest(target.group, scores, count)
+        layer = next(name for name in target.group.names("out") if name in scores)
+        edit = RemoveChannels.of(model, layer, target.group, removed)
+        edit.apply(model, adapter)
+        edits.append(edit)
+        target.group = target.group.without(removed)
+    return edits
+
+
+def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, seed: int) -> None:
+    if order not in ("qp", "pq"):
+        raise OptionError(f"order must be 'qp' (quantize, then prune) or 'pq', not {order!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise OptionError(f"seed must be a whole number, not {seed!r}.")
+    if not (finetune is None or callable(finetune)) and (
+        isinstance(finetune, bool) or not isinstance(finetune, int) or finetune < 0
+    ):
+        raise OptionError(f"finetune must be None, a number of epochs or callable(model), not {finetune!r}.")
+    if criterion is not None and criterion.granularity != "channel":
+        raise OptionError(
+            f"Criterion {criterion.name!r} scores {criterion.granularity}s; apply() removes channels so far."
+        )
+    if criterion is not None and (unknown := criterion.needs - {"spikes", "membrane", "gradients"}):
+        raise OptionError(
+            f"Criterion {criterion.name!r} needs {sorted(unknown)}; known are 'spikes', 'membrane', 'gradients'."
+        )
+
+
+def _needs_labels(criterion: Criterion | None, finetune: Finetune) -> str:
+    if criterion is not None and "gradients" in criterion.needs:
+        return f"criterion {criterion.name!r} needs labels"
+    return "finetune needs labels" if isinstance(finetune, int) and finetune > 0 else ""
+
+
+def _weight_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
+
+
+def _check_quantizable(model: nn.Module, widths: dict[str, int | None], skips: Skips) -> None:
+    for name, bits in widths.items():
+        if bits is not None and name not in skips.quantize:
+            QuantizeWeights(name, "", bits, {}).check(model)
+
+
+def _restore_flags(original: nn.Module, result: nn.Module) -> None:
+    modes = {name: module.training for name, module in original.named_modules()}
+    for name, module in result.named_modules():
+        parent = name.split(".parametrizations", 1)[0]
+        module.training = modes.get(name, modes.get(parent, result.training))
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _continued(original: nn.Module, plan: Plan) -> Plan:
+    try:
+        before = plan_of(original)
+    except Exception:
+        return plan
+    return Plan(before.edits + plan.edits, plan.whole, {**plan.origin, "before": dict(before.origin)})
+
+
+def _origin(
+    adapter: Adapter, criterion: Criterion | None, ratio: Any, bits: Any, quantizer: Quantizer, scheduler: Scheduler,
+    order: str, finetune: Finetune, seed: int, synthetic: bool,
+) -> dict[str, Any]:  # fmt: skip
+    def plain(value: Any) -> Any:
+        return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    def named(plugin: Any) -> dict[str, Any] | None:
+        return None if plugin is None else {"name": plugin.name, "options": plugin.options()}
+
+    return {
+        "snncompress": __version__,
+        "torch": torch.__version__,
+        "framework": adapter.framework,
+        "criterion": named(criterion),
+        "ratio": plain(ratio),
+        "bits": plain(bits),
+        "quantizer": named(quantizer),
+        "scheduler": named(scheduler),
+        "order": order,
+        "finetune": finetune if isinstance(finetune, int) else None if finetune is None else "callable",
+        "seed": seed,
+        "data": "synthetic" if synthetic else "given",
+    }

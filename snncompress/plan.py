@@ -1,0 +1,114 @@
+"""The plan: an ordered list of edits, with where it came from. Immutable, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .adapting import find_adapter
+from .copying import private_copy
+from .edits import Edit, RemoveChannels, edit_from_dict
+from .errors import PlanError
+from .interfaces import Adapter
+
+FORMAT = 1
+_ATTRIBUTE = "_snncompress_plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was done to a network.
+
+    ``edits`` in order; ``whole`` says which layers kept all their channels, and why; ``origin`` which settings and
+    versions produced the plan.
+    """
+
+    edits: tuple[Edit, ...] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module, adapter: Adapter | str | None = None) -> nn.Module:
+        """Replay on a fresh model of the same architecture: a new, equally compressed model with its own weights.
+
+        The given model stays as it was. Raises PlanError where the architecture differs.
+        """
+        found = find_adapter(model, adapter)
+        result = private_copy(model, found)
+        for edit in self.edits:
+            edit.apply(result, found)
+        found.adopt(result)
+        attach(result, self)
+        return result
+
+    def removed_channels(self) -> dict[str, list[int]]:
+        """layer → output channels that are gone, as indices in the original model; coupled layers included."""
+        removed: dict[str, list[int]] = {}
+        for edit in self.edits:
+            if not isinstance(edit, RemoveChannels):
+                continue
+            for piece in edit.slices:
+                if piece.side == "out":
+                    gone = removed.setdefault(piece.module, [])
+                    gone.extend(_original(gone, piece.indices))
+                    gone.sort()
+        return removed
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON text."""
+        data = {
+            "format": FORMAT,
+            "edits": [edit.to_dict() for edit in self.edits],
+            "whole": dict(self.whole),
+            "origin": dict(self.origin),
+        }
+        return json.dumps(data, indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises PlanError for anything that isn't one."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise PlanError(f"Plan format {data['format']!r} is unknown to this version, which reads {FORMAT}. Upgrade.")
+            edits = tuple(edit_from_dict(e) for e in data["edits"])
+            return cls(edits, dict(data["whole"]), dict(data["origin"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PlanError(f"Not a plan: {type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        lines = [f"Plan of {len(self.edits)} edits"]
+        for layer, gone in self.removed_channels().items():
+            lines.append(f"  {layer}: {len(gone)} channels removed")
+        for edit in self.edits:
+            if not isinstance(edit, RemoveChannels):
+                lines.append("  " + ", ".join(f"{k}={v}" for k, v in edit.to_dict().items()))
+        lines += [f"  {layer} kept whole: {why}" for layer, why in self.whole.items()]
+        return "\n".join(lines)
+
+
+def _original(gone: list[int], indices: tuple[int, ...]) -> list[int]:
+    """Translate indices among the channels that are left into indices of the original model."""
+    result = []
+    for index in indices:
+        for earlier in sorted(gone):
+            if earlier <= index:
+                index += 1
+        result.append(index)
+    return result
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Remember the plan on the compressed model (deep copies keep it, the state_dict doesn't hold it)."""
+    setattr(model, _ATTRIBUTE, plan)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that compressed this model; raises PlanError for a model that isn't compressed."""
+    plan = vars(model).get(_ATTRIBUTE)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"This {type(model).__name__} holds no plan: it did not come from snncompress.apply.")
+    return plan

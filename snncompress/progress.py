@@ -1,0 +1,35 @@
+"""Progress of long loops: a bar on a terminal, a callable of the user's, or nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Progress = bool | Callable[[str, int, int | None], None]
+"""True: a bar; False: nothing; a callable gets (what, done, total or None)."""
+T = TypeVar("T")
+
+
+def tracked(items: Iterable[T], progress: Progress | None, what: str) -> Iterator[T]:
+    """Yield the items and report on the way. None shows a bar where stderr is a terminal."""
+    total = _length(items)
+    if callable(progress):
+        for done, item in enumerate(items):
+            progress(what, done, total)
+            yield item
+        return
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description=what, total=total, console=Console(stderr=True), transient=True)
+
+
+def _length(items: object) -> int | None:
+    try:
+        return len(items)  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -1,0 +1,189 @@
+"""Calibration: runs the data through the network and lets the criterion fold up what the neurons do."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from .data import Feed
+from .errors import PluginError, SilentNeuronsWarning
+from .interfaces import Criterion, Layer
+from .network import ChannelGroup, Network
+from .parametrizations import stored_weight
+from .progress import Progress, tracked
+from .training import classification_loss
+
+
+def record(
+    model: nn.Module,
+    network: Network,
+    feed: Feed,
+    criterion: Criterion,
+    groups: Sequence[ChannelGroup],
+    seed: int,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Scores of every weight layer in ``groups``: {layer: [C] float64, higher = keep}.
+
+    One pass over the data in eval mode, with a backward pass per batch where the criterion needs gradients. Nothing
+    but the criterion's own states is kept from one timestep to the next.
+    """
+    layers = {name: group for group in groups for name in group.names("out") if name in network.layers}
+    scorers = [
+        _Scorer(model, network, name, neuron, group, criterion, seed)
+        for name, group in layers.items()
+        for neuron in network.drives[name]
+    ]
+    if criterion.needs:
+        _run(model, feed, criterion, scorers, progress)
+    scores: dict[str, Tensor] = {}
+    for name in layers:
+        own = [s.score() for s in scorers if s.layer_name == name]
+        scores[name] = torch.stack(own).mean(0)
+    return scores
+
+
+def _run(
+    model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], progress: Progress | None
+) -> None:
+    gradients = "gradients" in criterion.needs
+    fired: dict[str, bool] = {}
+    modes = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        stack.callback(feed.adapter.reset, model)
+        if criterion.needs & {"spikes", "membrane"}:
+            for neuron in dict.fromkeys(s.neuron for s in scorers):
+                listening = [s for s in scorers if s.neuron == neuron]
+                observer = _observer(neuron, listening, fired)
+                module = model.get_submodule(neuron)
+                stack.callback(feed.adapter.observe(module, observer, membrane="membrane" in criterion.needs))
+        stack.callback(_restore, modes)
+        model.eval()
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for batch in tracked(feed, progress, f"calibrating {criterion.name}"):
+            output = feed(model, batch)
+            if gradients:
+                model.zero_grad()
+                classification_loss(output, batch).backward()  # type: ignore[no-untyped-call]
+            del output
+            for scorer in scorers:
+                scorer.end_batch()
+        if gradients:
+            model.zero_grad()
+    for neuron, any_spike in fired.items():
+        if not any_spike:
+            driven = ", ".join(s.layer_name for s in scorers if s.neuron == neuron)
+            warnings.warn(
+                f"{neuron} never fired in calibration, so the {criterion.name!r} scores of {driven} carry no "
+                f"information. Check the scale of the data, the threshold and whether the model is trained.",
+                SilentNeuronsWarning,
+                stacklevel=2,
+            )
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def _observer(neuron: str, scorers: list[_Scorer], fired: dict[str, bool]) -> Callable[[Tensor, Tensor | None], None]:
+    fired[neuron] = False
+
+    def observe(spikes: Tensor, membrane: Tensor | None) -> None:
+        if not fired[neuron]:
+            fired[neuron] = bool(spikes.any())
+        for scorer in scorers:
+            scorer.observe(spikes, membrane)
+
+    return observe
+
+
+class _Scorer:
+    """Folds one neuron population into scores of one layer that drives it."""
+
+    def __init__(
+        self, model: nn.Module, network: Network, name: str, neuron: str, group: ChannelGroup, criterion: Criterion,
+        seed: int,
+    ) -> None:  # fmt: skip
+        self.layer_name, self.neuron, self.criterion = name, neuron, criterion
+        self._module = model.get_submodule(name)
+        self._norm = model.get_submodule(network.norms[name]) if name in network.norms else None
+        self._neurons = network.drives[name]
+        self._columns = _columns(group, name, neuron)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._state = self._guarded(criterion.begin, self.layer())
+
+    def layer(self) -> Layer:
+        parameter = stored_weight(self._module)
+        transposed = isinstance(self._module, _ConvTransposeNd)
+
+        def turned(t: Tensor) -> Tensor:
+            return t.transpose(0, 1) if transposed else t
+
+        gradient = parameter.grad
+        return Layer(
+            self.layer_name,
+            self._module,
+            turned(parameter.detach()),
+            None if gradient is None else turned(gradient),
+            self._norm,
+            self._neurons,
+            self._generator,
+        )
+
+    def observe(self, spikes: Tensor, membrane: Tensor | None) -> None:
+        if self._columns is not None:
+            spikes = _select(spikes, self._columns)
+            membrane = None if membrane is None else _select(membrane, self._columns)
+        self._state = self._guarded(self.criterion.observe, self.layer(), self._state, spikes, membrane)
+
+    def end_batch(self) -> None:
+        self._state = self._guarded(self.criterion.end_batch, self.layer(), self._state)
+
+    def score(self) -> Tensor:
+        layer = self.layer()
+        with torch.no_grad():
+            scores = self._guarded(self.criterion.score, layer, self._state)
+        where = f"Criterion {self.criterion.name!r}, layer {layer.name}"
+        if not isinstance(scores, Tensor):
+            raise PluginError(f"{where}: score() must return a tensor [{layer.channels}], not {type(scores).__name__}.")
+        if scores.shape != (layer.channels,):
+            raise PluginError(f"{where}: score() must return one score per output channel, [{layer.channels}], not {list(scores.shape)}.")
+        if not bool(torch.isfinite(scores).all()):
+            raise PluginError(f"{where}: scores hold NaN or infinite values. Check for a division by zero, a silent layer or a diverged model.")
+        return scores.detach().double().cpu()
+
+    def _guarded(self, method: Callable[..., Any], *args: Any) -> Any:
+        from .errors import SNNCompressError
+
+        try:
+            return method(*args)
+        except SNNCompressError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"Criterion {self.criterion.name!r} failed in {method.__name__}() on layer {self.layer_name}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _columns(group: ChannelGroup, layer: str, neuron: str) -> Tensor | None:
+    """For each channel of the layer the neuron's columns [C, k], or None where they are the same [0 … C-1]."""
+    own, driven = group.member(layer, "out"), group.member(neuron, "neuron")
+    if own is None or driven is None:
+        return None
+    columns = driven.index[own.index.flatten().argsort()]
+    return None if torch.equal(columns.flatten(), torch.arange(len(columns))) else columns
+
+
+def _select(activity: Tensor, columns: Tensor) -> Tensor:
+    picked = activity.index_select(2, columns.flatten().to(activity.device))
+    return picked if columns.shape[1] == 1 else picked.unflatten(2, columns.shape)

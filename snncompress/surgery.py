@@ -1,0 +1,47 @@
+"""Small operations on modules that adapters share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_MISSING = object()
+
+
+@contextmanager
+def patched(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Inside, the instance attribute ``name`` is ``value``; afterwards it is gone or as it was."""
+    attributes = vars(module)
+    before = attributes.get(name, _MISSING)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            del attributes[name]
+        else:
+            attributes[name] = before
+
+
+def remove_along(module: nn.Module, indices: list[int], axis: int) -> None:
+    """Remove ``indices`` along ``axis`` < 0 from the module's own parameters and persistent buffers, in place.
+
+    Tensors that broadcast along the axis (fewer dimensions, or size 1) are left. The channel axis of the input
+    [N, C, H, W] is -3, so a threshold [C, 1, 1] loses rows and one of shape [W] doesn't.
+    """
+    persistent = {n for n, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
+    for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent):
+        tensor = getattr(module, name)
+        if tensor.dim() < -axis or tensor.shape[axis] == 1:
+            continue
+        keep = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
+        keep[indices] = False
+        kept = tensor.detach().movedim(axis, 0)[keep].movedim(0, axis).contiguous()
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+        else:
+            setattr(module, name, kept)

@@ -1,0 +1,336 @@
+"""Finds a network's structure: one forward pass with every neuron an identity, read by torch-pruning.
+
+What torch-pruning concludes is not believed but tested: see :mod:`snncompress.verifying`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch_pruning import ops
+from torch_pruning.dependency import shape_infer
+from torch_pruning.pruner.function import BasePruningFunc
+
+from .copying import private_copy
+from .data import tensors_in
+from .errors import ModelError
+from .interfaces import Adapter
+from .network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type
+from .verifying import leave_out_what_breaks
+
+Run = Callable[[nn.Module], Any]
+"""Runs a model on the example batch."""
+
+
+def trace(model: nn.Module, adapter: Adapter, run: Run) -> Network:
+    """The network's structure; the model itself is not touched.
+
+    ``run(copy)`` must run an example batch. Raises ModelError where no weight layer drives a neuron.
+    """
+    copy = plain_copy(model, adapter)
+    modules = dict(copy.named_modules())
+    neurons = adapter.neurons(copy)
+    inside = {f"{n}.{sub}" for n in neurons for sub, _ in neurons[n].named_modules() if sub}
+    weights = {n: m for n, m in modules.items() if isinstance(m, WEIGHT_LAYERS) and n not in inside}
+    norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and n not in inside}
+
+    graph = _Graph()
+    calls = _Calls()
+    watched = {**weights, **neurons, **norms}
+    axes: dict[nn.Module, int] = {}
+
+    def fire(neuron: nn.Module, x: Tensor) -> Tensor:
+        axes[neuron] = 1 - x.dim()
+        return x * 1.0  # out of place: the input keeps its own node in the graph
+
+    with adapter.identities(copy, fire), calls.watching(watched), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch-pruning's remarks are about its own internals
+        outputs = _build(graph, copy, adapter, run, neurons)
+
+    layers = tuple(name for name in calls.inputs if name in weights)
+    fed_by = {name: _upstream(calls.inputs[name], calls.named(weights)) for name in layers}
+    visible = _upstream([o.grad_fn for o in outputs], calls.named(weights))
+    consumed = set().union(*fed_by.values()) if fed_by else set()
+    last = [n for n in layers if n in visible and n not in consumed] or [n for n in layers if n in visible][-1:]
+    stops = calls.named({**weights, **neurons})
+    driven_by = {n: _upstream(calls.inputs[n], stops) for n in neurons if n in calls.inputs}
+    network = Network(
+        layers=layers,
+        neurons=tuple(n for n in calls.inputs if n in neurons),
+        drives={name: tuple(n for n, by in driven_by.items() if name in by) for name in layers},
+        producers={name: tuple(p for p in layers if p in fed_by[name]) for name in layers},
+        norms=_norms(calls, norms, stops),
+        classifiers=tuple(last),
+    )
+    if not any(network.drives.values()):
+        raise ModelError(
+            f"No weight layer of {type(model).__name__} drives a spiking neuron, as far as it can be traced. Likely "
+            f"cause: an operation without a gradient between them."
+        )
+    for name in weights:
+        if name not in layers:
+            network.whole[name] = "the model never calls it on this input"
+    exposed = {name for name in visible if name not in last}
+    _add_groups(network, graph, copy, {n: axes[m] for n, m in neurons.items() if m in axes}, exposed)
+    leave_out_what_breaks(network, copy, adapter, run)
+    return network
+
+
+def plain_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """A private copy in eval mode with plain weights that all require a gradient, ready to be traced."""
+    copy = private_copy(model, adapter).eval()
+    for module in list(copy.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    for parameter in copy.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return copy
+
+
+class _Calls:
+    """The autograd nodes that go in and out of watched modules.
+
+    From its third call on, a module returns what it returned at the second: a model with its own loop over T steps
+    then costs no more graph than two steps, which is where a recurrent connection shows itself.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[Any]] = {}
+        self.outputs: dict[Any, str] = {}
+        self._results: dict[str, list[Any]] = {}
+
+    @contextmanager
+    def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+        before = {name: vars(m).get("forward") for name, m in modules.items()}
+        for name, module in modules.items():
+            module.forward = self._watched(name, module.forward)
+        try:
+            yield
+        finally:
+            for name, module in modules.items():
+                if before[name] is None:
+                    del module.forward
+                else:
+                    module.forward = before[name]
+
+    def _watched(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            results = self._results.setdefault(name, [])
+            if len(results) >= 2 and results[-1][0] == x.shape:
+                return results[-1][1]
+            result = forward(x, *args, **kwargs)
+            results.append((x.shape, result))
+            self.inputs.setdefault(name, []).append(x.grad_fn)
+            self.outputs[_first_tensor(result).grad_fn] = name
+            return result
+
+        return call
+
+    def named(self, modules: Iterable[str]) -> dict[Any, str]:
+        wanted = set(modules)
+        return {node: name for node, name in self.outputs.items() if name in wanted}
+
+
+def _first_tensor(result: Any) -> Tensor:
+    while not isinstance(result, Tensor):
+        result = result[0]
+    return result
+
+
+def _upstream(nodes: Iterable[Any], stops: dict[Any, str]) -> set[str]:
+    """Names of the first stops met when walking the graph backwards."""
+    found, seen, stack = set(), set(), [n for n in nodes if n is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in stops:
+            found.add(stops[node])
+        else:
+            stack.extend(n for n, _ in node.next_functions if n is not None)
+    return found
+
+
+def _norms(calls: _Calls, norms: dict[str, nn.Module], stops: dict[Any, str]) -> dict[str, str]:
+    """weight layer → the batch normalization that it alone feeds."""
+    found = {}
+    for norm in norms:
+        feeding = _upstream(calls.inputs.get(norm, []), stops)
+        if len(feeding) == 1:
+            found[feeding.pop()] = norm
+    return found
+
+
+def _build(
+    graph: tp.DependencyGraph, model: nn.Module, adapter: Adapter, run: Run, neurons: dict[str, nn.Module]
+) -> list[Tensor]:
+    outputs: list[Tensor] = []
+
+    def forward(model: nn.Module, _: Any) -> list[Tensor]:
+        outputs.extend(t for t in tensors_in(run(model)) if t.grad_fn is not None)
+        if not outputs:
+            raise ModelError(
+                f"The output of {type(model).__name__} has no gradient, so its channels can't be followed. Likely "
+                f"cause: it runs under torch.no_grad() or detaches its output."
+            )
+        return outputs
+
+    with torch.enable_grad():
+        graph.build_dependency(
+            model,
+            example_inputs=(),
+            forward_fn=forward,
+            customized_pruners={type(m): _NeuronPruner() for m in neurons.values()},
+            verbose=False,
+        )
+    return outputs
+
+
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """torch-pruning's graph, told which reshape is the flatten.
+
+    It guesses that from the layers before and after, and so takes every reshape on the way for a flatten: in
+    multi-step mode, where [T, N] is folded and unfolded, indices would be multiplied again and again.
+    """
+
+    def _trace(self, *args: Any, **kwargs: Any) -> Any:
+        nodes = super()._trace(*args, **kwargs)
+        self._2d_4d = True
+        for node in nodes.values():
+            if node.type == ops.OPTYPE.RESHAPE and not self._flattens(node):
+                node.type = ops.OPTYPE.ELEMENTWISE
+        return nodes
+
+    def _flattens(self, node: Any) -> bool:
+        before = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
+        after = [m.shape for m in node.grad_fn._input_metadata]
+        if not before or not after:
+            return True
+        taken = (shape_infer.infer_in_channels_recursively(self, n, [0]) for n in node.outputs)
+        consumer = next((t for t in taken if t is not None), None)
+        return bool(before[-1] != after[0][-1] == consumer)
+
+
+class _NeuronPruner(BasePruningFunc):  # type: ignore[misc]
+    """Tells torch-pruning that a neuron has as many inputs as outputs; the adapter does the cutting."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> None:
+        return None
+
+    get_in_channels = get_out_channels
+
+
+def _add_groups(
+    network: Network, graph: tp.DependencyGraph, model: nn.Module, neurons: dict[str, int], exposed: set[str]
+) -> None:
+    names = {m: n for n, m in model.named_modules()}
+    done: set[str] = set()
+    for layer in network.layers:
+        if layer in done:
+            continue
+        try:
+            group = _group(graph, model.get_submodule(layer), names, neurons)
+        except _Unfit as reason:
+            network.whole[layer] = str(reason)
+            continue
+        except Exception as error:  # torch-pruning gives up in many ways; each means: don't touch this layer
+            network.whole[layer] = f"its channels can't be followed ({type(error).__name__} in torch-pruning: {error})"
+            continue
+        outs = group.names("out")
+        weight_outs = [n for n in outs if n in network.layers]
+        done.update(weight_outs)
+        reason = _why_whole(network, group, weight_outs, exposed)
+        if reason:
+            network.whole.update(dict.fromkeys(weight_outs, reason))
+        else:
+            network.groups.append(group)
+
+
+def _why_whole(network: Network, group: ChannelGroup, outs: list[str], exposed: set[str]) -> str:
+    for name in outs:
+        if name in network.classifiers:
+            return f"{name} is the classifier: its outputs are the model's"
+        if name in exposed:
+            return f"the channels of {name} are part of the model's output"
+    for name in outs:
+        cut = [n for n in network.drives[name] if n not in group.names("neuron")]
+        if cut or not network.drives[name]:
+            return f"no spiking neuron follows {name} that its channels could be traced to"
+    if not group.names("in"):
+        return "no layer that takes these channels in could be traced"
+    if group.size // group.blocks < 2:
+        return "it has a single channel" if group.blocks == 1 else f"each of its {group.blocks} groups has one channel"
+    return ""
+
+
+class _Unfit(Exception):
+    """Why a group can't be pruned."""
+
+
+def _group(
+    graph: tp.DependencyGraph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, int]
+) -> ChannelGroup:
+    """torch-pruning's group of all output channels of ``module``, as index tensors; ``neurons``: name → channel axis."""
+    pruner = graph.get_pruner_of_module(module)
+    size = int(pruner.get_out_channels(module))
+    group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(size)))
+    members: dict[tuple[str, Side], Member] = {}
+    blocks = {1}
+    for item in group:
+        target, handler = item.dep.target.module, item.dep.handler
+        if isinstance(target, nn.Parameter):
+            raise _Unfit("a parameter that belongs to no layer depends on its channels")
+        name = names.get(target)
+        if name is None:  # torch-pruning's stand-in for an addition, a reshape, a concatenation
+            continue
+        if name not in neurons and not prunable_type(target):
+            continue
+        side: Side = "neuron" if name in neurons else "out" if graph.is_out_channel_pruning_fn(handler) else "in"
+        member = Member(name, side, _index(item.idxs, item.root_idxs, size), neurons.get(name, 0))
+        if members.setdefault((name, side), member) is not member:
+            raise _Unfit(f"{name} takes its channels in twice")
+        blocks.add(_blocks(target, member))
+    if len(blocks) > 2:
+        raise _Unfit(f"it is coupled with convolutions of different group counts ({sorted(blocks - {1})})")
+    for probe in {0, size // 2}:  # channels of one layer that are tied to each other
+        alone = graph.get_pruning_group(module, pruner.prune_out_channels, [probe])
+        own = next(i.idxs for i in alone if i.dep.target.module is module and i.dep.handler == group[0].dep.handler)
+        if sorted(set(own)) != [probe]:
+            raise _Unfit("its channels are tied to one another")
+    return ChannelGroup(tuple(members.values()), size, max(blocks))
+
+
+def _index(idxs: list[int], roots: list[int], size: int) -> Tensor:
+    if None in roots or len(idxs) % size or len(idxs) == 0:
+        raise _Unfit("its channels don't map evenly onto what follows")
+    root, index = torch.tensor(roots), torch.tensor(idxs)
+    order = torch.argsort(root * (int(index.max()) + 1) + index)
+    rows = root[order].view(size, -1)
+    if not torch.equal(rows, torch.arange(size)[:, None].expand_as(rows)):
+        raise _Unfit("its channels don't map evenly onto what follows")
+    return index[order].view(size, -1)
+
+
+def _blocks(module: nn.Module, member: Member) -> int:
+    groups = getattr(module, "groups", 1)
+    depthwise = groups == getattr(module, "out_channels", None) == getattr(module, "in_channels", None)
+    if groups == 1 or depthwise:
+        return 1
+    if not torch.equal(member.index.flatten(), torch.arange(len(member.index))):
+        raise _Unfit(f"the {groups} groups of {member.module} don't match its channels one to one")
+    return int(groups)

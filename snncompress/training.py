@@ -1,0 +1,103 @@
+"""Class scores, the loss, and the built-in trainer for fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapting import find_adapter
+from .data import Batch, Feed
+from .errors import DataError, OptionError
+from .interfaces import Adapter, Forward
+from .progress import Progress, tracked
+
+
+def class_scores(output: Any) -> Tensor:
+    """Scores per class, [N, K]: the time average of a model's output.
+
+    A tuple or list (snnTorch's ``spikes, membrane``) counts by its first tensor; [T, N, K] is averaged over time,
+    [N, K] is taken as it is. Raises DataError for anything else.
+
+    >>> class_scores((torch.ones(4, 2, 10), None)).shape
+    torch.Size([2, 10])
+    """
+    while isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if isinstance(output, Tensor) and output.dim() == 3:
+        output = output.mean(0)
+    if not (isinstance(output, Tensor) and output.dim() == 2):
+        what = f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise DataError(
+            f"Class scores are read from an output of shape [T, N, K] or [N, K]; this model returned {what}. Pass "
+            f"forward=lambda model, batch: ... that returns such a tensor."
+        )
+    return output
+
+
+def classification_loss(output: Any, batch: Batch) -> Tensor:
+    """Cross-entropy of the time-averaged output against the batch's labels; raises DataError without labels."""
+    if batch.y is None:
+        raise DataError("These data have no labels. Pass (x, y) batches, y being class indices [N].")
+    scores = class_scores(output)
+    if len(batch.y) != len(scores):
+        raise DataError(
+            f"{len(batch.y)} labels for {len(scores)} samples: output {list(scores.shape)}. Likely cause: the batch "
+            f"and the time dimension are swapped; multi-step models take [T, N, ...]."
+        )
+    return F.cross_entropy(scores, batch.y)
+
+
+def finetune(
+    model: nn.Module,
+    data: Any,
+    *,
+    epochs: int = 1,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    adapter: Adapter | str | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Train ``model`` in place: Adam with a cosine schedule, cross-entropy on the time-averaged output.
+
+    Removed channels are gone, so nothing can bring them back; quantized weights are trained through the
+    straight-through estimator. ``data`` yields (x, y) batches; ``timesteps`` and ``forward`` as in
+    :func:`snncompress.apply`. Batch order comes from torch's global generator: call ``torch.manual_seed`` for a
+    repeatable run. The train/eval flags are as before afterwards. Returns the model.
+    """
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise OptionError(f"epochs must be a whole number of at least 0, not {epochs!r}.")
+    found = find_adapter(model, adapter)
+    train(model, Feed(found, data, timesteps, forward), epochs, lr, weight_decay, progress)
+    return model
+
+
+def train(
+    model: nn.Module, feed: Feed, epochs: int, lr: float = 1e-3, weight_decay: float = 0.0, progress: Progress | None = None
+) -> None:  # fmt: skip
+    """The loop behind :func:`finetune`."""
+    if epochs == 0:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise OptionError("Nothing to train: no parameter of this model requires a gradient.")
+    optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        for epoch in range(epochs):
+            for batch in tracked(feed, progress, f"fine-tuning, epoch {epoch + 1}/{epochs}"):
+                optimizer.zero_grad()
+                classification_loss(feed(model, batch), batch).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            schedule.step()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        optimizer.zero_grad()
+        feed.adapter.reset(model)
