@@ -5,6 +5,7 @@ compressed = snncompress.apply(model, criterion="svs", ratio=0.6, bits=4)
 
 from .data import Batch, Feed
 from .edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, TruncateTimesteps
+from .energy import Conventions
 from .errors import (
     DataError,
     ModelError,
@@ -32,7 +33,9 @@ from .interfaces import (
 from .network import remove_from_layer
 from .pipeline import apply
 from .plan import Plan, plan_of
+from .profiling import compare, profile
 from .registry import criteria, energy_models, plugins, quantizers, schedulers
+from .reporting import Comparison, LayerProfile, Profile
 from .surgery import patched, remove_along
 from .training import finetune
 from .version import __version__
@@ -40,6 +43,8 @@ from .version import __version__
 __all__ = [
     "Adapter",
     "Batch",
+    "Comparison",
+    "Conventions",
     "Criterion",
     "DataError",
     "Edit",
@@ -47,6 +52,7 @@ __all__ = [
     "Feed",
     "Fire",
     "Layer",
+    "LayerProfile",
     "MaskWeights",
     "ModelError",
     "Observer",
@@ -55,6 +61,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PluginError",
+    "Profile",
     "QuantizeWeights",
     "Quantizer",
     "RemoveBlock",
@@ -68,6 +75,7 @@ __all__ = [
     "UnknownNameError",
     "__version__",
     "apply",
+    "compare",
     "criteria",
     "energy_models",
     "finetune",
@@ -75,6 +83,7 @@ __all__ = [
     "patched",
     "plan_of",
     "plugins",
+    "profile",
     "quantizers",
     "remove_along",
     "remove_from_layer",

@@ -153,7 +153,7 @@ class WeightCounter:
         bias = math.prod(output_shape) if c.bias and has_bias else 0
         ac: float = 0
         if spiking:
-            per_position = _summed(x if x.dtype == torch.bool else x.abs(), _sample_dims(self.layer))
+            per_position = spike_sum(x, _sample_dims(self.layer))
             total = float(per_position.sum())
             self.input_sum, self.input_elements = self.input_sum + total, self.input_elements + x.numel()
             if c.counting == "exact":
@@ -184,7 +184,7 @@ class WeightCounter:
     def _macs(self, x: Tensor, output_shape: Sequence[int]) -> int:
         if self.conventions.zero_inputs:
             return self._dense(x, output_shape)
-        return self._weighted(_summed(x.ne(0), _sample_dims(self.layer)), output_shape)
+        return self._weighted(spike_sum(x.ne(0), _sample_dims(self.layer)), output_shape)
 
     def _dense(self, x: Tensor, output_shape: Sequence[int]) -> int:
         """Synapses of all inputs, zeros too."""
@@ -230,7 +230,7 @@ class PlainCounter:
         """Count one call on input ``x``."""
         c = self.conventions
         if (self.is_pool or c.counting == "rate") and is_spikes(x, c.spike_values):
-            self.n_ac += self.per_element * float(x.abs().sum(dtype=torch.float64))
+            self.n_ac += self.per_element * float(spike_sum(x))
         else:
             self.n_mac += self.per_element * x.numel()
 
@@ -248,11 +248,16 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-def _summed(x: Tensor, dims: int) -> Tensor:
-    """Sum over all but the last ``dims`` dimensions, in float64."""
+def spike_sum(x: Tensor, dims: int = 0) -> Tensor:
+    """Σ |x| over all but the last ``dims`` dimensions, in float64.
+
+    >>> spike_sum(torch.tensor([[2.0, -1.0], [0.0, 1.0]]), 1)
+    tensor([2., 2.], dtype=torch.float64)
+    """
     if x.device.type == "mps":  # has no float64
         x = x.cpu()
-    return x.reshape(-1, *x.shape[x.dim() - dims :]).sum(0, dtype=torch.float64)
+    x = x.reshape(-1, *x.shape[x.dim() - dims :])
+    return (x if x.dtype == torch.bool else x.abs()).sum(0, dtype=torch.float64)
 
 
 def _convolve(layer: _ConvNd, x: Tensor, weight: Tensor, output_shape: Sequence[int] | None = None) -> Tensor:

@@ -42,6 +42,7 @@ class Feed:
             raise DataError("Give timesteps or forward, not both: forward drives the steps itself.")
         self.adapter, self.timesteps, self.forward = adapter, timesteps, forward
         self._data = _as_iterable(data)
+        self._first: Batch | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         empty = True
@@ -78,8 +79,10 @@ class Feed:
         return len(self._data)  # type: ignore[arg-type]
 
     def first(self) -> Batch:
-        """The first batch."""
-        return next(iter(self))
+        """The first batch, remembered: a DataLoader would start its workers for it again."""
+        if self._first is None:
+            self._first = next(iter(self))
+        return self._first
 
     def example(self) -> Callable[[nn.Module], Any]:
         """Runs one sample of the first batch, for at most two timesteps: enough to see a network's structure."""

@@ -66,8 +66,8 @@ class RemoveChannels(Edit):
     kind: ClassVar[str] = "remove_channels"
 
     @classmethod
-    def of(cls, model: nn.Module, layer: str, group: ChannelGroup, removed: Tensor) -> RemoveChannels:
-        """The edit that removes positions ``removed`` of ``group`` from ``model``."""
+    def of(cls, model: nn.Module, group: ChannelGroup, removed: Tensor) -> RemoveChannels:
+        """The edit that removes positions ``removed`` of ``group`` from ``model``; ``layer`` is the group's first."""
         slices = tuple(
             Slice(
                 member.module,
@@ -78,8 +78,8 @@ class RemoveChannels(Edit):
             )
             for member in group.members
         )
-        own = next(s for s in slices if s.module == layer and s.side == "out")
-        return cls(layer, own.indices, slices)
+        own = next(s for s in slices if s.side == "out")
+        return cls(own.module, own.indices, slices)
 
     def check(self, model: nn.Module) -> None:
         """Every module must be there, of a kind that can be shrunk, with the width the edit expects."""

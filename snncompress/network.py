@@ -32,13 +32,17 @@ class Member:
     index: Tensor
     axis: int = 0
 
-    def shrunk(self, removed: Tensor) -> Member:
-        """The member after the group's channels ``removed`` are gone, its indices renumbered."""
-        gone = self.index[removed].flatten().sort().values
+    def shifted(self, gone: Tensor) -> Member:
+        """The member after the module lost indices ``gone`` (sorted), none of them its own: indices renumbered."""
+        index = self.index - torch.searchsorted(gone, self.index)
+        return Member(self.module, self.side, index, self.axis)
+
+    def without(self, removed: Tensor) -> Member:
+        """The member after the group's channels ``removed`` are gone."""
         keep = torch.ones(len(self.index), dtype=torch.bool)
         keep[removed] = False
-        index = self.index[keep]
-        return Member(self.module, self.side, index - torch.searchsorted(gone, index), self.axis)
+        kept = Member(self.module, self.side, self.index[keep], self.axis)
+        return kept.shifted(self.index[removed].flatten().sort().values)
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,23 @@ class ChannelGroup:
         """The member for one module, or None."""
         return next((m for m in self.members if m.module == module and m.side == side), None)
 
-    def without(self, removed: Tensor) -> ChannelGroup:
-        """The group after channels ``removed`` (positions in the group) are gone."""
-        members = tuple(m.shrunk(removed) for m in self.members)
-        return ChannelGroup(members, self.size - len(removed), self.blocks)
+
+def without(groups: list[ChannelGroup], which: int, removed: Tensor) -> list[ChannelGroup]:
+    """All groups after positions ``removed`` of group number ``which`` are gone.
+
+    Other groups may share a module with it, as the inputs of a concatenation do: their indices move up.
+    """
+    shrunk = groups[which]
+    gone = {(m.module, m.side): m.index[removed].flatten().sort().values for m in shrunk.members}
+    result = []
+    for number, group in enumerate(groups):
+        if number == which:
+            members = tuple(m.without(removed) for m in group.members)
+            result.append(ChannelGroup(members, group.size - len(removed), group.blocks))
+        else:
+            members = tuple(m.shifted(gone[m.module, m.side]) if (m.module, m.side) in gone else m for m in group.members)
+            result.append(ChannelGroup(members, group.size, group.blocks))
+    return result
 
 
 @dataclass

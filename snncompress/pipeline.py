@@ -16,7 +16,7 @@ from .data import Feed
 from .edits import Edit, QuantizeWeights, RemoveChannels
 from .errors import DataError, OptionError
 from .interfaces import Adapter, Criterion, Forward, Quantizer, Scheduler
-from .network import WEIGHT_LAYERS, Network
+from .network import WEIGHT_LAYERS, without
 from .parametrizations import quantize_weight
 from .plan import Plan, attach, plan_of
 from .progress import Progress
@@ -34,8 +34,8 @@ Finetune = int | Callable[[nn.Module], object] | None
 def apply(
     model: M,
     criterion: str | Criterion | None = "svs",
-    ratio: float | Mapping[str, float] = 0.5,
-    bits: int | Mapping[str, int | None] | None = None,
+    ratio: float | Mapping[str, float] = 0.6,
+    bits: int | Mapping[str, int | None] | None = 4,
     *,
     data: Any = None,
     timesteps: int | None = None,
@@ -96,11 +96,13 @@ def apply(
         else:
             feed = Feed(found, data, timesteps, forward)
             feed.check_against(work)
+            if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
+                raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")
         network = trace(work, found, feed.example())
         quantizable = _weight_layers(work)
         skips = resolve_skip(skip, network, quantizable)
         widths: dict[str, int | None] = per_layer(bits, quantizable, "bits", check_bits)
-        todo, whole = targets(network, ratio if chosen is not None else 0.0, skips)
+        todo, whole = targets(network, ratio, skips) if chosen is not None else ([], {})
         _check_quantizable(work, widths, skips)
 
         edits: list[Edit] = []
@@ -150,16 +152,16 @@ def _prune(
     model: nn.Module, adapter: Adapter, todo: list[Target], scores: dict[str, Any], schedule: Scheduler, step: int
 ) -> list[Edit]:
     edits: list[Edit] = []
-    for target in todo:
+    for number, target in enumerate(todo):
         count = target.count(schedule.ratio(target.ratio, step, schedule.n_steps))
         if count == 0:
             continue
         removed = lowest(target.group, scores, count)
-        layer = next(name for name in target.group.names("out") if name in scores)
-        edit = RemoveChannels.of(model, layer, target.group, removed)
+        edit = RemoveChannels.of(model, target.group, removed)
         edit.apply(model, adapter)
         edits.append(edit)
-        target.group = target.group.without(removed)
+        for other, group in zip(todo, without([t.group for t in todo], number, removed), strict=True):
+            other.group = group
     return edits
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapting import find_adapter
 from .copying import private_copy
-from .counting import NORMS, POOLS, WEIGHT_LAYERS, PlainCounter, WeightCounter
+from .counting import NORMS, POOLS, WEIGHT_LAYERS, PlainCounter, WeightCounter, spike_sum
 from .data import Batch, Feed
 from .energy import Conventions, resolve_conventions
 from .errors import DataError, OptionError
@@ -95,7 +95,7 @@ def profile(
     return Profile(
         layers=tuple(meter.rows(energy)),
         conventions=rules,
-        energy_model=energy.name,
+        energy_model=_described(energy),
         n_samples=meter.n_samples,
         n_batches=meter.n_batches,
         title=type(model).__name__,
@@ -154,9 +154,7 @@ class _NeuronCounter:
 
     def __call__(self, spikes: Tensor, membrane: Tensor | None) -> None:
         """Add spikes [T', N, C, ...]."""
-        self.spikes += float(
-            (spikes.cpu() if spikes.device.type == "mps" else spikes).sum(dtype=torch.float64)
-        )
+        self.spikes += float(spike_sum(spikes))
         self.updates += spikes.numel()
         self.size = spikes.shape[2:].numel()
 
@@ -208,7 +206,7 @@ class _Meter:
                 n_ac, n_mac = (count / divisor for count in counter.totals())
                 weight = module.weight
                 n_weights, input_rate = weight.numel(), counter.input_rate
-                sparsity = 1 - int(torch.count_nonzero(weight)) / n_weights if n_weights else 0.0
+                sparsity = int(weight.eq(0).sum()) / n_weights if n_weights else 0.0
                 bits = weight_bits(module) or FLOAT_BITS
             elif name in self.neurons:
                 kind, neuron = "neuron", self.neurons[name]
@@ -232,10 +230,11 @@ class _Meter:
 
     def _parameters(self) -> dict[str, tuple[int, int]]:
         """Row → (parameters, those of them that have the row's bit width)."""
-        owned = {name: (0, 0) for name in (*self.weights, *self.neurons, *self.plain)}
+        listed = {*self.weights, *self.neurons, *self.plain}
+        owned = dict.fromkeys(listed, (0, 0))
         for parameter_name, parameter in self.model.named_parameters():  # a shared one comes once
             home = parameter_name.rpartition(".")[0]
-            row = next((name for name in _ancestors(home) if name in owned), home)
+            row = next((name for name in _ancestors(home) if name in listed), home)
             total, quantized = owned.get(row, (0, 0))
             within = parameter_name[len(row) + 1 :] if row else parameter_name
             is_weight = row in self.weights and within.startswith(
@@ -262,6 +261,11 @@ def _hook(counter: WeightCounter | PlainCounter) -> Callable[..., None]:
             counter.add(x)
 
     return count
+
+
+def _described(energy: EnergyModel) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in energy.options().items())
+    return f"{energy.name}({options})" if options else energy.name
 
 
 def _samples(output: Any, batch: Batch) -> int:

@@ -58,8 +58,8 @@ class LayerProfile:
 class Profile:
     """A measured network: one row per layer, and totals that are the sums of the rows, exactly.
 
-    ``energy_model`` is the name of the energy model, ``n_samples`` and ``n_batches`` what was measured.
-    ``print`` shows a table; :meth:`to_dict` gives plain JSON values.
+    ``energy_model`` is the energy model's name and options; ``n_samples`` and ``n_batches`` are what was
+    measured. ``print`` shows a table; :meth:`to_dict` gives plain JSON values.
 
     Examples:
         >>> weight = LayerProfile("fc", "weight", 12, 48e-6, 0, 24, 21.6, bits=32, sparsity=0.5, n_weights=12)

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .data import tensors_in
 from .edits import RemoveChannels
 from .interfaces import Adapter
-from .network import WEIGHT_LAYERS, ChannelGroup, Network
+from .network import WEIGHT_LAYERS, ChannelGroup, Network, without
 
 Run = Callable[[nn.Module], Any]
 _TOLERANCE = 1e-3  # of the output's largest value; a wrong index differs by its whole size
@@ -27,12 +27,13 @@ _TOLERANCE = 1e-3  # of the output's largest value; a wrong index differs by its
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
     """Drop every group whose removal differs from silencing its neurons; ``network.whole`` says so.
 
+    ``model`` is a copy for this purpose: its parameters are overwritten.
+
     All groups are tried together first; only if that fails is each tried alone, and then the sound ones together.
     """
     if not network.groups:
         return
     generator = torch.Generator().manual_seed(0)
-    model = copy.deepcopy(model)
     _randomize(model, generator)
     removals = [_random_half(group, generator) for group in network.groups]
     pairs = list(zip(network.groups, removals, strict=True))
@@ -54,15 +55,15 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
 
 
 def _randomize(model: nn.Module, generator: torch.Generator) -> None:
-    def normal(tensor: Tensor, scale: float) -> None:
-        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    def uniform(tensor: Tensor, bound: float) -> None:
+        tensor.data.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
 
     for module in model.modules():
         if isinstance(module, WEIGHT_LAYERS):
             fan_in = module.weight[0].numel()
-            normal(module.weight, fan_in**-0.5)
+            uniform(module.weight, (3 / fan_in) ** 0.5)
             if module.bias is not None:
-                normal(module.bias, 0.1)
+                uniform(module.bias, 0.1)
         elif isinstance(module, _BatchNorm):
             for name, offset in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
                 tensor = getattr(module, name)
@@ -79,21 +80,24 @@ def _random_half(group: ChannelGroup, generator: torch.Generator) -> Tensor:
 def _difference(
     model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[ChannelGroup, Tensor]]
 ) -> str | None:
-    silenced, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    pruned = copy.deepcopy(model)
     masks: dict[nn.Module, Tensor] = {}
     for group, removed in pairs:
         for member in group.members:
             indices = member.index[removed].flatten()
             if member.side == "neuron":
-                neuron = silenced.get_submodule(member.module)
+                neuron = model.get_submodule(member.module)
                 masks[neuron] = torch.cat([masks[neuron], indices]) if neuron in masks else indices
     try:
-        for group, removed in pairs:
-            RemoveChannels.of(pruned, group.names("out")[0], group, removed).apply(pruned, adapter)
-        wanted = _run(silenced, adapter, run, masks)
+        groups = [group for group, _ in pairs]
+        for number, (_, removed) in enumerate(pairs):
+            RemoveChannels.of(pruned, groups[number], removed).apply(pruned, adapter)
+            groups = without(groups, number, removed)
+        wanted = _run(model, adapter, run, masks)
         got = _run(pruned, adapter, run, {})
     except Exception as error:  # whatever goes wrong on the trial copy would go wrong on the user's model
-        return f"its channels can't be removed safely: a trial failed with {type(error).__name__}: {error}"
+        cause = error.__cause__ or error
+        return f"its channels can't be removed safely: a trial on a copy failed ({type(cause).__name__}: {cause})"
     for a, b in zip(wanted, got, strict=True):
         if a.shape != b.shape:
             return f"removing its channels would change the output's shape from {list(a.shape)} to {list(b.shape)}"

@@ -170,11 +170,11 @@ class _FirstStep(torch.autograd.Function):
 
 
 class _AllSteps(torch.autograd.Function):
-    """[N, ...] → [T, N, ...], without copying."""
+    """[N, ...] → [T, N, ...]; memory of its own, since models add to it in place."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, steps: int) -> Tensor:
-        return y.unsqueeze(0).expand(steps, *y.shape)
+        return y.unsqueeze(0).repeat(steps, *[1] * y.dim())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

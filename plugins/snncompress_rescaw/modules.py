@@ -111,7 +111,7 @@ class ReScaWWeightQuant(ExtendedInjector):  # type: ignore[misc]
 
     Example:
         >>> import brevitas.nn as qnn
-        >>> conv = qnn.QuantConv2d(1, 2, 3, weight_quant=ReScaWWeightQuant, weight_bit_width=2)
+        >>> conv = qnn.QuantConv2d(8, 8, 3, weight_quant=ReScaWWeightQuant, weight_bit_width=2)
         >>> len(conv.quant_weight().value.unique())
         4
     """

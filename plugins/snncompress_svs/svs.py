@@ -96,7 +96,7 @@ class SVS(Criterion):
         # Step by step, since sum(0, dtype=float64) first copies all timesteps and takes ten times as long.
         for step in spikes.detach():
             if state.time_sum is None:
-                state.time_sum = step.double()
+                state.time_sum = step.to(torch.float64, copy=True)
             else:
                 state.time_sum += step
         state.timesteps += spikes.shape[0]

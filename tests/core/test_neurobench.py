@@ -60,14 +60,14 @@ def by_neurobench(net: nn.Module, x: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("build", [convolutional, fully_connected])
 def test_same_counts(build, events):
     torch.manual_seed(0)
-    net, steps = build(), 4
-    x = torch.rand(3, 2, 16, 16)
+    net, steps = build(), 4  # 4 samples too, so that a count per sample is exact in binary
+    x = torch.rand(4, 2, 16, 16)
     x = (
         (x < 0.3).float() * torch.where(torch.rand_like(x) < 0.5, -1.0, 1.0)
         if events
         else x.relu() * (x > 0.4)
     )
-    n_ac, n_mac = by_neurobench(net, x.unsqueeze(1).expand(3, steps, *x.shape[1:]))
+    n_ac, n_mac = by_neurobench(net, x.unsqueeze(1).expand(4, steps, *x.shape[1:]))
     found = profile(net, x, timesteps=steps, conventions="neurobench")
     assert (found.n_ac, found.n_mac) == (n_ac, n_mac)
     assert n_ac > 0
@@ -76,6 +76,6 @@ def test_same_counts(build, events):
 
 def test_the_comparison_can_fail():
     torch.manual_seed(0)
-    net, x = fully_connected(), torch.rand(3, 2, 16, 16)
-    n_ac, _ = by_neurobench(net, x.unsqueeze(1).expand(3, 4, *x.shape[1:]))
+    net, x = fully_connected(), torch.rand(4, 2, 16, 16)
+    n_ac, _ = by_neurobench(net, x.unsqueeze(1).expand(4, 4, *x.shape[1:]))
     assert profile(net, x, timesteps=4, conventions="spikingjelly").n_ac != n_ac

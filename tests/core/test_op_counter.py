@@ -1,4 +1,4 @@
-"""The preset "spikingjelly" gives the counts of SpikingJelly's own op_counter; the default differs as stated."""
+"""The preset "spikingjelly" gives the counts of SpikingJelly's op_counter; the default differs as stated."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def by_op_counter(net: nn.Module, x: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 @pytest.mark.parametrize("pool", [layer.MaxPool2d, layer.AvgPool2d])
 def test_same_counts(step_mode, pool):
-    net, x = build(step_mode, pool), torch.rand(3, 2, 16, 16)
+    net, x = build(step_mode, pool), torch.rand(4, 2, 16, 16)
     n_ac, n_mac = by_op_counter(net, x)
     found = profile(net, x, timesteps=STEPS, conventions="spikingjelly")
     assert (found.n_ac, found.n_mac) == (n_ac, n_mac)
@@ -67,7 +67,7 @@ def test_same_counts(step_mode, pool):
 def test_where_the_defaults_differ():
     # First layer: SpikingJelly counts 16·16·3·3 products per pair of channels, padding included; of these
     # (16·3 - 2)² meet a real input. BN is folded, and a pruned weight is no synapse.
-    net, x = build("m"), torch.rand(3, 2, 16, 16)
+    net, x = build("m"), torch.rand(4, 2, 16, 16)
     theirs = profile(net, x, timesteps=STEPS, conventions="spikingjelly")
     ours = profile(net, x, timesteps=STEPS)
     assert theirs.layers[0].n_mac == STEPS * 2 * 6 * 16 * 16 * 9

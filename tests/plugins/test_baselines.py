@@ -63,7 +63,7 @@ def test_taylor_without_a_gradient() -> None:
     layer, taylor = make_layer(torch.ones(2, 2)), Taylor()
     with pytest.raises(PluginError, match=r"'conv' has no gradient.*requires_grad=False"):
         taylor.end_batch(layer, taylor.begin(layer))
-    with pytest.raises(PluginError, match="'conv'.*labelled"):
+    with pytest.raises(PluginError, match=r"'conv'.*labelled"):
         taylor.score(layer, taylor.begin(layer))
 
 
@@ -130,5 +130,5 @@ def test_firing_rate_counts_graded_and_negative_spikes_once() -> None:
     spikes = torch.tensor([0.5, -1.0, 0.0, 0.0]).view(4, 1, 1)
     state = criterion.observe(layer, criterion.begin(layer), spikes, None)
     assert criterion.score(layer, state).tolist() == [0.5]
-    with pytest.raises(PluginError, match="'conv'.*didn't run"):
+    with pytest.raises(PluginError, match=r"'conv'.*didn't run"):
         criterion.score(layer, criterion.begin(layer))

@@ -64,5 +64,5 @@ def test_errors_name_the_layer() -> None:
     criterion, layer = SCA(), make_layer(2)
     with pytest.raises(PluginError, match="'conv'"):
         criterion.observe(layer, criterion.begin(layer), torch.zeros(1, 1, 2), None)
-    with pytest.raises(PluginError, match="'conv'.*didn't run"):
+    with pytest.raises(PluginError, match=r"'conv'.*didn't run"):
         criterion.score(layer, criterion.begin(layer))

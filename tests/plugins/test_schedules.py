@@ -29,7 +29,7 @@ def test_non_decreasing_and_exact_at_the_end(kind: type[Scheduler], target: floa
     ratios = [kind().ratio(target, step, steps) for step in range(1, steps + 1)]
     assert ratios == sorted(ratios)
     assert ratios[-1] == target
-    assert 0 <= ratios[0]
+    assert ratios[0] >= 0
 
 
 @pytest.mark.parametrize("kind", [Iterative, Gradual])

@@ -45,7 +45,8 @@ def check(spikes: Tensor, epsilon: float = 1e-6) -> None:
 
 def test_golden() -> None:
     # T = 2, one sample, 2 × 2 maps.
-    # 0: the identity at t = 0 only: S_avg = I/2, σ = 1/2, 1/2: count 2, nuclear norm 1, tie-break 1/2 · 1/(1+1)
+    # 0: the identity at t = 0 only: S_avg = I/2, σ = 1/2, 1/2: count 2, nuclear norm 1, tie-break
+    #    1/2 · 1/(1+1)
     # 1: ones at every step: S_avg = ones, σ = 2, 0: count 1, nuclear norm 2, tie-break 1/2 · 2/(1+2)
     # 2: silent
     spikes = torch.zeros(2, 1, 3, 2, 2)
@@ -224,7 +225,7 @@ def test_errors_name_the_layer() -> None:
     with pytest.raises(PluginError, match="'conv'"):
         criterion.score(layer, criterion.end_batch(layer, criterion.begin(layer)))
     bad = torch.full((1, 1, 2, 3, 3), float("nan"))
-    with pytest.raises(DataError, match="'conv'.*NaN"):
+    with pytest.raises(DataError, match=r"'conv'.*NaN"):
         criterion.end_batch(layer, criterion.observe(layer, criterion.begin(layer), bad, None))
 
 
