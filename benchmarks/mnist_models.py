@@ -1,8 +1,8 @@
 """The benchmark's network, once per framework: 2 convolutions with batch normalization, 2 linear layers.
 
 Conv(1, 16) - BN - LIF - pool - Conv(16, 32) - BN - LIF - pool - Linear(1568, 128) - LIF - Linear(128, 10);
-3x3 convolutions, 2x2 max pooling. Pixels go in as constant current; the class scores are the last layer's output,
-averaged over time.
+3x3 convolutions, 2x2 max pooling. Pixels go in as constant current; the class scores are the last layer's
+output, averaged over time.
 """
 
 from torch import nn

@@ -30,16 +30,13 @@ class Case:
         return Feed(find_adapter(self.model), self.x, self.timesteps)
 
 
-def fired(case: Case) -> dict[str, bool]:
-    """Which neuron populations fire on the case's batch."""
+def firing_rates(case: Case) -> dict[str, float]:
+    """Spikes per neuron and timestep of every population, on the case's batch."""
     adapter = find_adapter(case.model)
-    seen: dict[str, bool] = {}
+    spikes: dict[str, list[Tensor]] = {}
 
     def listen(name: str) -> Callable[[Tensor, Tensor | None], None]:
-        def observe(spikes: Tensor, _: Tensor | None) -> None:
-            seen[name] = seen.get(name, False) or bool(spikes.any())
-
-        return observe
+        return lambda s, _: spikes.setdefault(name, []).append((s != 0).double().mean())
 
     stops = [adapter.observe(n, listen(name), membrane=False) for name, n in adapter.neurons(case.model).items()]
     with torch.no_grad():
@@ -47,11 +44,11 @@ def fired(case: Case) -> dict[str, bool]:
     for stop in stops:
         stop()
     adapter.reset(case.model)
-    return seen
+    return {name: float(torch.stack(steps).mean()) for name, steps in spikes.items()}
 
 
 def liven(case: Case) -> Case:
-    """Settle batch normalization on the batch, then scale weights up until every population fires."""
+    """Settle batch normalization on the batch, then scale weights up until every population fires well."""
     adapter = find_adapter(case.model)
     norms = [m for m in case.model.modules() if isinstance(m, _BatchNorm)]
     for norm in norms:
@@ -67,12 +64,12 @@ def liven(case: Case) -> Case:
     for norm in norms:
         norm.momentum = 0.1
     for _ in range(12):
-        if all(fired(case).values()):
+        if min(firing_rates(case).values()) > 0.1:
             return case
         with torch.no_grad():
             for module in case.model.modules():
                 if isinstance(module, WEIGHT_LAYERS):
-                    module.weight *= 1.6
+                    module.weight *= 1.4
                     if module.bias is not None:
                         module.bias.abs_()
     return case

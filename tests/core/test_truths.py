@@ -16,7 +16,7 @@ from snncompress import SilentNeuronsWarning
 from snncompress.data import Feed
 from snncompress.edits import RemoveChannels
 from tests.equivalence import largest_difference, outputs, same, silenced, snapshot
-from tests.networks import Case, fired, snntorch_cases, spikingjelly_cases
+from tests.networks import Case, firing_rates, snntorch_cases, spikingjelly_cases
 
 CRITERIA = ["svs", "sca", "magnitude", "random", "firing_rate"]
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -62,7 +62,7 @@ def test_the_generated_networks_fire_and_pruning_them_shows(cases: object) -> No
     def run(case: Case) -> None:
         nonlocal alive, changed, total
         total += 1
-        alive += all(fired(case).values())
+        alive += min(firing_rates(case).values()) > 0
         before, after = outputs(case.model, case.feed), outputs(prune(case, ratio=0.5), case.feed)
         changed += any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

@@ -1,0 +1,135 @@
+"""Compress a spiking network in one call: prune its channels, quantize its weights, fine-tune, measure.
+
+    python examples/01_apply.py [--framework spikingjelly|snntorch]
+
+The data are real scans of handwritten digits, 8x8 pixels, that come with scikit-learn.
+"""
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import snncompress
+
+T = 4  # timesteps: every image is fed as constant current for this long
+
+
+def spikingjelly_network() -> nn.Module:
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
+
+    def lif() -> nn.Module:
+        return neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), detach_reset=True)
+
+    net = nn.Sequential(
+        layer.Conv2d(1, 32, 3, padding=1, bias=False), layer.BatchNorm2d(32), lif(), layer.MaxPool2d(2),
+        layer.Conv2d(32, 64, 3, padding=1, bias=False), layer.BatchNorm2d(64), lif(), layer.MaxPool2d(2),
+        layer.Flatten(),
+        layer.Linear(64 * 2 * 2, 128), lif(),
+        layer.Linear(128, 10),
+    )  # fmt: skip
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def snntorch_network() -> nn.Module:
+    import snntorch as snn
+    from snntorch import surrogate
+
+    def lif() -> nn.Module:
+        return snn.Leaky(beta=0.5, spike_grad=surrogate.atan(), init_hidden=True)
+
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), lif(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), lif(), nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 2 * 2, 128), lif(),
+        nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def spikingjelly_accuracy(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    from spikingjelly.activation_based import functional
+
+    net.eval()
+    functional.reset_net(net)
+    with torch.no_grad():
+        scores = net(x.repeat(T, 1, 1, 1, 1)).mean(0)
+    functional.reset_net(net)
+    return (scores.argmax(1) == y).float().mean().item()
+
+
+def snntorch_accuracy(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    from snntorch import utils
+
+    net.eval()
+    utils.reset(net)
+    with torch.no_grad():
+        scores = torch.stack([net(x) for _ in range(T)]).mean(0)
+    utils.reset(net)
+    return (scores.argmax(1) == y).float().mean().item()
+
+
+FRAMEWORKS = {
+    "spikingjelly": (spikingjelly_network, spikingjelly_accuracy),
+    "snntorch": (snntorch_network, snntorch_accuracy),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--framework", choices=FRAMEWORKS, default="spikingjelly")
+    network, accuracy = FRAMEWORKS[parser.parse_args().framework]
+    torch.set_num_threads(1)  # networks this small train fastest in one thread
+    torch.manual_seed(0)
+
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # [1797, 1, 8, 8] in [0, 1]
+    y = torch.tensor(digits.target)
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+    train = DataLoader(TensorDataset(x_train, y_train), batch_size=64, shuffle=True)
+
+    # A trained network to begin with. This is a plain Adam loop; a training loop of your own does as well.
+    dense = network()
+    snncompress.finetune(dense, train, epochs=10, timesteps=T, lr=2e-3, progress=True)
+
+    # 60 % of the channels go, those with the simplest spike maps first; the weights that stay get 4 bits.
+    # `dense` stays as it is; `small` is a network of the same framework, to be used and trained as before.
+    small = snncompress.apply(
+        dense, criterion="svs", ratio=0.6, bits=4, data=train, timesteps=T, progress=True
+    )
+    pruned = accuracy(small, x_test, y_test)
+    snncompress.finetune(small, train, epochs=10, timesteps=T, lr=2e-3, progress=True)
+
+    before, after = (snncompress.profile(net, x_test, timesteps=T) for net in (dense, small))
+    table = Table(title=f"svs, ratio 0.6, 4 bits: {type(small).__name__} on {len(x_test)} test digits")
+    for column, justify in (
+        ("", "left"),
+        ("before", "right"),
+        ("after", "right"),
+        ("after / before", "right"),
+    ):
+        table.add_column(column, justify=justify)
+    first, last = accuracy(dense, x_test, y_test), accuracy(small, x_test, y_test)
+    table.add_row("accuracy", f"{first:.1%}", f"{last:.1%}", f"{100 * (last - first):+.1f} points")
+    for label, name, form in (
+        ("parameters", "n_params", "{:,}"),
+        ("size (MB)", "size_mb", "{:.4f}"),
+        ("SynOps: AC / sample", "n_ac", "{:,.0f}"),
+        ("SynOps: MAC / sample", "n_mac", "{:,.0f}"),
+        ("energy (pJ / sample)", "energy_pj", "{:,.0f}"),
+        ("firing rate (spikes / neuron / step)", "firing_rate", "{:.3f}"),
+    ):
+        a, b = getattr(before, name), getattr(after, name)
+        table.add_row(label, form.format(a), form.format(b), f"{b / a:.2f}")
+    Console().print(table)
+    print(f"Right after apply(), before fine-tuning, the accuracy was {pruned:.1%}.")
+
+
+if __name__ == "__main__":
+    main()

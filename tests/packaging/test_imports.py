@@ -1,0 +1,149 @@
+"""Who may import whom, and what `import snncompress` costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import snncompress
+from snncompress import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = sorted((ROOT / "snncompress").rglob("*.py"))
+PACKAGES = sorted([*(ROOT / "plugins").glob("snncompress_*"), *(ROOT / "adapters").glob("snncompress_*")])
+FRAMEWORKS = {"spikingjelly", "snntorch"}
+HEAVY = FRAMEWORKS | {"brevitas", "matplotlib", "sklearn", "scipy", "pandas", "torchvision", "torchaudio"}
+ALL_PLUGINS = "; ".join(f"import {path.name}" for path in PACKAGES)
+
+
+def imported_by(statements: str, *, absent: set[str] = frozenset()) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded; those in ``absent`` can't be imported there."""
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)!r}))\n{statements}\n"
+        "print(' '.join({n.partition('.')[0] for n, m in sys.modules.items() if m is not None}))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statements",
+    ["import snncompress", "import snncompress; snncompress.criteria()", ALL_PLUGINS],
+    ids=["core", "looking names up", "all plugins and adapters"],
+)
+def test_importing_loads_neither_frameworks_nor_anything_heavy(statements: str) -> None:
+    assert imported_by(statements) & HEAVY == set()
+
+
+def test_everything_imports_and_loads_where_the_frameworks_are_missing() -> None:
+    check = "import snncompress; assert all(p.status == 'loaded' for p in snncompress.plugins()), snncompress.plugins()"
+    imported_by(f"{ALL_PLUGINS}; {check}", absent=FRAMEWORKS | {"torchvision", "torchaudio", "sklearn", "matplotlib"})
+
+
+def test_the_probe_sees_what_is_loaded() -> None:
+    assert "sqlite3" in imported_by("import sqlite3.dbapi2")
+
+
+def imports(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(module, names) of every import, wherever in the source; names is empty for ``import module``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, ()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), tuple(alias.name for alias in node.names)
+
+
+def core_trespasses(source: str) -> list[str]:
+    """Imports that the core must not have: a framework or a plugin."""
+    tops = [module.partition(".")[0] for module, _ in imports(source)]
+    return [top for top in tops if top in FRAMEWORKS or top.startswith("snncompress_")]
+
+
+def plugin_trespasses(source: str, package: str) -> list[str]:
+    """Imports that a plugin must not have: private parts of snncompress, another plugin, a parent folder."""
+    wrong = []
+    for module, names in imports(source):
+        top = module.partition(".")[0]
+        if module == "snncompress":
+            wrong += [f"{module}.{name}" for name in names if name not in snncompress.__all__]
+        elif top == "snncompress" or module.startswith("..") or (top.startswith("snncompress_") and top != package):
+            wrong.append(module)
+    return wrong
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+def test_the_core_knows_no_framework_and_no_plugin(path: Path) -> None:
+    assert core_trespasses(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda p: p.name)
+def test_a_plugin_takes_only_the_public_road(path: Path) -> None:
+    for file in sorted(path.rglob("*.py")):
+        assert plugin_trespasses(file.read_text(), path.name) == [], file
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import snntorch", "def f():\n    from spikingjelly.activation_based import neuron", "import snncompress_svs as s"],
+)
+def test_a_trespass_of_the_core_is_seen(source: str) -> None:
+    assert core_trespasses(source) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from snncompress.network import trace",
+        "import snncompress.plan",
+        "def f():\n    from snncompress import recording",
+        "from snncompress_sca import SCA",
+        "from ..snncompress_sca import SCA",
+    ],
+)
+def test_a_trespass_of_a_plugin_is_seen(source: str) -> None:
+    assert plugin_trespasses(source, "snncompress_svs") != []
+
+
+def test_what_is_exported_is_what_is_there() -> None:
+    public = {
+        name
+        for name, value in vars(snncompress).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert len(set(snncompress.__all__)) == len(snncompress.__all__)
+    assert set(snncompress.__all__) == public | {"__version__"}
+
+
+def test_every_error_and_warning_is_exported() -> None:
+    raised = {
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, Exception) and value.__module__ == errors.__name__
+    }
+    assert raised <= set(snncompress.__all__)
+    assert all(getattr(snncompress, name) is getattr(errors, name) for name in raised)
+
+
+def test_every_error_has_one_base_and_its_natural_one() -> None:
+    own = [v for v in vars(errors).values() if inspect.isclass(v) and issubclass(v, Exception)]
+    assert all(issubclass(e, snncompress.SNNCompressError) != issubclass(e, Warning) for e in own)
+    assert issubclass(snncompress.OptionError, ValueError)
+    assert issubclass(snncompress.UnknownNameError, LookupError)
+
+
+def test_what_is_exported_is_documented() -> None:
+    undocumented = [
+        name
+        for name in snncompress.__all__
+        if (inspect.isclass(getattr(snncompress, name)) or inspect.isfunction(getattr(snncompress, name)))
+        and not inspect.getdoc(getattr(snncompress, name))
+    ]
+    assert undocumented == []
