@@ -150,7 +150,14 @@ def job_criterion(criterion: str, ratio: float, seed: int) -> tuple[float, float
     """Accuracy after pruning, and after the fine-tuning that every criterion gets."""
     calibration = loader(*some(DATA["train"], CALIBRATION, seed), shuffle=False)
     small = snncompress.apply(
-        dense("spikingjelly"), criterion, ratio, data=calibration, timesteps=T, seed=seed, progress=False
+        dense("spikingjelly"),
+        criterion,
+        ratio,
+        None,
+        data=calibration,
+        timesteps=T,
+        seed=seed,
+        progress=False,
     )
     pruned = accuracy(small, DATA["test"])
     tune(small, some(DATA["train"], SUBSET, 0), 1, seed)

@@ -103,32 +103,26 @@ def main() -> None:
     small = snncompress.apply(
         dense, criterion="svs", ratio=0.6, bits=4, data=train, timesteps=T, progress=True
     )
-    pruned = accuracy(small, x_test, y_test)
     snncompress.finetune(small, train, epochs=10, timesteps=T, lr=2e-3, progress=True)
 
+    dense_accuracy, small_accuracy = accuracy(dense, x_test, y_test), accuracy(small, x_test, y_test)
     before, after = (snncompress.profile(net, x_test, timesteps=T) for net in (dense, small))
-    table = Table(title=f"svs, ratio 0.6, 4 bits: {type(small).__name__} on {len(x_test)} test digits")
-    for column, justify in (
-        ("", "left"),
-        ("before", "right"),
-        ("after", "right"),
-        ("after / before", "right"),
-    ):
-        table.add_column(column, justify=justify)
-    first, last = accuracy(dense, x_test, y_test), accuracy(small, x_test, y_test)
-    table.add_row("accuracy", f"{first:.1%}", f"{last:.1%}", f"{100 * (last - first):+.1f} points")
-    for label, name, form in (
-        ("parameters", "n_params", "{:,}"),
-        ("size (MB)", "size_mb", "{:.4f}"),
-        ("SynOps: AC / sample", "n_ac", "{:,.0f}"),
-        ("SynOps: MAC / sample", "n_mac", "{:,.0f}"),
-        ("energy (pJ / sample)", "energy_pj", "{:,.0f}"),
-        ("firing rate (spikes / neuron / step)", "firing_rate", "{:.3f}"),
-    ):
-        a, b = getattr(before, name), getattr(after, name)
-        table.add_row(label, form.format(a), form.format(b), f"{b / a:.2f}")
+    rows = {
+        "parameters": ("{:,}", before.n_params, after.n_params),
+        "size (MB)": ("{:.4f}", before.size_mb, after.size_mb),
+        "SynOps: AC / sample": ("{:,.0f}", before.n_ac, after.n_ac),
+        "SynOps: MAC / sample": ("{:,.0f}", before.n_mac, after.n_mac),
+        "energy (nJ / sample)": ("{:,.1f}", before.energy_pj / 1e3, after.energy_pj / 1e3),
+        "firing rate (spikes / neuron / step)": ("{:.3f}", before.firing_rate, after.firing_rate),
+    }
+    table = Table("", title=f"svs, ratio 0.6, 4 bits, on {len(x_test)} test digits")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right")
+    change = f"{100 * (small_accuracy - dense_accuracy):+.1f} points"
+    table.add_row("accuracy", f"{dense_accuracy:.1%}", f"{small_accuracy:.1%}", change)
+    for label, (form, a, b) in rows.items():
+        table.add_row(label, form.format(a), form.format(b), f"× {b / a:.2f}")
     Console().print(table)
-    print(f"Right after apply(), before fine-tuning, the accuracy was {pruned:.1%}.")
 
 
 if __name__ == "__main__":

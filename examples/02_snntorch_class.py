@@ -38,27 +38,25 @@ class Net(nn.Module):
 
 
 def run(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The class reads its scores from the output membranes, [T, N, 10]: they say more than a few spikes do."""
-    return model(batch[0])[1]
+    return model(batch[0])[1]  # scores are the output membranes, [T, N, 10]: they say more than few spikes
 
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-x, y = load_digits(return_X_y=True)
-parts = train_test_split(
-    torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y), random_state=0, stratify=y
-)
-x_train, x_test, y_train, y_test = parts
+pixels, labels = load_digits(return_X_y=True)
+x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
+x_train, x_test, y_train, y_test = train_test_split(x, y, random_state=0, stratify=y)
 train = DataLoader(TensorDataset(x_train, y_train), batch_size=64, shuffle=True)
 
-dense = snncompress.finetune(Net(), train, epochs=10, forward=run)
-# All three layers' neurons are linear, so every layer but the classifier may lose outputs: skip says what stays.
-skip = {"prune": [], "quantize": ["fc3"]}
-small = snncompress.apply(dense, "svs", 0.5, bits=4, data=train, forward=run, skip=skip)
-snncompress.finetune(small, train, epochs=5, forward=run)
+dense = snncompress.finetune(Net(), train, epochs=10, lr=1e-2, forward=run)
 
-with torch.no_grad():
-    for name, net in (("dense", dense), ("small", small)):
-        right = run(net.eval(), (x_test, y_test)).mean(0).argmax(1) == y_test
-        print(f"{name}: {right.float().mean():.1%} of the test digits; {net.fc1}, {net.fc2}")
+# skip=None would keep fc2 whole, the classifier's input. Here only the classifier stays as it is.
+small = snncompress.apply(dense, "svs", ratio=0.5, bits=4, data=train, forward=run, skip=["fc3"])
+snncompress.finetune(small, train, epochs=10, lr=1e-2, forward=run)
+
 print(snncompress.compare({"dense": dense, "small": small}, (x_test, y_test), forward=run))
+for name, net in (("dense", dense), ("small", small)):
+    with torch.no_grad():
+        right = run(net.eval(), (x_test, y_test)).mean(0).argmax(1) == y_test
+    widths = [layer.out_features for layer in (net.fc1, net.fc2, net.fc3)]
+    print(f"{name}: {right.float().mean():.1%} of the test digits, widths {widths}")

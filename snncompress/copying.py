@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .interfaces import Adapter
+from .parametrizations import separate_classes
 
 
 def private_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -19,6 +20,7 @@ def private_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _graph_tensors(model)}
     result: nn.Module = copy.deepcopy(model, memo)
+    separate_classes(result)
     adapter.reset(result)
     return result
 

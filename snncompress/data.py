@@ -36,7 +36,9 @@ class Feed:
     def __init__(
         self, adapter: Adapter, data: Any, timesteps: int | None = None, forward: Forward | None = None
     ) -> None:
-        if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
+        if timesteps is not None and (
+            isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1
+        ):
             raise DataError(f"timesteps must be None or a whole number of at least 1, not {timesteps!r}.")
         if timesteps is not None and forward is not None:
             raise DataError("Give timesteps or forward, not both: forward drives the steps itself.")
@@ -50,7 +52,9 @@ class Feed:
             empty = False
             yield self._checked(raw, number)
         if empty:
-            raise DataError("The data hold no batch. If this is an iterator that was used up, pass a list or a DataLoader.")
+            raise DataError(
+                "The data hold no batch. If this is an iterator that was used up, pass a list or a DataLoader."
+            )
 
     def __call__(self, model: nn.Module, batch: Batch) -> Any:
         """Reset the neurons, run the batch, return the model's output."""
@@ -62,7 +66,11 @@ class Feed:
         except SNNCompressError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            what = f"shape {list(batch.x.shape)}" if isinstance(batch.x, Tensor) else f"type {type(batch.x).__name__}"
+            what = (
+                f"shape {list(batch.x.shape)}"
+                if isinstance(batch.x, Tensor)
+                else f"type {type(batch.x).__name__}"
+            )
             fed = (
                 "by forward=" if self.forward is not None
                 else f"with timesteps={self.timesteps} (constant current)" if self.timesteps is not None
@@ -107,7 +115,7 @@ class Feed:
         if isinstance(x, Tensor):
             if x.numel() == 0:
                 raise DataError(f"Batch {number} is empty: shape {list(x.shape)}.")
-            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            if x.is_floating_point() and not x.is_meta and not bool(torch.isfinite(x).all()):
                 raise DataError(f"Batch {number} holds NaN or infinite values. Clean the data first.")
         return Batch(x, y, raw)
 

@@ -88,7 +88,9 @@ class RemoveChannels(Edit):
             if piece.side == "neuron":
                 continue
             if not prunable_type(module):
-                raise PlanError(f"{piece.module} is a {type(module).__name__}, from which channels can't be removed.")
+                raise PlanError(
+                    f"{piece.module} is a {type(module).__name__}, from which channels can't be removed."
+                )
             found = width(module, piece.side)
             if found != piece.width:
                 raise PlanError(
@@ -97,7 +99,9 @@ class RemoveChannels(Edit):
                 )
             bad = [i for i in piece.indices if not 0 <= i < piece.width]
             if bad or len(set(piece.indices)) != len(piece.indices):
-                raise PlanError(f"{piece.module} has no channel {bad[0]}." if bad else f"{piece.module}: an index twice.")
+                raise PlanError(
+                    f"{piece.module} has no channel {bad[0]}." if bad else f"{piece.module}: an index twice."
+                )
             if len(piece.indices) >= piece.width:
                 raise PlanError(f"The plan would remove all {piece.width} channels of {piece.module}.")
 
@@ -208,7 +212,9 @@ def _find(model: nn.Module, name: str, why: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise PlanError(f"{type(model).__name__} has no module {name!r}; {why}. Is it another architecture?") from error
+        raise PlanError(
+            f"{type(model).__name__} has no module {name!r}; {why}. Is it another architecture?"
+        ) from error
 
 
 def survivors(size: int, indices: tuple[int, ...]) -> Tensor:

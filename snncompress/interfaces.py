@@ -75,7 +75,7 @@ class Criterion(_Plugin):
     granularity: ClassVar[Granularity] = "channel"
     needs: ClassVar[frozenset[Signal]] = frozenset()
 
-    def begin(self, layer: Layer) -> Any:  # noqa: B027 - optional by design
+    def begin(self, layer: Layer) -> Any:
         """The empty state of one layer."""
 
     def observe(self, layer: Layer, state: Any, spikes: Tensor, membrane: Tensor | None) -> Any:

@@ -78,7 +78,9 @@ def without(groups: list[ChannelGroup], which: int, removed: Tensor) -> list[Cha
             members = tuple(m.without(removed) for m in group.members)
             result.append(ChannelGroup(members, group.size - len(removed), group.blocks))
         else:
-            members = tuple(m.shifted(gone[m.module, m.side]) if (m.module, m.side) in gone else m for m in group.members)
+            members = tuple(
+                m.shifted(gone[m.module, m.side]) if (m.module, m.side) in gone else m for m in group.members
+            )
             result.append(ChannelGroup(members, group.size, group.blocks))
     return result
 

@@ -71,6 +71,18 @@ def bare(module: nn.Module) -> Iterator[None]:
             parametrize.register_parametrization(module, "weight", wrapper)
 
 
+def separate_classes(model: nn.Module) -> None:
+    """Give every parametrized module of a deep copy a class of its own.
+
+    torch hangs a parametrization on the module's class, which deep copies share: removing it from one would break
+    the others.
+    """
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
+
 def _chain(module: nn.Module) -> list[nn.Module]:
     if not parametrize.is_parametrized(module, "weight"):
         return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -92,12 +91,16 @@ def apply(
         torch.manual_seed(seed)
         work = private_copy(model, found)
         if data is None:
-            feed = synthetic_feed(work, found, timesteps, forward, needs_labels=_needs_labels(chosen, finetune))
+            feed = synthetic_feed(
+                work, found, timesteps, forward, needs_labels=_needs_labels(chosen, finetune)
+            )
         else:
             feed = Feed(found, data, timesteps, forward)
             feed.check_against(work)
             if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
-                raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")
+                raise DataError(
+                    f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N]."
+                )
         network = trace(work, found, feed.example())
         quantizable = _weight_layers(work)
         skips = resolve_skip(skip, network, quantizable)
@@ -137,7 +140,9 @@ def apply(
     return work
 
 
-def _quantize(model: nn.Module, quantizer: Quantizer, widths: dict[str, int | None], skips: Skips) -> list[Edit]:
+def _quantize(
+    model: nn.Module, quantizer: Quantizer, widths: dict[str, int | None], skips: Skips
+) -> list[Edit]:
     edits: list[Edit] = []
     for name, bits in widths.items():
         if bits is not None and name not in skips.quantize:
@@ -149,7 +154,12 @@ def _quantize(model: nn.Module, quantizer: Quantizer, widths: dict[str, int | No
 
 
 def _prune(
-    model: nn.Module, adapter: Adapter, todo: list[Target], scores: dict[str, Any], schedule: Scheduler, step: int
+    model: nn.Module,
+    adapter: Adapter,
+    todo: list[Target],
+    scores: dict[str, Any],
+    schedule: Scheduler,
+    step: int,
 ) -> list[Edit]:
     edits: list[Edit] = []
     for number, target in enumerate(todo):

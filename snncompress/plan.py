@@ -73,7 +73,9 @@ class Plan:
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
-                raise PlanError(f"Plan format {data['format']!r} is unknown to this version, which reads {FORMAT}. Upgrade.")
+                raise PlanError(
+                    f"Plan format {data['format']!r} is unknown to this version, which reads {FORMAT}. Upgrade."
+                )
             edits = tuple(edit_from_dict(e) for e in data["edits"])
             return cls(edits, dict(data["whole"]), dict(data["origin"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -93,7 +93,9 @@ def _restore(modes: dict[nn.Module, bool]) -> None:
         module.training = mode
 
 
-def _observer(neuron: str, scorers: list[_Scorer], fired: dict[str, bool]) -> Callable[[Tensor, Tensor | None], None]:
+def _observer(
+    neuron: str, scorers: list[_Scorer], fired: dict[str, bool]
+) -> Callable[[Tensor, Tensor | None], None]:
     fired[neuron] = False
 
     def observe(spikes: Tensor, membrane: Tensor | None) -> None:
@@ -154,11 +156,17 @@ class _Scorer:
             scores = self._guarded(self.criterion.score, layer, self._state)
         where = f"Criterion {self.criterion.name!r}, layer {layer.name}"
         if not isinstance(scores, Tensor):
-            raise PluginError(f"{where}: score() must return a tensor [{layer.channels}], not {type(scores).__name__}.")
+            raise PluginError(
+                f"{where}: score() must return a tensor [{layer.channels}], not {type(scores).__name__}."
+            )
         if scores.shape != (layer.channels,):
-            raise PluginError(f"{where}: score() must return one score per output channel, [{layer.channels}], not {list(scores.shape)}.")
+            raise PluginError(
+                f"{where}: score() must return one score per output channel, [{layer.channels}], not {list(scores.shape)}."
+            )
         if not bool(torch.isfinite(scores).all()):
-            raise PluginError(f"{where}: scores hold NaN or infinite values. Check for a division by zero, a silent layer or a diverged model.")
+            raise PluginError(
+                f"{where}: scores hold NaN or infinite values. Check for a division by zero, a silent layer or a diverged model."
+            )
         return scores.detach().double().cpu()
 
     def _guarded(self, method: Callable[..., Any], *args: Any) -> Any:

@@ -59,7 +59,9 @@ def trace(model: nn.Module, adapter: Adapter, run: Run) -> Network:
     fed_by = {name: _upstream(calls.inputs[name], calls.named(weights)) for name in layers}
     visible = _upstream([o.grad_fn for o in outputs], calls.named(weights))
     consumed = set().union(*fed_by.values()) if fed_by else set()
-    last = [n for n in layers if n in visible and n not in consumed] or [n for n in layers if n in visible][-1:]
+    last = [n for n in layers if n in visible and n not in consumed] or [n for n in layers if n in visible][
+        -1:
+    ]
     stops = calls.named({**weights, **neurons})
     driven_by = {n: _upstream(calls.inputs[n], stops) for n in neurons if n in calls.inputs}
     network = Network(
@@ -249,7 +251,9 @@ def _add_groups(
             network.whole[layer] = str(reason)
             continue
         except Exception as error:  # torch-pruning gives up in many ways; each means: don't touch this layer
-            network.whole[layer] = f"its channels can't be followed ({type(error).__name__} in torch-pruning: {error})"
+            network.whole[layer] = (
+                f"its channels can't be followed ({type(error).__name__} in torch-pruning: {error})"
+            )
             continue
         outs = group.names("out")
         weight_outs = [n for n in outs if n in network.layers]
@@ -274,7 +278,11 @@ def _why_whole(network: Network, group: ChannelGroup, outs: list[str], exposed: 
     if not group.names("in"):
         return "no layer that takes these channels in could be traced"
     if group.size // group.blocks < 2:
-        return "it has a single channel" if group.blocks == 1 else f"each of its {group.blocks} groups has one channel"
+        return (
+            "it has a single channel"
+            if group.blocks == 1
+            else f"each of its {group.blocks} groups has one channel"
+        )
     return ""
 
 
@@ -300,7 +308,9 @@ def _group(
             continue
         if name not in neurons and not prunable_type(target):
             continue
-        side: Side = "neuron" if name in neurons else "out" if graph.is_out_channel_pruning_fn(handler) else "in"
+        side: Side = (
+            "neuron" if name in neurons else "out" if graph.is_out_channel_pruning_fn(handler) else "in"
+        )
         member = Member(name, side, _index(item.idxs, item.root_idxs, size), neurons.get(name, 0))
         if members.setdefault((name, side), member) is not member:
             raise _Unfit(f"{name} takes its channels in twice")
@@ -309,7 +319,9 @@ def _group(
         raise _Unfit(f"it is coupled with convolutions of different group counts ({sorted(blocks - {1})})")
     for probe in {0, size // 2}:  # channels of one layer that are tied to each other
         alone = graph.get_pruning_group(module, pruner.prune_out_channels, [probe])
-        own = next(i.idxs for i in alone if i.dep.target.module is module and i.dep.handler == group[0].dep.handler)
+        own = next(
+            i.idxs for i in alone if i.dep.target.module is module and i.dep.handler == group[0].dep.handler
+        )
         if sorted(set(own)) != [probe]:
             raise _Unfit("its channels are tied to one another")
     return ChannelGroup(tuple(members.values()), size, max(blocks))

@@ -49,7 +49,9 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
                 network.whole.update({n: why for n in group.names("out") if n in network.layers})
         why = _difference(model, adapter, run, sound) if sound else None
     if why is not None:  # sound one by one, not together: nothing is safe
-        network.whole.update({n: why for group, _ in sound for n in group.names("out") if n in network.layers})
+        network.whole.update(
+            {n: why for group, _ in sound for n in group.names("out") if n in network.layers}
+        )
         sound = []
     network.groups = [group for group, _ in sound]
 

@@ -38,7 +38,9 @@ def firing_rates(case: Case) -> dict[str, float]:
     def listen(name: str) -> Callable[[Tensor, Tensor | None], None]:
         return lambda s, _: spikes.setdefault(name, []).append((s != 0).double().mean())
 
-    stops = [adapter.observe(n, listen(name), membrane=False) for name, n in adapter.neurons(case.model).items()]
+    stops = [
+        adapter.observe(n, listen(name), membrane=False) for name, n in adapter.neurons(case.model).items()
+    ]
     with torch.no_grad():
         case.feed(case.model, case.feed.first())
     for stop in stops:
@@ -110,7 +112,9 @@ def spikingjelly_cases(draw: st.DrawFn) -> Case:
         if residual != "none":
             body = [layer.Conv2d(after, after, 3, padding=1, bias=False), layer.BatchNorm2d(after)]
             sew = residual == "spikes"
-            parts.append(Residual(nn.Sequential(*body, *([fire()] if sew else [])), nn.Identity() if sew else fire()))
+            parts.append(
+                Residual(nn.Sequential(*body, *([fire()] if sew else [])), nn.Identity() if sew else fire())
+            )
         pool = draw(st.sampled_from(["none", "max", "avg"]))
         if pool != "none" and size > 2:
             parts.append(layer.MaxPool2d(2) if pool == "max" else layer.AvgPool2d(2))

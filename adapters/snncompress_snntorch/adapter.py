@@ -25,7 +25,8 @@ class SNNTorchAdapter(Adapter):
     def is_neuron(self, module: nn.Module) -> bool:
         """SpikingNeuron in the class's ancestry."""
         return any(
-            c.__module__ == "snntorch._neurons.neurons" and c.__name__ == "SpikingNeuron" for c in type(module).__mro__
+            c.__module__ == "snntorch._neurons.neurons" and c.__name__ == "SpikingNeuron"
+            for c in type(module).__mro__
         )
 
     def reset(self, model: nn.Module) -> None:

@@ -8,5 +8,5 @@ __all__ = ["SpikingJellyAdapter"]
 
 
 @hookimpl
-def register_adapters(register):  # type: ignore[no-untyped-def]  # noqa: D103
+def register_adapters(register):  # type: ignore[no-untyped-def]
     register(SpikingJellyAdapter)

@@ -76,7 +76,9 @@ class SpikingJellyAdapter(Adapter):
 
     def remove_channels(self, neuron: nn.Module, indices: list[int], axis: int) -> None:
         """Most neurons have scalar parameters, so nothing to remove; those that hold layers can't be shrunk."""
-        layers = [name for name, child in neuron.named_children() if next(child.parameters(), None) is not None]
+        layers = [
+            name for name, child in neuron.named_children() if next(child.parameters(), None) is not None
+        ]
         if layers:
             raise ModelError(
                 f"{type(neuron).__name__} holds layers of its own ({', '.join(layers)}), so its channels stay."
@@ -104,7 +106,9 @@ def _derives(module: nn.Module, where: str, names: tuple[str, ...]) -> bool:
 
 
 def _is_memory(module: nn.Module) -> bool:
-    return _derives(module, "base", ("MemoryModule",)) or _derives(module, "neuron.base_node", ("NonSpikingBaseNode",))
+    return _derives(module, "base", ("MemoryModule",)) or _derives(
+        module, "neuron.base_node", ("NonSpikingBaseNode",)
+    )
 
 
 def _is_multi_step(module: nn.Module) -> bool:

@@ -179,7 +179,13 @@ def test_original_untouched_when_apply_raises_halfway(make: object, stage: str) 
     expected = KeyboardInterrupt if stage == "finetune" else snncompress.PluginError
     with pytest.raises(expected):
         snncompress.apply(
-            case.model, Broken(), 0.5, 4, data=case.x, timesteps=4, finetune=tune if stage == "finetune" else None
+            case.model,
+            Broken(),
+            0.5,
+            4,
+            data=case.x,
+            timesteps=4,
+            finetune=tune if stage == "finetune" else None,
         )
     assert same(before, snapshot(case.model))
 

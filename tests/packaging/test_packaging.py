@@ -64,7 +64,10 @@ def test_the_wheel_holds_the_packages_at_its_top_and_nothing_else(wheel: zipfile
 
 
 def test_the_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
-    packages = [ROOT / "snncompress", *(p for h in ("plugins", "adapters") for p in (ROOT / h).glob("snncompress_*"))]
+    packages = [
+        ROOT / "snncompress",
+        *(p for h in ("plugins", "adapters") for p in (ROOT / h).glob("snncompress_*")),
+    ]
     sources = {file.relative_to(p.parent).as_posix() for p in packages for file in p.rglob("*.py")}
     assert {name for name in wheel.namelist() if name.endswith(".py")} == sources
 
@@ -89,7 +92,11 @@ def test_what_is_installed_is_what_pyproject_says(project: dict) -> None:
 
 
 def test_every_plugin_of_ours_loads(project: dict) -> None:
-    ours = {r.name: (r.status, r.error) for r in snncompress.plugins() if r.distribution.startswith("snncompress 0")}
+    ours = {
+        r.name: (r.status, r.error)
+        for r in snncompress.plugins()
+        if r.distribution.startswith("snncompress 0")
+    }
     assert ours == dict.fromkeys(project["entry-points"][GROUP], ("loaded", ""))
 
 

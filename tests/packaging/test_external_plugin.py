@@ -1,0 +1,101 @@
+"""examples/external_plugin: an outsider's distribution, built, installed, found and used."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "external_plugin"
+SOURCE = EXAMPLE / "snncompress_peak" / "__init__.py"
+
+USE = """
+import json, torch, snncompress
+from snncompress.testing import check_criterion
+from torch import nn
+{neurons}
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), neuron(), nn.Linear(6, 6), neuron(), nn.Linear(6, 3))
+
+x = torch.rand(5, 4)
+small = snncompress.apply(model(), criterion="peak", ratio=0.5, skip=[], data=x, timesteps=3)
+(entry,) = [e for e in snncompress.criteria() if e.name == "peak"]
+check_criterion(entry.cls())
+print(json.dumps({{
+    "records": [[r.name, r.distribution, r.status, r.error] for r in snncompress.plugins()],
+    "peak": [entry.distribution, entry.summary],
+    "criterion": snncompress.plan_of(small).origin["criterion"],
+    "weights": [list(p.shape) for p in small.parameters() if p.dim() == 2],
+}}))
+"""
+FRAMEWORKS = {
+    "spikingjelly": "from spikingjelly.activation_based.neuron import LIFNode as neuron",
+    "snntorch": "import functools, snntorch\nneuron = functools.partial(snntorch.Leaky, beta=0.9, init_hidden=True)",
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the example installed from a wheel that was built without the network."""
+    target = tmp_path_factory.mktemp("site")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+    ]
+    done = subprocess.run(
+        [*command, "--disable-pip-version-check", "--target", str(target), str(EXAMPLE)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_example_is_found_and_prunes(site: Path, framework: str) -> None:
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", USE.format(neurons=FRAMEWORKS[framework])],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert ["peak", "snncompress-peak 0.1.0", "loaded", ""] in seen["records"]
+    assert {status for _, _, status, _ in seen["records"]} == {"loaded"}
+    assert seen["peak"][0] == "snncompress-peak 0.1.0"
+    assert seen["peak"][1].startswith("The highest membrane potential")
+    assert seen["criterion"] == {"name": "peak", "options": {}}
+    assert seen["weights"] == [[3, 4], [3, 3], [3, 3]]
+
+
+def test_without_the_example_there_is_no_peak() -> None:
+    import snncompress
+
+    assert "peak" not in {entry.name for entry in snncompress.criteria()}
+
+
+def test_the_plugin_is_as_short_as_the_readme_says() -> None:
+    source = SOURCE.read_text()
+    documentation = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    code = [line for i, line in enumerate(source.splitlines(), 1) if line.strip() and i not in documentation]
+    assert len(code) <= 20, "\n".join(code)
