@@ -100,9 +100,7 @@ def main() -> None:
 
     # 60 % of the channels go, those with the simplest spike maps first; the weights that stay get 4 bits.
     # `dense` stays as it is; `small` is a network of the same framework, to be used and trained as before.
-    small = snncompress.apply(
-        dense, criterion="svs", ratio=0.6, bits=4, data=train, timesteps=T, progress=True
-    )
+    small = snncompress.apply(dense, criterion="svs", ratio=0.6, bits=4, data=train, timesteps=T, progress=True)
     snncompress.finetune(small, train, epochs=10, timesteps=T, lr=2e-3, progress=True)
 
     dense_accuracy, small_accuracy = accuracy(dense, x_test, y_test), accuracy(small, x_test, y_test)

@@ -19,9 +19,7 @@ def find_adapter(model: nn.Module, adapter: Adapter | str | None = None) -> Adap
         raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
-        raise ModelError(
-            f"{lazy[0]} is not initialised yet (a lazy layer). Run the model once on a batch first."
-        )
+        raise ModelError(f"{lazy[0]} is not initialised yet (a lazy layer). Run the model once on a batch first.")
     if isinstance(adapter, str):
         candidates: list[Adapter] = [registry().find("adapter", adapter)()]
     else:
@@ -30,9 +28,7 @@ def find_adapter(model: nn.Module, adapter: Adapter | str | None = None) -> Adap
     if len(found) == 1:
         return next(iter(found.values()))[0]
     if found:
-        examples = ", ".join(
-            f"{name} ({framework})" for framework, (_, ns) in found.items() for name in list(ns)[:1]
-        )
+        examples = ", ".join(f"{name} ({framework})" for framework, (_, ns) in found.items() for name in list(ns)[:1])
         raise ModelError(
             f"{type(model).__name__} mixes neurons of several frameworks: {examples}. Compress the parts one by one, "
             f"or pass adapter= to treat it as one framework's model."

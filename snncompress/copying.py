@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .interfaces import Adapter
 from .parametrizations import separate_classes
 
+M = TypeVar("M", bound=nn.Module)
 
-def private_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
+
+def private_copy(model: M, adapter: Adapter) -> M:
     """A deep copy with neurons reset; also of a model whose neurons still hold a live autograd graph.
 
     ``copy.deepcopy`` refuses tensors inside a graph, and resetting the user's model first would change it; so those
     tensors are replaced by detached clones on the way.
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _graph_tensors(model)}
-    result: nn.Module = copy.deepcopy(model, memo)
+    result = copy.deepcopy(model, memo)
     separate_classes(result)
     adapter.reset(result)
     return result

@@ -91,9 +91,7 @@ def fan_out(
         return torch.autograd.grad(total, x)[0][0].round()  # some GPU convolutions are whole only to rounding
 
 
-def count_operations(
-    layer: nn.Module, x: Tensor, conventions: Conventions | str | None = None
-) -> OperationCounts:
+def count_operations(layer: nn.Module, x: Tensor, conventions: Conventions | str | None = None) -> OperationCounts:
     """Operations of ``layer`` on ``x``, in all: not divided by samples.
 
     ``x`` has any number of leading dimensions: [C, H, W], [N, C, H, W] or [T, N, C, H, W] for a 2-D
@@ -117,14 +115,10 @@ def count_operations(
         with torch.no_grad():
             mask, like = _weight(layer), flat[:1]
             output = (
-                F.linear(like, mask)
-                if isinstance(layer, nn.Linear)
-                else _convolve(cast(_ConvNd, layer), like, mask)
+                F.linear(like, mask) if isinstance(layer, nn.Linear) else _convolve(cast(_ConvNd, layer), like, mask)
             )
     except RuntimeError as error:
-        raise DataError(
-            f"{type(layer).__name__} can't take an input of shape {list(x.shape)}: {error}"
-        ) from error
+        raise DataError(f"{type(layer).__name__} can't take an input of shape {list(x.shape)}: {error}") from error
     counter = WeightCounter(layer, resolve_conventions(conventions))
     counter.add(x, (len(flat), *output.shape[1:]))
     return OperationCounts(*counter.totals())
@@ -163,9 +157,7 @@ class WeightCounter:
         mac = 0
         # Decided per run, both are kept: a later batch may still turn a spiking layer into an analog one.
         if not spiking or c.spike_scope == "run":
-            mac = (
-                self._macs(x, output_shape) if c.counting == "exact" else self._dense(x, output_shape) + bias
-            )
+            mac = self._macs(x, output_shape) if c.counting == "exact" else self._dense(x, output_shape) + bias
         if c.counting == "exact":
             self._bias += bias
         self._ac, self._mac = self._ac + ac, self._mac + mac
@@ -276,9 +268,7 @@ def _convolve(layer: _ConvNd, x: Tensor, weight: Tensor, output_shape: Sequence[
             )  # fmt: skip
         return cast(
             Tensor,
-            _CONV_TRANSPOSE[dims](
-                x, weight, None, layer.stride, padding, extra, layer.groups, layer.dilation
-            ),
+            _CONV_TRANSPOSE[dims](x, weight, None, layer.stride, padding, extra, layer.groups, layer.dilation),
         )
     # Padded by hand also where the layer's padding is "same": F.conv would warn of a copy for even kernels.
     x = F.pad(x, _pads(layer), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)

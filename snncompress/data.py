@@ -36,9 +36,7 @@ class Feed:
     def __init__(
         self, adapter: Adapter, data: Any, timesteps: int | None = None, forward: Forward | None = None
     ) -> None:
-        if timesteps is not None and (
-            isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1
-        ):
+        if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
             raise DataError(f"timesteps must be None or a whole number of at least 1, not {timesteps!r}.")
         if timesteps is not None and forward is not None:
             raise DataError("Give timesteps or forward, not both: forward drives the steps itself.")
@@ -66,11 +64,7 @@ class Feed:
         except SNNCompressError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            what = (
-                f"shape {list(batch.x.shape)}"
-                if isinstance(batch.x, Tensor)
-                else f"type {type(batch.x).__name__}"
-            )
+            what = f"shape {list(batch.x.shape)}" if isinstance(batch.x, Tensor) else f"type {type(batch.x).__name__}"
             fed = (
                 "by forward=" if self.forward is not None
                 else f"with timesteps={self.timesteps} (constant current)" if self.timesteps is not None
@@ -132,7 +126,8 @@ class Feed:
             )
         if x.device != parameter.device:
             raise DataError(
-                f"The data are on {x.device}, the model on {parameter.device}. Move one: x.to({str(parameter.device)!r})."
+                f"The data are on {x.device}, the model on {parameter.device}. Move one: "
+                f"x.to({str(parameter.device)!r})."
             )
 
 

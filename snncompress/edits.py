@@ -88,9 +88,7 @@ class RemoveChannels(Edit):
             if piece.side == "neuron":
                 continue
             if not prunable_type(module):
-                raise PlanError(
-                    f"{piece.module} is a {type(module).__name__}, from which channels can't be removed."
-                )
+                raise PlanError(f"{piece.module} is a {type(module).__name__}, from which channels can't be removed.")
             found = width(module, piece.side)
             if found != piece.width:
                 raise PlanError(
@@ -212,9 +210,7 @@ def _find(model: nn.Module, name: str, why: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise PlanError(
-            f"{type(model).__name__} has no module {name!r}; {why}. Is it another architecture?"
-        ) from error
+        raise PlanError(f"{type(model).__name__} has no module {name!r}; {why}. Is it another architecture?") from error
 
 
 def survivors(size: int, indices: tuple[int, ...]) -> Tensor:

@@ -125,9 +125,7 @@ class Conventions:
     def __repr__(self) -> str:
         if self.name != "custom":
             return f"Conventions({self.name!r})"
-        values = {
-            field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)
-        }
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         changed = {name: value for name, (value, default) in values.items() if value != default}
         return f"Conventions({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
@@ -193,9 +191,7 @@ def resolve_conventions(value: Conventions | str | None) -> Conventions:
     if isinstance(value, Conventions):
         return value
     if not isinstance(value, str):
-        raise OptionError(
-            f"conventions must be None, a preset's name or snncompress.Conventions, not {value!r}."
-        )
+        raise OptionError(f"conventions must be None, a preset's name or snncompress.Conventions, not {value!r}.")
     if value not in PRESETS:
         raise UnknownNameError(
             f"There are no conventions {value!r}. Available: {', '.join(PRESETS)}; or pass "

@@ -91,16 +91,12 @@ def apply(
         torch.manual_seed(seed)
         work = private_copy(model, found)
         if data is None:
-            feed = synthetic_feed(
-                work, found, timesteps, forward, needs_labels=_needs_labels(chosen, finetune)
-            )
+            feed = synthetic_feed(work, found, timesteps, forward, needs_labels=_needs_labels(chosen, finetune))
         else:
             feed = Feed(found, data, timesteps, forward)
             feed.check_against(work)
             if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
-                raise DataError(
-                    f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N]."
-                )
+                raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")
         network = trace(work, found, feed.example())
         quantizable = _weight_layers(work)
         skips = resolve_skip(skip, network, quantizable)
@@ -124,7 +120,9 @@ def apply(
                 tune()
 
         def prune() -> None:
-            for step in range(1, schedule.n_steps + 1 if todo and chosen is not None else 1):
+            if chosen is None or not todo:
+                return
+            for step in range(1, schedule.n_steps + 1):
                 scores = record(work, network, feed, chosen, [t.group for t in todo], seed + step, progress)
                 edits.extend(_prune(work, found, todo, scores, schedule, step))
                 tune()
@@ -140,9 +138,7 @@ def apply(
     return work
 
 
-def _quantize(
-    model: nn.Module, quantizer: Quantizer, widths: dict[str, int | None], skips: Skips
-) -> list[Edit]:
+def _quantize(model: nn.Module, quantizer: Quantizer, widths: dict[str, int | None], skips: Skips) -> list[Edit]:
     edits: list[Edit] = []
     for name, bits in widths.items():
         if bits is not None and name not in skips.quantize:

@@ -129,9 +129,7 @@ def compare(
         0.25
     """
     if not isinstance(models, Mapping) or not models:
-        raise OptionError(
-            f"compare takes a mapping of names to models, such as {{'dense': model}}, not {models!r}."
-        )
+        raise OptionError(f"compare takes a mapping of names to models, such as {{'dense': model}}, not {models!r}.")
     if isinstance(data, Iterator):  # every model must see the same batches
         data = list(data)
     profiles = {
@@ -181,9 +179,7 @@ class _Meter:
         counters: dict[str, WeightCounter | PlainCounter] = {**self.weights, **self.plain}
         with ExitStack() as stack:
             for name, counter in counters.items():
-                handle = self.model.get_submodule(name).register_forward_hook(
-                    _hook(counter), with_kwargs=True
-                )
+                handle = self.model.get_submodule(name).register_forward_hook(_hook(counter), with_kwargs=True)
                 stack.callback(handle.remove)
             for name, observer in self.neurons.items():
                 neuron = self.model.get_submodule(name)
@@ -237,9 +233,7 @@ class _Meter:
             row = next((name for name in _ancestors(home) if name in listed), home)
             total, quantized = owned.get(row, (0, 0))
             within = parameter_name[len(row) + 1 :] if row else parameter_name
-            is_weight = row in self.weights and within.startswith(
-                ("weight", "parametrizations.weight.original")
-            )
+            is_weight = row in self.weights and within.startswith(("weight", "parametrizations.weight.original"))
             owned[row] = total + parameter.numel(), quantized + is_weight * parameter.numel()
         return owned
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from .data import Feed
-from .errors import PluginError, SilentNeuronsWarning
+from .errors import PluginError, SilentNeuronsWarning, SNNCompressError
 from .interfaces import Criterion, Layer
 from .network import ChannelGroup, Network
 from .parametrizations import stored_weight
@@ -50,9 +50,7 @@ def record(
     return scores
 
 
-def _run(
-    model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], progress: Progress | None
-) -> None:
+def _run(model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], progress: Progress | None) -> None:
     gradients = "gradients" in criterion.needs
     fired: dict[str, bool] = {}
     modes = {module: module.training for module in model.modules()}
@@ -93,9 +91,7 @@ def _restore(modes: dict[nn.Module, bool]) -> None:
         module.training = mode
 
 
-def _observer(
-    neuron: str, scorers: list[_Scorer], fired: dict[str, bool]
-) -> Callable[[Tensor, Tensor | None], None]:
+def _observer(neuron: str, scorers: list[_Scorer], fired: dict[str, bool]) -> Callable[[Tensor, Tensor | None], None]:
     fired[neuron] = False
 
     def observe(spikes: Tensor, membrane: Tensor | None) -> None:
@@ -156,22 +152,20 @@ class _Scorer:
             scores = self._guarded(self.criterion.score, layer, self._state)
         where = f"Criterion {self.criterion.name!r}, layer {layer.name}"
         if not isinstance(scores, Tensor):
-            raise PluginError(
-                f"{where}: score() must return a tensor [{layer.channels}], not {type(scores).__name__}."
-            )
+            raise PluginError(f"{where}: score() must return a tensor [{layer.channels}], not {type(scores).__name__}.")
         if scores.shape != (layer.channels,):
             raise PluginError(
-                f"{where}: score() must return one score per output channel, [{layer.channels}], not {list(scores.shape)}."
+                f"{where}: score() must return one score per output channel, [{layer.channels}], "
+                f"not {list(scores.shape)}."
             )
         if not bool(torch.isfinite(scores).all()):
             raise PluginError(
-                f"{where}: scores hold NaN or infinite values. Check for a division by zero, a silent layer or a diverged model."
+                f"{where}: scores hold NaN or infinite values. Check for a division by zero, a silent layer or a "
+                f"diverged model."
             )
         return scores.detach().double().cpu()
 
     def _guarded(self, method: Callable[..., Any], *args: Any) -> Any:
-        from .errors import SNNCompressError
-
         try:
             return method(*args)
         except SNNCompressError:
@@ -194,4 +188,4 @@ def _columns(group: ChannelGroup, layer: str, neuron: str) -> Tensor | None:
 
 def _select(activity: Tensor, columns: Tensor) -> Tensor:
     picked = activity.index_select(2, columns.flatten().to(activity.device))
-    return picked if columns.shape[1] == 1 else picked.unflatten(2, columns.shape)
+    return picked if columns.shape[1] == 1 else picked.view(*picked.shape[:2], *columns.shape)

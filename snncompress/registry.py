@@ -65,9 +65,7 @@ class Registry:
         self.records: list[PluginRecord] = []
         self._entries: dict[tuple[str, str], Entry] = {}
         self._contested: dict[tuple[str, str], list[str]] = {}
-        for point in sorted(
-            points, key=lambda p: (_distribution(p) != "snncompress", _distribution(p), p.name)
-        ):
+        for point in sorted(points, key=lambda p: (_distribution(p) != "snncompress", _distribution(p), p.name)):
             self._load(point)
 
     def _load(self, point: EntryPoint) -> None:
@@ -101,9 +99,7 @@ class Registry:
                 owners.append(entry.distribution)
                 clashes.append(f"{entry.kind} {entry.name!r} is also offered by {owners[0]}")
         if clashes:
-            raise PluginError(
-                "; ".join(clashes) + ". Uninstall one of the two, or ask its author for another name."
-            )
+            raise PluginError("; ".join(clashes) + ". Uninstall one of the two, or ask its author for another name.")
         self._entries.update({(entry.kind, entry.name): entry for entry in offered})
 
     def entries(self, kind: str) -> list[Entry]:
@@ -138,9 +134,7 @@ class Registry:
         if isinstance(value, base):
             return value
         hint = " (a class: add parentheses to make an instance)" if isinstance(value, type) else ""
-        raise OptionError(
-            f"{kind} must be a name or an instance of snncompress.{base.__name__}, not {value!r}{hint}."
-        )
+        raise OptionError(f"{kind} must be a name or an instance of snncompress.{base.__name__}, not {value!r}{hint}.")
 
 
 def _distribution(point: EntryPoint, *, version: bool = False) -> str:
@@ -149,16 +143,13 @@ def _distribution(point: EntryPoint, *, version: bool = False) -> str:
     return f"{point.dist.name} {point.dist.version}" if version else point.dist.name
 
 
-def _collect(
-    offered: list[Entry], kind: str, base: type, attribute: str, distribution: str, cls: type
-) -> None:
+def _collect(offered: list[Entry], kind: str, base: type, attribute: str, distribution: str, cls: type) -> None:
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(f"register() takes a subclass of snncompress.{base.__name__}, not {cls!r}.")
     name = getattr(cls, attribute, None)
     if not isinstance(name, str) or not name:
         raise PluginError(f"{cls.__name__} has no {attribute!r}: set it to the name that users will write.")
-    if inspect.isabstract(cls):
-        missing = ", ".join(sorted(cls.__abstractmethods__))
+    if missing := ", ".join(sorted(getattr(cls, "__abstractmethods__", ()))):
         raise PluginError(f"{cls.__name__} lacks {missing}.")
     offered.append(Entry(name, kind, cls, distribution))
 

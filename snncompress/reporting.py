@@ -106,9 +106,7 @@ class Profile:
     @property
     def firing_rate(self) -> float | None:
         """Mean spikes per neuron and timestep over all neurons; None where no neuron ran."""
-        rated = [
-            (row.firing_rate, row.n_neuron_updates) for row in self.layers if row.firing_rate is not None
-        ]
+        rated = [(row.firing_rate, row.n_neuron_updates) for row in self.layers if row.firing_rate is not None]
         updates = sum(n for _, n in rated)
         return sum(rate * n for rate, n in rated) / updates if updates else None
 
@@ -265,9 +263,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence
         table.add_section()
         table.add_row(*total)
     # Wide enough for any name, and without markup: names may hold brackets.
-    console = Console(
-        file=io.StringIO(), width=10_000, color_system=None, markup=False, emoji=False, highlight=False
-    )
+    console = Console(file=io.StringIO(), width=10_000, color_system=None, markup=False, emoji=False, highlight=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines() if line.strip())

@@ -38,15 +38,9 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str]) -> S
     if isinstance(skip, Mapping):
         unknown = set(skip) - {"prune", "quantize"}
         if unknown:
-            raise OptionError(
-                f"skip as a mapping takes the keys 'prune' and 'quantize', not {sorted(unknown)}."
-            )
-        return Skips(
-            _named(skip.get("prune", ()), network.layers), _named(skip.get("quantize", ()), quantizable)
-        )
-    return Skips(
-        {k: v for k, v in _named(skip, quantizable).items() if k in network.layers}, _named(skip, quantizable)
-    )
+            raise OptionError(f"skip as a mapping takes the keys 'prune' and 'quantize', not {sorted(unknown)}.")
+        return Skips(_named(skip.get("prune", ()), network.layers), _named(skip.get("quantize", ()), quantizable))
+    return Skips({k: v for k, v in _named(skip, quantizable).items() if k in network.layers}, _named(skip, quantizable))
 
 
 def _named(patterns: Any, names: Collection[str]) -> dict[str, str]:
@@ -58,9 +52,7 @@ def _named(patterns: Any, names: Collection[str]) -> dict[str, str]:
     return found
 
 
-def per_layer(
-    value: Any, names: Collection[str], what: str, check: Callable[[Any, str], Any]
-) -> dict[str, Any]:
+def per_layer(value: Any, names: Collection[str], what: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
     """A number for every layer, or a mapping from layer name or glob; the last matching key counts."""
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, check(value, what))
@@ -81,9 +73,7 @@ def _matching(pattern: str, names: Collection[str], what: str) -> list[str]:
 def check_ratio(value: Any, what: str) -> float:
     """A share in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
-        raise OptionError(
-            f"{what} must be a number in [0, 1), the share of channels to remove; not {value!r}."
-        )
+        raise OptionError(f"{what} must be a number in [0, 1), the share of channels to remove; not {value!r}.")
     return float(value)
 
 
@@ -92,9 +82,7 @@ def check_bits(value: Any, what: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 16:
-        raise OptionError(
-            f"{what} must be a whole number from 1 to 16, or None for no quantization; not {value!r}."
-        )
+        raise OptionError(f"{what} must be a whole number from 1 to 16, or None for no quantization; not {value!r}.")
     return value
 
 
@@ -151,11 +139,7 @@ def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int) -> Ten
     Scores of coupled layers are divided by their mean first, so that none outweighs the others, and added.
     """
     combined = torch.zeros(group.size, dtype=torch.float64)
-    involved = [
-        (scores[n], m)
-        for n in group.names("out")
-        if n in scores and (m := group.member(n, "out")) is not None
-    ]
+    involved = [(scores[n], m) for n in group.names("out") if n in scores and (m := group.member(n, "out")) is not None]
     for score, member in involved:
         mine = score[member.index.flatten()].view(group.size, -1).mean(1)
         if len(involved) > 1:

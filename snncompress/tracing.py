@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .data import tensors_in
 from .errors import ModelError
 from .interfaces import Adapter
 from .network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type
+from .surgery import patched
 from .verifying import leave_out_what_breaks
 
 Run = Callable[[nn.Module], Any]
@@ -40,7 +41,7 @@ def trace(model: nn.Module, adapter: Adapter, run: Run) -> Network:
     neurons = adapter.neurons(copy)
     inside = {f"{n}.{sub}" for n in neurons for sub, _ in neurons[n].named_modules() if sub}
     weights = {n: m for n, m in modules.items() if isinstance(m, WEIGHT_LAYERS) and n not in inside}
-    norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and n not in inside}
+    norms: dict[str, nn.Module] = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and n not in inside}
 
     graph = _Graph()
     calls = _Calls()
@@ -59,9 +60,7 @@ def trace(model: nn.Module, adapter: Adapter, run: Run) -> Network:
     fed_by = {name: _upstream(calls.inputs[name], calls.named(weights)) for name in layers}
     visible = _upstream([o.grad_fn for o in outputs], calls.named(weights))
     consumed = set().union(*fed_by.values()) if fed_by else set()
-    last = [n for n in layers if n in visible and n not in consumed] or [n for n in layers if n in visible][
-        -1:
-    ]
+    last = [n for n in layers if n in visible and n not in consumed] or [n for n in layers if n in visible][-1:]
     stops = calls.named({**weights, **neurons})
     driven_by = {n: _upstream(calls.inputs[n], stops) for n in neurons if n in calls.inputs}
     network = Network(
@@ -112,17 +111,10 @@ class _Calls:
 
     @contextmanager
     def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        before = {name: vars(m).get("forward") for name, m in modules.items()}
-        for name, module in modules.items():
-            module.forward = self._watched(name, module.forward)
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for name, module in modules.items():
-                if before[name] is None:
-                    del module.forward
-                else:
-                    module.forward = before[name]
+                stack.enter_context(patched(module, "forward", self._watched(name, module.forward)))
+            yield
 
     def _watched(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -247,13 +239,11 @@ def _add_groups(
             continue
         try:
             group = _group(graph, model.get_submodule(layer), names, neurons)
-        except _Unfit as reason:
-            network.whole[layer] = str(reason)
+        except _UnfitError as error:
+            network.whole[layer] = str(error)
             continue
         except Exception as error:  # torch-pruning gives up in many ways; each means: don't touch this layer
-            network.whole[layer] = (
-                f"its channels can't be followed ({type(error).__name__} in torch-pruning: {error})"
-            )
+            network.whole[layer] = f"its channels can't be followed ({type(error).__name__} in torch-pruning: {error})"
             continue
         outs = group.names("out")
         weight_outs = [n for n in outs if n in network.layers]
@@ -278,22 +268,18 @@ def _why_whole(network: Network, group: ChannelGroup, outs: list[str], exposed: 
     if not group.names("in"):
         return "no layer that takes these channels in could be traced"
     if group.size // group.blocks < 2:
-        return (
-            "it has a single channel"
-            if group.blocks == 1
-            else f"each of its {group.blocks} groups has one channel"
-        )
+        return "it has a single channel" if group.blocks == 1 else f"each of its {group.blocks} groups has one channel"
     return ""
 
 
-class _Unfit(Exception):
+class _UnfitError(Exception):
     """Why a group can't be pruned."""
 
 
 def _group(
     graph: tp.DependencyGraph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, int]
 ) -> ChannelGroup:
-    """torch-pruning's group of all output channels of ``module``, as index tensors; ``neurons``: name → channel axis."""
+    """torch-pruning's group of all output channels of ``module``; ``neurons`` maps names to channel axes."""
     pruner = graph.get_pruner_of_module(module)
     size = int(pruner.get_out_channels(module))
     group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(size)))
@@ -302,39 +288,35 @@ def _group(
     for item in group:
         target, handler = item.dep.target.module, item.dep.handler
         if isinstance(target, nn.Parameter):
-            raise _Unfit("a parameter that belongs to no layer depends on its channels")
+            raise _UnfitError("a parameter that belongs to no layer depends on its channels")
         name = names.get(target)
         if name is None:  # torch-pruning's stand-in for an addition, a reshape, a concatenation
             continue
         if name not in neurons and not prunable_type(target):
             continue
-        side: Side = (
-            "neuron" if name in neurons else "out" if graph.is_out_channel_pruning_fn(handler) else "in"
-        )
+        side: Side = "neuron" if name in neurons else "out" if graph.is_out_channel_pruning_fn(handler) else "in"
         member = Member(name, side, _index(item.idxs, item.root_idxs, size), neurons.get(name, 0))
         if members.setdefault((name, side), member) is not member:
-            raise _Unfit(f"{name} takes its channels in twice")
+            raise _UnfitError(f"{name} takes its channels in twice")
         blocks.add(_blocks(target, member))
     if len(blocks) > 2:
-        raise _Unfit(f"it is coupled with convolutions of different group counts ({sorted(blocks - {1})})")
+        raise _UnfitError(f"it is coupled with convolutions of different group counts ({sorted(blocks - {1})})")
     for probe in {0, size // 2}:  # channels of one layer that are tied to each other
         alone = graph.get_pruning_group(module, pruner.prune_out_channels, [probe])
-        own = next(
-            i.idxs for i in alone if i.dep.target.module is module and i.dep.handler == group[0].dep.handler
-        )
+        own = next(i.idxs for i in alone if i.dep.target.module is module and i.dep.handler == group[0].dep.handler)
         if sorted(set(own)) != [probe]:
-            raise _Unfit("its channels are tied to one another")
+            raise _UnfitError("its channels are tied to one another")
     return ChannelGroup(tuple(members.values()), size, max(blocks))
 
 
 def _index(idxs: list[int], roots: list[int], size: int) -> Tensor:
     if None in roots or len(idxs) % size or len(idxs) == 0:
-        raise _Unfit("its channels don't map evenly onto what follows")
+        raise _UnfitError("its channels don't map evenly onto what follows")
     root, index = torch.tensor(roots), torch.tensor(idxs)
     order = torch.argsort(root * (int(index.max()) + 1) + index)
     rows = root[order].view(size, -1)
     if not torch.equal(rows, torch.arange(size)[:, None].expand_as(rows)):
-        raise _Unfit("its channels don't map evenly onto what follows")
+        raise _UnfitError("its channels don't map evenly onto what follows")
     return index[order].view(size, -1)
 
 
@@ -344,5 +326,5 @@ def _blocks(module: nn.Module, member: Member) -> int:
     if groups == 1 or depthwise:
         return 1
     if not torch.equal(member.index.flatten(), torch.arange(len(member.index))):
-        raise _Unfit(f"the {groups} groups of {member.module} don't match its channels one to one")
+        raise _UnfitError(f"the {groups} groups of {member.module} don't match its channels one to one")
     return int(groups)

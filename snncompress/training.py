@@ -77,8 +77,13 @@ def finetune(
 
 
 def train(
-    model: nn.Module, feed: Feed, epochs: int, lr: float = 1e-3, weight_decay: float = 0.0, progress: Progress | None = None
-) -> None:  # fmt: skip
+    model: nn.Module,
+    feed: Feed,
+    epochs: int,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    progress: Progress | None = None,
+) -> None:
     """The loop behind :func:`finetune`."""
     if epochs == 0:
         return

@@ -49,9 +49,7 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
                 network.whole.update({n: why for n in group.names("out") if n in network.layers})
         why = _difference(model, adapter, run, sound) if sound else None
     if why is not None:  # sound one by one, not together: nothing is safe
-        network.whole.update(
-            {n: why for group, _ in sound for n in group.names("out") if n in network.layers}
-        )
+        network.whole.update({n: why for group, _ in sound for n in group.names("out") if n in network.layers})
         sound = []
     network.groups = [group for group, _ in sound]
 
@@ -79,9 +77,7 @@ def _random_half(group: ChannelGroup, generator: torch.Generator) -> Tensor:
     return (some + torch.arange(group.blocks)[:, None] * local).flatten()
 
 
-def _difference(
-    model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[ChannelGroup, Tensor]]
-) -> str | None:
+def _difference(model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[ChannelGroup, Tensor]]) -> str | None:
     pruned = copy.deepcopy(model)
     masks: dict[nn.Module, Tensor] = {}
     for group, removed in pairs:

@@ -38,9 +38,7 @@ def firing_rates(case: Case) -> dict[str, float]:
     def listen(name: str) -> Callable[[Tensor, Tensor | None], None]:
         return lambda s, _: spikes.setdefault(name, []).append((s != 0).double().mean())
 
-    stops = [
-        adapter.observe(n, listen(name), membrane=False) for name, n in adapter.neurons(case.model).items()
-    ]
+    stops = [adapter.observe(n, listen(name), membrane=False) for name, n in adapter.neurons(case.model).items()]
     with torch.no_grad():
         case.feed(case.model, case.feed.first())
     for stop in stops:
@@ -90,7 +88,7 @@ class Residual(nn.Module):
 
 @st.composite
 def spikingjelly_cases(draw: st.DrawFn) -> Case:
-    """Convolutional networks in double precision: depth, widths, kernel, pooling, BN, residual, neuron, reset, mode, T."""
+    """Convolutional networks in float64: depth, widths, kernel, pooling, BN, residual, neuron, reset, mode, T."""
     torch.manual_seed(draw(st.integers(0, 10_000)))
     kind = draw(st.sampled_from([neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode]))
     v_reset = draw(st.sampled_from([0.0, None]))
@@ -112,9 +110,7 @@ def spikingjelly_cases(draw: st.DrawFn) -> Case:
         if residual != "none":
             body = [layer.Conv2d(after, after, 3, padding=1, bias=False), layer.BatchNorm2d(after)]
             sew = residual == "spikes"
-            parts.append(
-                Residual(nn.Sequential(*body, *([fire()] if sew else [])), nn.Identity() if sew else fire())
-            )
+            parts.append(Residual(nn.Sequential(*body, *([fire()] if sew else [])), nn.Identity() if sew else fire()))
         pool = draw(st.sampled_from(["none", "max", "avg"]))
         if pool != "none" and size > 2:
             parts.append(layer.MaxPool2d(2) if pool == "max" else layer.AvgPool2d(2))
@@ -158,7 +154,7 @@ class ClassStyle(nn.Module):
 
 @st.composite
 def snntorch_cases(draw: st.DrawFn) -> Case:
-    """Sequential networks with hidden states and class-style ones: every neuron, reset mechanism, delay, β per channel."""
+    """Sequential networks with hidden states and class-style ones: every neuron, reset, delay, β per channel."""
     torch.manual_seed(draw(st.integers(0, 10_000)))
     kind = draw(st.sampled_from(["Leaky", "Synaptic", "Alpha", "Lapicque", "RLeaky", "RSynaptic"]))
     reset = draw(st.sampled_from(["subtract", "zero", "none"]))
@@ -173,7 +169,8 @@ def snntorch_cases(draw: st.DrawFn) -> Case:
             return low + 0.2 * torch.rand(shape) if per_channel else low
 
         options = {
-            "beta": 0.6 if kind == "Lapicque" else value(0.6), "threshold": value(0.4), "learn_beta": learn, "learn_threshold": learn,
+            "beta": 0.6 if kind == "Lapicque" else value(0.6), "threshold": value(0.4),
+            "learn_beta": learn, "learn_threshold": learn,
             "init_hidden": hidden, "output": output, "reset_mechanism": reset,
         }  # fmt: skip
         if kind in ("Synaptic", "Alpha", "RSynaptic"):

@@ -25,8 +25,7 @@ class SNNTorchAdapter(Adapter):
     def is_neuron(self, module: nn.Module) -> bool:
         """SpikingNeuron in the class's ancestry."""
         return any(
-            c.__module__ == "snntorch._neurons.neurons" and c.__name__ == "SpikingNeuron"
-            for c in type(module).__mro__
+            c.__module__ == "snntorch._neurons.neurons" and c.__name__ == "SpikingNeuron" for c in type(module).__mro__
         )
 
     def reset(self, model: nn.Module) -> None:
@@ -90,9 +89,9 @@ class SNNTorchAdapter(Adapter):
         remove_from_layer(recurrent, "out", indices)
         remove_from_layer(recurrent, "in", indices)
         if isinstance(recurrent, nn.Linear):
-            neuron.linear_features = recurrent.out_features
+            vars(neuron)["linear_features"] = recurrent.out_features
         else:
-            neuron.conv2d_channels = recurrent.out_channels
+            vars(neuron)["conv2d_channels"] = recurrent.out_channels
 
     def adopt(self, model: nn.Module) -> None:
         """snnTorch's ``utils.reset`` and ``backprop`` only see neurons in the class's list; copies must be added."""

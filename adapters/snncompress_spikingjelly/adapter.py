@@ -76,9 +76,7 @@ class SpikingJellyAdapter(Adapter):
 
     def remove_channels(self, neuron: nn.Module, indices: list[int], axis: int) -> None:
         """Most neurons have scalar parameters, so nothing to remove; those that hold layers can't be shrunk."""
-        layers = [
-            name for name, child in neuron.named_children() if next(child.parameters(), None) is not None
-        ]
+        layers = [name for name, child in neuron.named_children() if next(child.parameters(), None) is not None]
         if layers:
             raise ModelError(
                 f"{type(neuron).__name__} holds layers of its own ({', '.join(layers)}), so its channels stay."
@@ -91,7 +89,8 @@ class _Tap(nn.Module):
 
     def __init__(self, surrogate: Any, neuron: nn.Module, observer: Observer) -> None:
         super().__init__()
-        self.surrogate, self.threshold, self.observer = surrogate, neuron.v_threshold, observer
+        self.surrogate, self.observer = surrogate, observer
+        self.threshold: Any = neuron.v_threshold
 
     def forward(self, x: Tensor) -> Tensor:
         spikes: Tensor = self.surrogate(x)
@@ -106,9 +105,7 @@ def _derives(module: nn.Module, where: str, names: tuple[str, ...]) -> bool:
 
 
 def _is_memory(module: nn.Module) -> bool:
-    return _derives(module, "base", ("MemoryModule",)) or _derives(
-        module, "neuron.base_node", ("NonSpikingBaseNode",)
-    )
+    return _derives(module, "base", ("MemoryModule",)) or _derives(module, "neuron.base_node", ("NonSpikingBaseNode",))
 
 
 def _is_multi_step(module: nn.Module) -> bool:
@@ -135,7 +132,7 @@ def _collapsed(module: nn.Module, single: Callable[..., Any]) -> Callable[[Tenso
     if isinstance(module, nn.Sequential) and _derives(module, "layer.container", (type(module).__name__,)):
 
         def single(x: Tensor) -> Any:
-            return nn.Sequential.forward(module, x)
+            return nn.Sequential.forward(module, x)  # type: ignore[no-untyped-call]
 
     elif "s" in module.supported_step_mode():  # type: ignore[operator]
         native = single
@@ -153,7 +150,7 @@ def _collapsed(module: nn.Module, single: Callable[..., Any]) -> Callable[[Tenso
     def forward(x_seq: Tensor) -> Tensor:
         if time_last:
             x_seq = x_seq.movedim(-1, 0)
-        y: Tensor = _AllSteps.apply(single(_FirstStep.apply(x_seq)), len(x_seq))
+        y: Tensor = _AllSteps.apply(single(_FirstStep.apply(x_seq)), len(x_seq))  # type: ignore[no-untyped-call]
         return y.movedim(0, -1) if time_last else y
 
     return forward

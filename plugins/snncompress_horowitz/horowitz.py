@@ -43,9 +43,7 @@ class Horowitz45nm(EnergyModel):
     def __post_init__(self) -> None:
         for field, value in (("ac_pj", self.ac_pj), ("mac_pj", self.mac_pj)):
             if not (math.isfinite(value) and value >= 0):
-                raise OptionError(
-                    f"horowitz_45nm: {field} must be a number of picojoules ≥ 0, not {value!r}."
-                )
+                raise OptionError(f"horowitz_45nm: {field} must be a number of picojoules ≥ 0, not {value!r}.")
 
     def energy_pj(self, counts: OperationCounts) -> float:
         """Energy of these operations in picojoules (1 mJ = 10⁹ pJ)."""

@@ -142,9 +142,7 @@ class ReScaWWeightQuant(ExtendedInjector):  # type: ignore[misc]
         return int(getattr(module, "output_channel_dim", 0))
 
 
-def build(
-    bits: int, *, gamma: Gamma | Literal["one"], per_channel: bool, ste: str, percentile: float
-) -> nn.Module:
+def build(bits: int, *, gamma: Gamma | Literal["one"], per_channel: bool, ste: str, percentile: float) -> nn.Module:
     """The tensor quantizer of these options, with the output channels of the weight first."""
     injector = ReScaWWeightQuant.let(
         bit_width=bits, gamma=gamma, per_channel=per_channel, ste=ste, percentile=percentile, channel_dim=0

@@ -83,9 +83,7 @@ class ReScaW(Quantizer):
         from .modules import build  # imports Brevitas
 
         _check_bits(self.name, bits)
-        return build(
-            bits, gamma=self.gamma, per_channel=self.per_channel, ste=self.ste, percentile=self.percentile
-        )
+        return build(bits, gamma=self.gamma, per_channel=self.per_channel, ste=self.ste, percentile=self.percentile)
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,7 @@ class Uniform(Quantizer):
         return build(bits, gamma="one", per_channel=False, ste=self.ste, percentile=0.0)
 
 
-def range_of(
-    weight: Tensor, gamma: Gamma | Literal["one"], channel_dim: int | None, percentile: float
-) -> Tensor:
+def range_of(weight: Tensor, gamma: Gamma | Literal["one"], channel_dim: int | None, percentile: float) -> Tensor:
     """γ: a 0-dim tensor, or with ``channel_dim`` one value per channel that broadcasts against the weight."""
     if gamma == "one":
         return weight.new_ones(())

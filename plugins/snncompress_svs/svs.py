@@ -81,9 +81,7 @@ class SVS(Criterion):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise OptionError(
-                f"svs: epsilon must be a positive number, not {self.epsilon!r}; the paper uses 1e-6."
-            )
+            raise OptionError(f"svs: epsilon must be a positive number, not {self.epsilon!r}; the paper uses 1e-6.")
 
     def begin(self, layer: Layer) -> _State:
         """No samples yet."""

@@ -50,9 +50,7 @@ def test_reset_mechanisms(kind: type[nn.Module], reset: str, delay: bool) -> Non
 def test_parameters_per_channel_follow_their_channel(learn: bool, shape: tuple[int, ...]) -> None:
     """[C, 1, 1], [1, C, 1, 1] and [C, H, W] shrink; [W] and [H, W] broadcast over channels and stay."""
     beta, threshold = torch.rand(shape) * 0.5 + 0.3, torch.rand(shape) * 0.5 + 0.3
-    node = snn.Leaky(
-        beta=beta, threshold=threshold, learn_beta=learn, learn_threshold=learn, init_hidden=True
-    )
+    node = snn.Leaky(beta=beta, threshold=threshold, learn_beta=learn, learn_threshold=learn, init_hidden=True)
     compressed = compress(sequential(node))
     keep = [c for c in range(8) if c not in snncompress.plan_of(compressed).removed_channels()["0"]]
     if shape in [(8, 1, 1), (8, 8, 8)]:
@@ -84,9 +82,7 @@ def test_all_to_all_recurrent_weights_lose_both_sides(kind: type[nn.Module], bit
 
 @pytest.mark.parametrize("learn", [True, False])
 def test_one_to_one_recurrent_weights(learn: bool) -> None:
-    node = snn.RLeaky(
-        beta=0.6, all_to_all=False, V=torch.rand(8, 1, 1), learn_recurrent=learn, init_hidden=True
-    )
+    node = snn.RLeaky(beta=0.6, all_to_all=False, V=torch.rand(8, 1, 1), learn_recurrent=learn, init_hidden=True)
     compressed = compress(sequential(node))
     assert compressed[1].V.shape == (4, 1, 1)
     assert compressed[1].recurrent.V is compressed[1].V

@@ -19,9 +19,7 @@ from tests.networks import Case, firing_rates, liven
 X = torch.rand(3, 1, 8, 8, dtype=torch.float64)
 
 
-def compress(
-    model: nn.Module, x: Tensor = X, timesteps: int | None = 3, **options: object
-) -> snncompress.Plan:
+def compress(model: nn.Module, x: Tensor = X, timesteps: int | None = 3, **options: object) -> snncompress.Plan:
     """Prune to a half, check mask equivalence, return the plan."""
     case = liven(Case(model.double(), x, timesteps))
     compressed = prune(case, "magnitude", **options)
@@ -29,9 +27,7 @@ def compress(
     return snncompress.plan_of(compressed)
 
 
-def convolutional(
-    node: type[nn.Module] = neuron.LIFNode, mode: str = "s", **options: object
-) -> nn.Sequential:
+def convolutional(node: type[nn.Module] = neuron.LIFNode, mode: str = "s", **options: object) -> nn.Sequential:
     model = nn.Sequential(
         layer.Conv2d(1, 8, 3, padding=1, bias=False), layer.BatchNorm2d(8), node(**options), layer.MaxPool2d(2),
         layer.Conv2d(8, 12, 3, padding=1), layer.BatchNorm2d(12), node(**options), layer.AvgPool2d(2),
@@ -72,9 +68,7 @@ def test_observed_membrane_is_before_reset() -> None:
         x = torch.full((1, 1), 1.8)
         _ = node(x.expand(3, 1, 1)) if mode == "m" else [node(x) for _ in range(3)]
         stop()
-        torch.testing.assert_close(
-            torch.cat([u for _, u in seen]).flatten(), torch.tensor([0.9, 1.35, 1.075])
-        )
+        torch.testing.assert_close(torch.cat([u for _, u in seen]).flatten(), torch.tensor([0.9, 1.35, 1.075]))
         assert torch.cat([s for s, _ in seen]).flatten().tolist() == [0, 1, 1]
         assert not isinstance(node.surrogate_function, type(None))
         assert "Tap" not in type(node.surrogate_function).__name__

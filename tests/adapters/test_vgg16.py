@@ -20,9 +20,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("classes", "early", "late", "params", "sizes"), ROWS)
-def test_parameters_and_sizes(
-    classes: int, early: float, late: float, params: str, sizes: dict[int, str]
-) -> None:
+def test_parameters_and_sizes(classes: int, early: float, late: float, params: str, sizes: dict[int, str]) -> None:
     torch.manual_seed(0)
     x = torch.rand(1, 3, 32, 32)
     ratios = {f"conv{i}": early for i in range(1, 8)} | {f"conv{i}": late for i in range(8, 13)}

@@ -35,25 +35,19 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     assert same(before, snapshot(case.model))
 
 
-def apply(
-    case: Case, criterion: object = "svs", ratio: object = 0.5, bits: object = 4, **options: object
-) -> nn.Module:
+def apply(case: Case, criterion: object = "svs", ratio: object = 0.5, bits: object = 4, **options: object) -> nn.Module:
     options = {"data": case.x, "timesteps": case.timesteps, **options}
     return snncompress.apply(case.model, criterion, ratio, bits, **options)
 
 
 def test_no_spiking_neuron() -> None:
-    with pytest.raises(
-        ModelError, match=r"Sequential has no spiking neuron .*spikingjelly.*converted to spikes first"
-    ):
+    with pytest.raises(ModelError, match=r"Sequential has no spiking neuron .*spikingjelly.*converted to spikes first"):
         snncompress.apply(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), data=torch.rand(1, 3))
 
 
 def test_several_frameworks() -> None:
     model = nn.Sequential(nn.Linear(4, 4), neuron.IFNode(), nn.Linear(4, 4), snn.Leaky(0.5, init_hidden=True))
-    with pytest.raises(
-        ModelError, match=r"mixes neurons of several frameworks: 3 \(snntorch\), 1 \(spikingjelly\)"
-    ):
+    with pytest.raises(ModelError, match=r"mixes neurons of several frameworks: 3 \(snntorch\), 1 \(spikingjelly\)"):
         snncompress.apply(model, data=torch.rand(1, 4))
 
 
@@ -98,9 +92,7 @@ def test_ratio_out_of_range(case: Case, ratio: object) -> None:
 
 
 def test_ratio_that_empties_a_layer(case: Case) -> None:
-    with pytest.raises(
-        OptionError, match=r"ratio 0\.99 would remove all 8 channels of 0 .*smaller ratio.*skip"
-    ):
+    with pytest.raises(OptionError, match=r"ratio 0\.99 would remove all 8 channels of 0 .*smaller ratio.*skip"):
         apply(case, ratio=0.99)
 
 
@@ -186,9 +178,7 @@ def test_nan_in_the_data_even_late(case: Case, value: float) -> None:
 
 @pytest.mark.parametrize("data", [3, "mnist", {"x": torch.rand(1, 1, 8, 8)}])
 def test_not_data(case: Case, data: object) -> None:
-    with pytest.raises(
-        DataError, match=r"data must be a tensor, an \(x, y\) batch, a DataLoader or an iterable"
-    ):
+    with pytest.raises(DataError, match=r"data must be a tensor, an \(x, y\) batch, a DataLoader or an iterable"):
         apply(case, data=data)
 
 
@@ -199,9 +189,7 @@ def test_batches_that_need_forward(case: Case) -> None:
 
 @pytest.mark.parametrize("options", [{"criterion": "taylor"}, {"finetune": 1}])
 def test_labels_are_missing(case: Case, options: dict[str, object]) -> None:
-    with pytest.raises(
-        DataError, match=r"The data have no labels, and (criterion 'taylor'|finetune) needs labels"
-    ):
+    with pytest.raises(DataError, match=r"The data have no labels, and (criterion 'taylor'|finetune) needs labels"):
         apply(case, **options)
     with pytest.raises(DataError, match=r"Without data there are no labels"):
         apply(case, data=None, **options)
@@ -283,9 +271,7 @@ def test_compressing_further(case: Case) -> None:
     assert len(after["0"]) == 5  # 2 + ⌈0.5·6⌉
     assert set(before["0"]) < set(after["0"])
     replayed = snncompress.plan_of(twice).apply(case.model)
-    assert {k: v.shape for k, v in replayed.state_dict().items()} == {
-        k: v.shape for k, v in twice.state_dict().items()
-    }
+    assert {k: v.shape for k, v in replayed.state_dict().items()} == {k: v.shape for k, v in twice.state_dict().items()}
 
 
 def test_plan_on_another_architecture(case: Case) -> None:
@@ -296,9 +282,7 @@ def test_plan_on_another_architecture(case: Case) -> None:
         narrow[0] = nn.Conv2d(1, 4, 3)
     with pytest.raises(PlanError, match=r"Sequential has no module '\d'.*another architecture"):
         plan.apply(shallow)
-    with pytest.raises(
-        PlanError, match=r"0 has 4 output channels, the plan expects 8\. The model isn't of the arch"
-    ):
+    with pytest.raises(PlanError, match=r"0 has 4 output channels, the plan expects 8\. The model isn't of the arch"):
         plan.apply(narrow)
 
 

@@ -85,9 +85,7 @@ def _transposed_synapses(layer, x, weights, out_size, padding):
                 for k in _positions(layer.kernel_size):
                     lands = [
                         p * s - pad + q * d
-                        for p, s, pad, q, d in zip(
-                            at, layer.stride, layer.padding, k, layer.dilation, strict=True
-                        )
+                        for p, s, pad, q, d in zip(at, layer.stride, layer.padding, k, layer.dilation, strict=True)
                     ]
                     if padding or all(0 <= w < n for w, n in zip(lands, out_size, strict=True)):
                         yield x[(i, *at)], weights[(i, o, *k)]
@@ -99,9 +97,7 @@ def spikes_like(*shape: int, rate: float = 0.4, seed: int = 0) -> Tensor:
 
 def pruned(layer: nn.Module, share: float = 0.3, seed: int = 1) -> nn.Module:
     with torch.no_grad():
-        layer.weight[
-            torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) < share
-        ] = 0
+        layer.weight[torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
     return layer
 
 
@@ -170,9 +166,7 @@ def test_any_convolution_equals_brute_force(data, dims, groups, transposed, rule
     )
     channels = groups * data.draw(st.integers(1, 2)), groups * data.draw(st.integers(1, 2))
     kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d) if transposed else (nn.Conv1d, nn.Conv2d)
-    layer = kinds[dims - 1](
-        *channels, kernel, stride=stride, dilation=dilation, padding=padding, groups=groups
-    )
+    layer = kinds[dims - 1](*channels, kernel, stride=stride, dilation=dilation, padding=padding, groups=groups)
     pruned(layer)
     x = spikes_like(channels[0], *size) * 2
     expected = brute_force(layer, x, RULES[rules], spikes=RULES[rules].spike_values == "integers")

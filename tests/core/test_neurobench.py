@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 snn = pytest.importorskip("snntorch", reason="snntorch is not installed")
-pytest.importorskip(
-    "neurobench", reason="neurobench is not installed (test extra only: it needs GPL-3 tonic)"
-)
+pytest.importorskip("neurobench", reason="neurobench is not installed (test extra only: it needs GPL-3 tonic)")
 
 from neurobench.metrics.workload import SynapticOperations  # noqa: E402
 from neurobench.models import SNNTorchModel  # noqa: E402
@@ -62,11 +60,7 @@ def test_same_counts(build, events):
     torch.manual_seed(0)
     net, steps = build(), 4  # 4 samples too, so that a count per sample is exact in binary
     x = torch.rand(4, 2, 16, 16)
-    x = (
-        (x < 0.3).float() * torch.where(torch.rand_like(x) < 0.5, -1.0, 1.0)
-        if events
-        else x.relu() * (x > 0.4)
-    )
+    x = (x < 0.3).float() * torch.where(torch.rand_like(x) < 0.5, -1.0, 1.0) if events else x.relu() * (x > 0.4)
     n_ac, n_mac = by_neurobench(net, x.unsqueeze(1).expand(4, steps, *x.shape[1:]))
     found = profile(net, x, timesteps=steps, conventions="neurobench")
     assert (found.n_ac, found.n_mac) == (n_ac, n_mac)

@@ -95,9 +95,7 @@ def linear(weights: list[list[float]], bias: bool = False) -> nn.Linear:
 
 def tiny() -> nn.Sequential:
     """3 inputs → 2 neurons → 2 outputs; one weight is pruned."""
-    return nn.Sequential(
-        linear([[0.5, 0.5, 0.5], [1.0, 0.0, -1.0]]), Fire(), linear([[1.0, 2.0], [3.0, 4.0]], True)
-    )
+    return nn.Sequential(linear([[0.5, 0.5, 0.5], [1.0, 0.0, -1.0]]), Fire(), linear([[1.0, 2.0], [3.0, 4.0]], True))
 
 
 # ------------------------------------------------------------------------------------------

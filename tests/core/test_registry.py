@@ -26,9 +26,7 @@ class Scored(Criterion):
 
 def criterion(*names: str) -> str:
     """A plugin that offers criteria of these names."""
-    classes = "\n".join(
-        f"class C{i}(Scored):\n    '''Is {n}.'''\n    name = {n!r}" for i, n in enumerate(names)
-    )
+    classes = "\n".join(f"class C{i}(Scored):\n    '''Is {n}.'''\n    name = {n!r}" for i, n in enumerate(names))
     calls = "\n".join(f"    register(C{i})" for i in range(len(names)))
     return f"{classes}\n@hookimpl\ndef register_criteria(register):\n{calls}"
 
@@ -39,9 +37,7 @@ class Site:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def install(
-        self, distribution: str, source: str, *, header: str = HEADER, module: str | None = None
-    ) -> None:
+    def install(self, distribution: str, source: str, *, header: str = HEADER, module: str | None = None) -> None:
         """Write a distribution, version 1.0, whose entry point ``plugin`` names a module with this source."""
         name = f"made_up_{next(_number)}"
         (self.path / f"{name}.py").write_text(header + textwrap.dedent(source))

@@ -45,9 +45,7 @@ def test_importing_loads_neither_frameworks_nor_anything_heavy(statements: str) 
 
 def test_everything_imports_and_loads_where_the_frameworks_are_missing() -> None:
     check = "import snncompress; assert all(p.status == 'loaded' for p in snncompress.plugins()), snncompress.plugins()"
-    imported_by(
-        f"{ALL_PLUGINS}; {check}", absent=FRAMEWORKS | {"torchvision", "torchaudio", "sklearn", "matplotlib"}
-    )
+    imported_by(f"{ALL_PLUGINS}; {check}", absent=FRAMEWORKS | {"torchvision", "torchaudio", "sklearn", "matplotlib"})
 
 
 def test_the_probe_sees_what_is_loaded() -> None:
@@ -76,11 +74,7 @@ def plugin_trespasses(source: str, package: str) -> list[str]:
         top = module.partition(".")[0]
         if module == "snncompress":
             wrong += [f"{module}.{name}" for name in names if name not in snncompress.__all__]
-        elif (
-            top == "snncompress"
-            or module.startswith("..")
-            or (top.startswith("snncompress_") and top != package)
-        ):
+        elif top == "snncompress" or module.startswith("..") or (top.startswith("snncompress_") and top != package):
             wrong.append(module)
     return wrong
 

@@ -92,11 +92,7 @@ def test_what_is_installed_is_what_pyproject_says(project: dict) -> None:
 
 
 def test_every_plugin_of_ours_loads(project: dict) -> None:
-    ours = {
-        r.name: (r.status, r.error)
-        for r in snncompress.plugins()
-        if r.distribution.startswith("snncompress 0")
-    }
+    ours = {r.name: (r.status, r.error) for r in snncompress.plugins() if r.distribution.startswith("snncompress 0")}
     assert ours == dict.fromkeys(project["entry-points"][GROUP], ("loaded", ""))
 
 

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from snncompress import Criterion, Layer, OptionError, PluginError
 
 
-def make_layer(
-    weight: Tensor, grad: Tensor | None = None, norm: nn.Module | None = None, seed: int = 0
-) -> Layer:
+def make_layer(weight: Tensor, grad: Tensor | None = None, norm: nn.Module | None = None, seed: int = 0) -> Layer:
     return Layer("conv", nn.Identity(), weight, grad, norm, (), torch.Generator().manual_seed(seed))
 
 

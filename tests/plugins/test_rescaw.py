@@ -41,9 +41,7 @@ GAMMAS = ["l1_mean", "max", "percentile"]
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_equals_equation_10(gamma: Any, per_channel: bool, bits: int) -> None:
     weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
-    value, scale, zero_point, bit_width = ReScaW(gamma=gamma, per_channel=per_channel).tensor_quant(bits)(
-        weight
-    )
+    value, scale, zero_point, bit_width = ReScaW(gamma=gamma, per_channel=per_channel).tensor_quant(bits)(weight)
     gammas = direct_gamma(weight, gamma, per_channel)
     torch.testing.assert_close(value, direct(weight, gammas, bits), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(scale, 2 * gammas / (2**bits - 1), rtol=1e-12, atol=0)

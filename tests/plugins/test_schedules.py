@@ -11,9 +11,7 @@ from snncompress import OptionError, Scheduler
 def test_golden_ratios() -> None:
     # target 0.6: linear thirds; cubic 0.6·(1 − (2/3)³) = 0.6·19/27, 0.6·(1 − (1/3)³) = 0.6·26/27
     assert [Iterative().ratio(0.6, t, 3) for t in (1, 2, 3)] == pytest.approx([0.2, 0.4, 0.6])
-    assert [Gradual().ratio(0.6, t, 3) for t in (1, 2, 3)] == pytest.approx(
-        [0.6 * 19 / 27, 0.6 * 26 / 27, 0.6]
-    )
+    assert [Gradual().ratio(0.6, t, 3) for t in (1, 2, 3)] == pytest.approx([0.6 * 19 / 27, 0.6 * 26 / 27, 0.6])
     assert OneShot().ratio(0.6, 1, 1) == 0.6
 
 

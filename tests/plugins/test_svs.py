@@ -96,15 +96,11 @@ def test_ties_go_to_the_larger_nuclear_norm_and_then_are_equal() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 100),
-    st.sampled_from(
-        [(32, 32), (16, 16), (8, 8), (4, 4), (3, 3), (2, 2), (1, 1), (2, 5), (7, 2), (1, 6), (5, 9)]
-    ),
+    st.sampled_from([(32, 32), (16, 16), (8, 8), (4, 4), (3, 3), (2, 2), (1, 1), (2, 5), (7, 2), (1, 6), (5, 9)]),
     st.floats(0.0, 1.0),
     st.integers(0, 2**31),
 )
-def test_counts_equal_the_svd_on_random_spikes(
-    t: int, shape: tuple[int, int], rate: float, seed: int
-) -> None:
+def test_counts_equal_the_svd_on_random_spikes(t: int, shape: tuple[int, int], rate: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     check((torch.rand(t, 2, 3, *shape, generator=generator) < rate).float())
 
@@ -125,9 +121,7 @@ def test_counts_equal_the_svd_where_it_is_hard(
     spikes = (torch.rand(t, 2, 3, h, w, generator=generator) < 0.5).double()
     size = 10.0**exponent
     if kind == "rank one":
-        spikes = torch.rand(t, 2, 3, h, 1, generator=generator) * torch.rand(
-            1, 2, 3, 1, w, generator=generator
-        )
+        spikes = torch.rand(t, 2, 3, h, 1, generator=generator) * torch.rand(1, 2, 3, 1, w, generator=generator)
     elif kind == "repeated rows":
         spikes[..., h // 2 :, :] = spikes[..., : h - h // 2, :]
     elif kind == "sum of rows":
