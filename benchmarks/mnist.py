@@ -72,7 +72,7 @@ def read(folder: Path, split: str) -> Split:
 
 
 def loader(x: Tensor, y: Tensor, shuffle: bool = True) -> DataLoader:
-    return DataLoader(TensorDataset(x, y), BATCH if shuffle else 250, shuffle=shuffle)
+    return DataLoader(TensorDataset(x, y), BATCH, shuffle=shuffle)
 
 
 def some(split: Split, count: int, seed: int) -> Split:
@@ -106,9 +106,13 @@ def dense(framework: str) -> nn.Module:
     return model
 
 
+def widths(model: nn.Module) -> list[int]:
+    return [len(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+
 def weights_of(framework: str) -> Path:
-    widths = "-".join(map(str, WIDTHS))
-    return CACHE / f"mnist-{framework}-{widths}-T{T}-e{TRAIN_EPOCHS}.pt"
+    shape = "-".join(map(str, WIDTHS))
+    return CACHE / f"mnist-{framework}-{shape}-T{T}-e{TRAIN_EPOCHS}.pt"
 
 
 # -- jobs: each runs in a process of its own, in one thread --
@@ -138,42 +142,35 @@ def job_headline(framework: str) -> dict[str, Any]:
     untuned = accuracy(small, test)
     tune(small, DATA["train"], HEADLINE_EPOCHS, seed=0)
     profiles = [profile(m, some_test, timesteps=T) for m in (model, small)]
-    channels = [[m.weight.shape[0] for m in net.modules() if hasattr(m, "weight") and m.weight.dim() > 1]
-                for net in (model, small)]  # fmt: skip
     return {
         "accuracy": [accuracy(model, test), untuned, accuracy(small, test)],
-        "profiles": profiles, "channels": channels, "apply_s": seconds,
-    }  # fmt: skip
+        "profiles": profiles,
+        "channels": [widths(model), widths(small)],
+        "apply_s": seconds,
+    }
 
 
 def job_criterion(criterion: str, ratio: float, seed: int) -> tuple[float, float]:
     """Accuracy after pruning, and after the fine-tuning that every criterion gets."""
     calibration = loader(*some(DATA["train"], CALIBRATION, seed), shuffle=False)
     small = snncompress.apply(
-        dense("spikingjelly"),
-        criterion,
-        ratio,
-        None,
-        data=calibration,
-        timesteps=T,
-        seed=seed,
-        progress=False,
+        dense("spikingjelly"), criterion, ratio, None, data=calibration, timesteps=T, seed=seed, progress=False
     )
     pruned = accuracy(small, DATA["test"])
     tune(small, some(DATA["train"], SUBSET, 0), 1, seed)
     return pruned, accuracy(small, DATA["test"])
 
 
-def job_ste(framework: str, bits: int, ste: str, seed: int) -> tuple[float, float]:
-    """Accuracy after quantization, and after fine-tuning."""
+def job_ste(framework: str, bits: int, ste: str, seed: int | None) -> float:
+    """Accuracy after fine-tuning; with seed None, right after quantization."""
     quantizer = ReScaW(gamma="l1_mean", ste=ste)
     data = some(DATA["train"], BATCH, 0)
     small = snncompress.apply(
         dense(framework), None, bits=bits, quantizer=quantizer, data=data, timesteps=T, progress=False
     )
-    quantized = accuracy(small, DATA["test"])
-    tune(small, some(DATA["train"], SUBSET, 0), 1, seed)
-    return quantized, accuracy(small, DATA["test"])
+    if seed is not None:
+        tune(small, some(DATA["train"], SUBSET, 0), 1, seed)
+    return accuracy(small, DATA["test"])
 
 
 def job_robustness(framework: str, criterion: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -273,7 +270,8 @@ def criteria(jobs: Jobs) -> str:
 
 SpikingJelly network; test accuracy in %, mean ± standard deviation of {len(SEEDS)} seeds. A seed is
 another draw of {CALIBRATION:,} calibration images and another batch order; the trained network is the same.
-Pruned: no fine-tuning at all. Fine-tuned: 1 epoch on the same {SUBSET:,} training images, for every criterion.
+Pruned: no fine-tuning at all. Fine-tuned: 1 epoch on the same {SUBSET:,} training images, whatever the
+criterion.
 
 {table(header, rows)}"""
 
@@ -301,16 +299,18 @@ two batches. For criteria that read no data (magnitude, bn_scale, random with it
 
 def ste(jobs: Jobs) -> str:
     kinds = ("clip", "pass")
-    found = jobs.run("ste", job_ste, list(itertools.product(NETS, STE_BITS, kinds, SEEDS)))
+    untuned = itertools.product(NETS, STE_BITS, kinds[:1], [None])  # the gradient makes no difference to it
+    cells = [*untuned, *itertools.product(NETS, STE_BITS, kinds, SEEDS)]
+    found = jobs.run("ste", job_ste, cells)
     header = ["", "quantized", *(f"{kind}, fine-tuned" for kind in kinds), "pass − clip", "by seed"]
     rows = []
     for framework, bits in itertools.product(NETS, STE_BITS):
-        quantized = found[framework, bits, "clip", SEEDS[0]][0]
-        tuned = {k: [found[framework, bits, k, s][1] for s in SEEDS] for k in kinds}
+        tuned = {k: [found[framework, bits, k, s] for s in SEEDS] for k in kinds}
         gains = [b - a for a, b in zip(tuned["clip"], tuned["pass"], strict=True)]
         by_seed = " ".join(f"{gain:+.2f}" for gain in gains)
-        columns = [f"{quantized:.2f}", *(spread(tuned[k]) for k in kinds), spread(gains), by_seed]
-        rows.append([f"{framework}, {bits} bits", *columns])
+        quantized = f"{found[framework, bits, kinds[0], None]:.2f}"
+        both = (spread(tuned[kind]) for kind in kinds)
+        rows.append([f"{framework}, {bits} bits", quantized, *both, spread(gains), by_seed])
     return f"""## ReScaW at l1_mean: straight-through gradient clipped or passed
 
 Nothing pruned; the first convolution and the classifier stay at 32 bits. Test accuracy in % after 1 epoch on

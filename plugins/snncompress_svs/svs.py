@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +13,6 @@ from snncompress import Criterion, DataError, Layer, OptionError, PluginError, S
 
 _EPS = torch.finfo(torch.float64).eps
 _CHUNK = 1 << 20  # elements of spike maps decomposed at a time: 8 MB of float64
-_WORTH_A_THREAD = 1 << 17  # elements of spike maps below which a thread costs more than it saves
 
 
 @dataclass
@@ -139,18 +137,8 @@ def _as_matrices(total: Tensor) -> Tensor:
 
 def _rank_and_nuclear_norm(sums: Tensor, timesteps: int, epsilon: float) -> tuple[Tensor, Tensor]:
     """#{σ_i > epsilon} and Σ σ_i of every matrix of ``sums / timesteps``, [M, h, w] → two of [M]."""
-    workers = 1
-    if sums.device.type == "cpu":
-        workers = max(1, min(torch.get_num_threads(), sums.numel() // _WORTH_A_THREAD))
-    rows = max(1, min(math.ceil(len(sums) / workers), _CHUNK // max(1, sums.shape[1] * sums.shape[2])))
-    chunks = torch.split(sums, rows)
-    if workers == 1:
-        results = [_decompose(chunk, timesteps, epsilon) for chunk in chunks]
-    else:
-        # LAPACK takes the matrices of a batch one after the other and lets go of the GIL. Which thread
-        # decomposes a matrix makes no difference to the result.
-        with ThreadPoolExecutor(workers) as pool:
-            results = list(pool.map(lambda chunk: _decompose(chunk, timesteps, epsilon), chunks))
+    rows = max(1, _CHUNK // max(1, sums.shape[1] * sums.shape[2]))
+    results = [_decompose(chunk, timesteps, epsilon) for chunk in torch.split(sums, rows)]
     ranks, norms = zip(*results, strict=True)
     return torch.cat(ranks), torch.cat(norms)
 

@@ -45,7 +45,7 @@ def check_adapter(adapter: Adapter, model: nn.Module, x: Tensor, timesteps: int 
     """
     check_name(adapter, "framework")
     with calling(adapter, "is_neuron()"):
-        layers = [layer for layer in (nn.Linear(1, 1), nn.ReLU()) if adapter.is_neuron(layer)]
+        layers = [layer for layer in (nn.Linear(1, 1, device="meta"), nn.ReLU()) if adapter.is_neuron(layer)]
         neurons = adapter.neurons(model)
     if layers:
         raise broken(adapter, f"is_neuron() takes torch's {type(layers[0]).__name__} for a neuron.")
