@@ -72,7 +72,7 @@ def apply(
             an empty list leaves out nothing. A classifier's outputs are never pruned.
         adapter: settles the framework by hand.
         seed: seed of everything random; same seed, data and threads give bitwise the same plan.
-        progress: True for a bar, False for none, or ``callable(what, done, total)``. None: a bar on a terminal.
+        progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.
 
     Returns:
         A new model of the same class, with the same call contract, flags and hooks; :func:`snncompress.plan_of` tells

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Progress = bool | Callable[[str, int, int | None], None]
-"""True: a bar; False: nothing; a callable gets (what, done, total or None)."""
+"""True (or None): a bar where stderr is a terminal; False: nothing; a callable gets (what, done, total or None)."""
 T = TypeVar("T")
 
 
 def tracked(items: Iterable[T], progress: Progress | None, what: str) -> Iterator[T]:
-    """Yield the items and report on the way. None shows a bar where stderr is a terminal."""
+    """Yield the items and report on the way."""
     total = _length(items)
     if callable(progress):
         for done, item in enumerate(items):
             progress(what, done, total)
             yield item
         return
-    if not (sys.stderr.isatty() if progress is None else progress):
+    if progress is False or not sys.stderr.isatty():
         yield from items
         return
     from rich.console import Console

@@ -91,16 +91,20 @@ class Registry:
             self.records.append(PluginRecord(point.name, distribution, "loaded"))
 
     def _add(self, offered: list[Entry]) -> None:
+        new: dict[tuple[str, str], Entry] = {}
         clashes = []
         for entry in offered:
             key = (entry.kind, entry.name)
-            if key in self._entries:
+            if key in new:
+                clashes.append(f"{entry.kind} {entry.name!r} is registered twice")
+            elif key in self._entries:
                 owners = self._contested.setdefault(key, [self._entries[key].distribution])
                 owners.append(entry.distribution)
                 clashes.append(f"{entry.kind} {entry.name!r} is also offered by {owners[0]}")
+            new[key] = entry
         if clashes:
             raise PluginError("; ".join(clashes) + ". Uninstall one of the two, or ask its author for another name.")
-        self._entries.update({(entry.kind, entry.name): entry for entry in offered})
+        self._entries.update(new)
 
     def entries(self, kind: str) -> list[Entry]:
         """Everything of one kind, by name."""

@@ -119,7 +119,7 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
         smallest = min(names, key=lambda n: ratios.get(n, 0.0))
         share = ratios.get(smallest, 0.0)
         if share == 0:
-            reason = "ratio is 0" if smallest in ratios else "ratio names it not"
+            reason = "ratio is 0" if smallest in ratios else "no key of ratio matches it"
             for n in names:
                 whole[n] = reason if n == smallest else f"coupled with {smallest}: {reason}"
             continue

@@ -137,8 +137,7 @@ def _check_observe(trial: _Trial, *, membrane: bool) -> None:
 
     if not heard:
         raise broken(adapter, "run() reaches no neuron.")
-    # To show its membrane a framework may have to compute in another way: equal up to rounding.
-    if not (_equal(plain, observed) or (membrane and _close(plain, observed))):
+    if not _equal(plain, observed):
         raise broken(adapter, f"observing changes the output {asked}.")
     if calls != sum(map(len, seen.values())):
         raise broken(adapter, f"what observe() returns doesn't stop the observer {asked}.")
@@ -235,11 +234,6 @@ def _plain(value: Any) -> Any:
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def _close(a: list[Tensor], b: list[Tensor]) -> bool:
-    near = [torch.allclose(s, t, rtol=1e-4, atol=1e-5) for s, t in zip(a, b, strict=False)]
-    return len(a) == len(b) and all(near)
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

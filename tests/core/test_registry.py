@@ -226,7 +226,6 @@ def test_one_name_in_two_kinds_is_no_clash(site: Site) -> None:
     assert (names(found), names(found, "scheduler")) == (["even"], ["even"])
 
 
-@pytest.mark.xfail(strict=True, reason="the second class silently replaces the first")
 def test_one_plugin_that_uses_a_name_twice(site: Site) -> None:
     site.install("twice", criterion("same", "same"))
     (record,) = site.registry().records

@@ -121,6 +121,11 @@ class RaisesInEndBatch(Rate):
         raise OptionError("end of batch")
 
 
+class Refuses(Rate):
+    def begin(self, layer):
+        raise PluginError("not this layer")
+
+
 class RaisesInScore(Rate):
     def score(self, layer, state):
         return state / [1]
@@ -232,6 +237,7 @@ CRITERIA = {
     RaisesInBegin: "begin() failed: KeyError: 'begin'",
     RaisesInObserve: "observe() failed: AttributeError",
     RaisesInEndBatch: "end_batch() failed: OptionError: end of batch",
+    Refuses: "conv2d: not this layer",
     RaisesInScore: "score() failed: TypeError",
     WantsWhatItDidNotAskFor: "observe() failed: AttributeError: 'NoneType'",
     ChangesSpikes: "changes in place",
