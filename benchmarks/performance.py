@@ -165,7 +165,11 @@ def main() -> None:
     rates = snncompress.profile(bench.model, bench.data[0], timesteps=T)
     fire = [row.firing_rate for row in rates.layers if row.kind == "neuron"]
     for name, aim in (("svs", "≤ 1.25"), ("sca", "≤ 1.15"), ("firing_rate", "")):
-        add(f"calibrating with {name} / plain forward passes", ratio(lambda n=name: bench.calibrate(n), bench.forward, repeats), aim)
+        add(
+            f"calibrating with {name} / plain forward passes",
+            ratio(lambda n=name: bench.calibrate(n), bench.forward, repeats),
+            aim,
+        )
 
     plain = peak_mb("forward", options.batches, options.batch_size, options.threads)
     for name in ("svs", "sca"):
@@ -173,7 +177,9 @@ def main() -> None:
         many = peak_mb(name, 4 * options.batches, options.batch_size, options.threads)
         aim = "≤ 1.25"
         rows.append((f"peak memory with {name} / plain forward passes", f"{few / plain:.2f}×", "one run", aim))
-        rows.append((f"peak memory with {name}: 4 times the batches / as above", f"{many / few:.2f}×", "one run", "1.00 (flat)"))
+        rows.append(
+            (f"peak memory with {name}: 4 times the batches / as above", f"{many / few:.2f}×", "one run", "1.00 (flat)")
+        )
         print(*rows[-2:], sep="\n", flush=True)
 
     x = bench.data[0]
@@ -199,9 +205,15 @@ def main() -> None:
 
         return run
 
-    add("forward of the pruned network / built from scratch at its widths", ratio(forward(pruned), forward(scratch), 3 * repeats), "≤ 1.03")
+    add(
+        "forward of the pruned network / built from scratch at its widths",
+        ratio(forward(pruned), forward(scratch), 3 * repeats),
+        "≤ 1.03",
+    )
     add("forward of the dense network / pruned", ratio(forward(bench.model), forward(pruned), 3 * repeats), "")
-    before, after = (snncompress.profile(m, x, timesteps=T, conventions=snncompress.Conventions()) for m in (bench.model, pruned))
+    before, after = (
+        snncompress.profile(m, x, timesteps=T, conventions=snncompress.Conventions()) for m in (bench.model, pruned)
+    )
     dense_macs = [macs(m, x) for m in (bench.model, pruned)]
     rows.append(("dense multiply-accumulates, dense / pruned", f"{dense_macs[0] / dense_macs[1]:.2f}×", "exact", ""))
     rows.append(("AC actually caused by spikes, dense / pruned", f"{before.n_ac / after.n_ac:.2f}×", "exact", ""))

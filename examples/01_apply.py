@@ -94,14 +94,16 @@ def main() -> None:
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
     train = DataLoader(TensorDataset(x_train, y_train), batch_size=64, shuffle=True)
 
-    # A trained network to begin with. This is a plain Adam loop; a training loop of your own does as well.
+    # A trained network to begin with. finetune() is a plain Adam loop; one of your own does as well. On a
+    # terminal it shows a progress bar, and so does apply().
     dense = network()
-    snncompress.finetune(dense, train, epochs=10, timesteps=T, lr=2e-3, progress=True)
+    snncompress.finetune(dense, train, epochs=10, timesteps=T, lr=2e-3)
 
-    # 60 % of the channels go, those with the simplest spike maps first; the weights that stay get 4 bits.
-    # `dense` stays as it is; `small` is a network of the same framework, to be used and trained as before.
-    small = snncompress.apply(dense, criterion="svs", ratio=0.6, bits=4, data=train, timesteps=T, progress=True)
-    snncompress.finetune(small, train, epochs=10, timesteps=T, lr=2e-3, progress=True)
+    # Of each convolution's channels the 60 % with the simplest spike maps go. The weights that are left get 4
+    # bits, but for the first layer's and the classifier's. `dense` stays as it is; `small` is a network of the
+    # same framework, to be used and trained as before.
+    small = snncompress.apply(dense, criterion="svs", ratio=0.6, bits=4, data=train, timesteps=T)
+    snncompress.finetune(small, train, epochs=20, timesteps=T, lr=4e-3)
 
     dense_accuracy, small_accuracy = accuracy(dense, x_test, y_test), accuracy(small, x_test, y_test)
     before, after = (snncompress.profile(net, x_test, timesteps=T) for net in (dense, small))
