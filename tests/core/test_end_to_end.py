@@ -63,7 +63,7 @@ def test_digits(build: object) -> None:
     x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
     order = torch.randperm(len(x))  # the last scans are other writers'
     train, test = order[:1350], order[1350:]
-    check(build(8), x[train], y[train], x[test], y[test], epochs=8, tuning=12, dense_floor=0.93, loss=0.06)
+    check(build(8), x[train], y[train], x[test], y[test], epochs=8, tuning=8, dense_floor=0.93, loss=0.15)
 
 
 @NETS
@@ -78,7 +78,7 @@ def test_mnist(build: object, data_dir: Path) -> None:
 
     train = images(x, 1000), torch.tensor(y[:1000], dtype=torch.long)
     test = images(x_test, 500), torch.tensor(y_test[:500], dtype=torch.long)
-    check(build(28), *train, *test, epochs=4, tuning=4, dense_floor=0.8, loss=0.08)
+    check(build(28), *train, *test, epochs=4, tuning=3, dense_floor=0.8, loss=0.12)
 
 
 def check(
