@@ -4,8 +4,8 @@
 
 The network is QP-SNN's spiking VGG-16 for CIFAR shapes, T = 4, in SpikingJelly's multi-step mode. Its weights are
 random, its batch norms settled on the data, so that every population fires (the rates are printed); the pruned one has
-the widths of the paper's 4.25 M row. The things compared run in turn, A B A B …, and the median of the ratios counts, so that a
-machine whose speed drifts does little harm. Writes benchmarks/results/performance.md.
+the widths of the paper's 4.25 M row. The things compared run in turn, A B A B …, and the median of the ratios counts, so
+that a machine whose speed drifts does little harm. Writes benchmarks/results/performance.md.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ def main() -> None:
         "| part | dense (ms) | pruned (ms) | ratio |",
         "|---|---|---|---|",
         *(
-            f"| {kind} | {parts[0][kind] * 1e3:.1f} | {parts[1][kind] * 1e3:.1f} | {parts[0][kind] / parts[1][kind]:.2f}× |"
-            for kind in parts[0]
+            f"| {kind} | {dense * 1e3:.1f} | {parts[1][kind] * 1e3:.1f} | {dense / parts[1][kind]:.2f}× |"
+            for kind, dense in parts[0].items()
         ),
     ]
     target = ROOT / "benchmarks" / "results" / "performance.md"

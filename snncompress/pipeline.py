@@ -79,7 +79,20 @@ def apply(
         what was done. A model that was compressed before is compressed further, and its plan continues.
 
     Raises:
-        SNNCompressError: ModelError, DataError, OptionError or PluginError; the model is then unchanged.
+        SNNCompressError: ModelError, DataError, OptionError, PlanError or PluginError; the model is then unchanged.
+
+    Example:
+        >>> import torch
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> model = torch.nn.Sequential(
+        ...     layer.Conv2d(1, 8, 3), neuron.LIFNode(), layer.Conv2d(8, 16, 3), neuron.LIFNode(),
+        ...     layer.Flatten(), layer.Linear(256, 10),
+        ... )
+        >>> small = apply(model, "magnitude", ratio=0.5, bits=4, data=torch.rand(2, 1, 8, 8), timesteps=4)
+        >>> small[0].weight.shape, len(small[2].weight.unique()) <= 16
+        (torch.Size([4, 1, 3, 3]), True)
+        >>> plan_of(small).whole["2"]
+        'it feeds the classifier'
     """
     found = find_adapter(model, adapter)
     chosen = None if criterion is None else _registry.registry().resolve("criterion", criterion, Criterion)

@@ -24,7 +24,12 @@ class Plan:
     """What was done to a network.
 
     ``edits`` in order; ``whole`` says which layers kept all their channels, and why; ``origin`` which settings and
-    versions produced the plan.
+    versions produced the plan. A plan is JSON: it reads back equal to itself.
+
+    >>> from snncompress import Plan, QuantizeWeights
+    >>> plan = Plan((QuantizeWeights("conv2", "uniform", 4, {"ste": "clip"}),))
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
     """
 
     edits: tuple[Edit, ...] = ()

@@ -67,7 +67,14 @@ def finetune(
     Removed channels are gone, so nothing can bring them back; quantized weights are trained through the
     straight-through estimator. ``data`` yields (x, y) batches; ``timesteps`` and ``forward`` as in
     :func:`snncompress.apply`. Batch order comes from torch's global generator: call ``torch.manual_seed`` for a
-    repeatable run. The train/eval flags are as before afterwards. Returns the model.
+    repeatable run. The train/eval flags are as before afterwards. Returns the model. Raises DataError without labels
+    or where the output isn't one of class scores, OptionError for a wrong number of epochs.
+
+    >>> from spikingjelly.activation_based import neuron
+    >>> model = nn.Sequential(nn.Linear(4, 8), neuron.LIFNode(), nn.Linear(8, 2))
+    >>> x, y = torch.rand(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    >>> finetune(model, (x, y), epochs=2, timesteps=4) is model
+    True
     """
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise OptionError(f"epochs must be a whole number of at least 0, not {epochs!r}.")

@@ -287,7 +287,7 @@ def test_plan_on_another_architecture(case: Case) -> None:
 
 
 def test_plan_of_a_model_that_has_none(case: Case) -> None:
-    with pytest.raises(PlanError, match="holds no plan: it did not come from snncompress.apply"):
+    with pytest.raises(PlanError, match=r"holds no plan: it did not come from snncompress\.apply"):
         snncompress.plan_of(case.model)
 
 
