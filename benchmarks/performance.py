@@ -4,7 +4,7 @@
 
 The network is QP-SNN's spiking VGG-16 for CIFAR shapes, T = 4, in SpikingJelly's multi-step mode. Its weights are
 random, its batch norms settled on the data, so that every population fires (the rates are printed); the pruned one has
-the widths of the paper's 4.25 M row. The things compared run in turn, A B A B …, and the median of the ratios counts, so
+the widths of the paper's 4.25 M row. The things compared run in turn, A B A B …, and the median of ratios counts, so
 that a machine whose speed drifts does little harm. Writes benchmarks/results/performance.md.
 """
 

@@ -1,5 +1,4 @@
-"""ReScaW as Brevitas modules, and the injector that puts them together. Imports Brevitas, so import it
-late."""
+"""ReScaW as Brevitas modules, and the injector that puts them together. Imports Brevitas, so import it late."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from brevitas.inject import ExtendedInjector, value
 from brevitas.proxy import WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
-from .rescaw import Gamma, range_of
+from .gamma import Gamma, range_of
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from snncompress import OptionError, Quantizer
 
-Gamma = Literal["l1_mean", "max", "percentile"]
+from .gamma import Gamma
+
 Ste = Literal["clip", "pass"]
 
 
@@ -27,12 +27,11 @@ class ReScaW(Quantizer):
     is computed from the weight at every forward and is a constant in the backward pass.
 
     Args:
-        gamma: "l1_mean" = mean|W|; "max" = max|W|; "percentile" = max(|P_x|, |P_{1-x}|), linearly
-        interpolated,
+        gamma: "l1_mean" = mean|W|; "max" = max|W|; "percentile" = max(|P_x|, |P_{1-x}|), linearly interpolated,
             and max|W| where that is 0, as in a sparse weight.
         per_channel: one γ per output channel, dimension 0 of the weight, instead of one per layer.
-        ste: the straight-through gradient is 1 where |W/γ| ≤ 1 and 0 elsewhere ("clip"), or 1 everywhere
-        ("pass"). percentile: the x of "percentile", 0 ≤ x < 0.5.
+        ste: the straight-through gradient is 1 where |W/γ| ≤ 1 and 0 elsewhere ("clip"), or 1 everywhere ("pass").
+        percentile: the x of "percentile", 0 ≤ x < 0.5.
 
     Shapes:
         weight [C, ...] → (value [C, ...], scale, zero_point [], bit_width []); scale is [] or [C, 1, ...].
@@ -98,8 +97,7 @@ class Uniform(Quantizer):
     1, so few of the grid's values are used; the paper's comparison.
 
     Args:
-        ste: the straight-through gradient is 1 where |W| ≤ 1 and 0 elsewhere ("clip"), or 1 everywhere
-        ("pass").
+        ste: the straight-through gradient is 1 where |W| ≤ 1 and 0 elsewhere ("clip"), or 1 everywhere ("pass").
 
     Shapes:
         weight [C, ...] → (value [C, ...], scale [], zero_point [], bit_width []).
@@ -131,42 +129,6 @@ class Uniform(Quantizer):
 
         _check_bits(self.name, bits)
         return build(bits, gamma="one", per_channel=False, ste=self.ste, percentile=0.0)
-
-
-def range_of(weight: Tensor, gamma: Gamma | Literal["one"], channel_dim: int | None, percentile: float) -> Tensor:
-    """γ: a 0-dim tensor, or with ``channel_dim`` one value per channel that broadcasts against the weight."""
-    if gamma == "one":
-        return weight.new_ones(())
-    if channel_dim is None:
-        rows = weight.reshape(1, -1)
-    else:
-        rows = weight.movedim(channel_dim, 0).reshape(weight.shape[channel_dim], -1)
-    size = rows.abs()
-    if gamma == "l1_mean":
-        result = size.mean(1)
-    elif gamma == "max":
-        result = size.amax(1)
-    else:
-        low, high = _percentiles(rows, percentile)
-        result = torch.maximum(low.abs(), high.abs())
-        result = torch.where(result > 0, result, size.amax(1))
-    if channel_dim is None:
-        return result.reshape(())
-    shape = [1] * weight.dim()
-    shape[channel_dim] = -1
-    return result.reshape(shape)
-
-
-def _percentiles(rows: Tensor, x: float) -> tuple[Tensor, Tensor]:
-    """P_x and P_{1-x} of every row, interpolated; torch.quantile refuses more than 2^24 elements."""
-    ordered = rows.sort(1).values
-    position = x * (rows.shape[1] - 1)
-    near = int(position)
-    far = min(near + 1, rows.shape[1] - 1)
-    weight = position - near
-    low = torch.lerp(ordered[:, near], ordered[:, far], weight)
-    high = torch.lerp(ordered[:, -1 - near], ordered[:, -1 - far], weight)
-    return low, high
 
 
 def _check_choice(name: str, option: str, value: object, choices: tuple[str, ...]) -> None:
