@@ -1,8 +1,7 @@
 # make demo      compress a small network and show what it costs before and after (FRAMEWORK=snntorch for snnTorch)
 # make test      lint, types, tests and doctests: everything CI runs
 #
-# Both make .venv and install into it what is missing. On Linux without a GPU, torch's CPU build saves gigabytes:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# Both make .venv and install into it what is missing.
 
 FRAMEWORK ?= spikingjelly
 PYTEST_ARGS ?=

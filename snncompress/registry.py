@@ -84,7 +84,7 @@ class Registry:
                     "it registers nothing. Likely cause: a hook without @snncompress.hookimpl, or an empty one."
                 )
             self._add(offered)
-        except Exception as error:  # a plugin may fail in any way; that must stay its own affair
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; that must stay its own affair
             text = f"{type(error).__name__}: {error}"
             self.records.append(PluginRecord(point.name, distribution, "failed", text))
         else:
@@ -107,8 +107,9 @@ class Registry:
         self._entries.update(new)
 
     def entries(self, kind: str) -> list[Entry]:
-        """Everything of one kind, by name."""
-        return sorted((e for (k, _), e in self._entries.items() if k == kind), key=lambda e: e.name)
+        """Everything of one kind that can be named, sorted; contested names can't."""
+        named = (e for key, e in self._entries.items() if e.kind == kind and key not in self._contested)
+        return sorted(named, key=lambda e: e.name)
 
     def find(self, kind: str, name: str) -> type[Any]:
         """The class registered under ``name``; raises UnknownNameError or, for a contested name, PluginError."""

@@ -57,7 +57,8 @@ def test_the_generated_networks_fire_and_pruning_them_shows(cases: object) -> No
     """Equivalence on silent networks would mean nothing: most must fire everywhere, and lose something."""
     alive, changed, total = 0, 0, 0
 
-    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    # a statistic over examples, so always over the same ones
+    @settings(max_examples=30, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=cases())
     def run(case: Case) -> None:
         nonlocal alive, changed, total
