@@ -3,9 +3,9 @@
     python benchmarks/mnist.py [--data ../shared/data] [--only headline criteria robustness ste]
 
 The data folder holds mnist/*.gz as published, and a reader, read.py, whose ``mnist(split)`` returns (images,
-labels). The dense networks are trained once and kept in benchmarks/.cache. A full run writes
-benchmarks/results/mnist.md; with --only the chosen parts are printed. Every job runs in one thread, --workers
-of them at a time, so the numbers don't depend on how many cores there are.
+labels). The dense networks are trained once and kept in benchmarks/.cache. The report is printed and written to
+benchmarks/results/mnist.md; with --only the other parts in it stay as they were. Every job runs in one thread,
+--workers of them at a time, so the numbers don't depend on how many cores there are.
 """
 
 import argparse
@@ -47,13 +47,14 @@ T = 4
 BATCH = 64
 TRAIN_EPOCHS = 3
 HEADLINE = {"criterion": "svs", "ratio": 0.6, "bits": 4}
-HEADLINE_EPOCHS = 3
+HEADLINE_EPOCHS, HEADLINE_LR = 3, 3e-3
 CRITERIA = ("svs", "sca", "firing_rate", "taylor", "magnitude", "bn_scale", "random")
 RATIOS = (0.4, 0.6, 0.8)
 SEEDS = (0, 1, 2)
 CALIBRATION = 1_000  # images; another draw for each seed
 SUBSET = 10_000  # training images in the fine-tuning epoch of the criteria and of the ste study
 STE_BITS = (4, 2)
+STE_CASES = ((0.0, 1e-3), (0.6, 1e-3), (0.6, 3e-3))  # share of channels pruned, learning rate
 PAIR_BATCHES, PAIR_SIZE = 10, 128  # calibration batches of the robustness study, and their size
 
 Split = tuple[Tensor, Tensor]
@@ -94,9 +95,9 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return 100 * right / len(split[1])
 
 
-def tune(model: nn.Module, split: Split, epochs: int, seed: int) -> None:
+def tune(model: nn.Module, split: Split, epochs: int, seed: int, lr: float = 1e-3) -> None:
     torch.manual_seed(seed)
-    snncompress.finetune(model, loader(*split), epochs=epochs, timesteps=T, progress=False)
+    snncompress.finetune(model, loader(*split), epochs=epochs, lr=lr, timesteps=T, progress=False)
 
 
 def dense(framework: str) -> nn.Module:
@@ -140,7 +141,7 @@ def job_headline(framework: str) -> dict[str, Any]:
     small = snncompress.apply(model, **HEADLINE, data=calibration, timesteps=T, progress=False)
     seconds = time.perf_counter() - began
     untuned = accuracy(small, test)
-    tune(small, DATA["train"], HEADLINE_EPOCHS, seed=0)
+    tune(small, DATA["train"], HEADLINE_EPOCHS, 0, HEADLINE_LR)
     profiles = [profile(m, some_test, timesteps=T) for m in (model, small)]
     return {
         "accuracy": [accuracy(model, test), untuned, accuracy(small, test)],
@@ -161,15 +162,15 @@ def job_criterion(criterion: str, ratio: float, seed: int) -> tuple[float, float
     return pruned, accuracy(small, DATA["test"])
 
 
-def job_ste(framework: str, bits: int, ste: str, seed: int | None) -> float:
-    """Accuracy after fine-tuning; with seed None, right after quantization."""
-    quantizer = ReScaW(gamma="l1_mean", ste=ste)
-    data = some(DATA["train"], BATCH, 0)
+def job_ste(framework: str, bits: int, case: tuple[float, float], ste: str, seed: int | None) -> float:
+    """Accuracy after fine-tuning; with seed None, before it."""
+    ratio, lr = case
     small = snncompress.apply(
-        dense(framework), None, bits=bits, quantizer=quantizer, data=data, timesteps=T, progress=False
-    )
+        dense(framework), "svs", ratio, bits, quantizer=ReScaW(gamma="l1_mean", ste=ste),
+        data=loader(*some(DATA["train"], CALIBRATION, 0), shuffle=False), timesteps=T, progress=False,
+    )  # fmt: skip
     if seed is not None:
-        tune(small, some(DATA["train"], SUBSET, 0), 1, seed)
+        tune(small, some(DATA["train"], SUBSET, 0), 1, seed, lr)
     return accuracy(small, DATA["test"])
 
 
@@ -225,7 +226,7 @@ def spread(values: Sequence[float]) -> str:
 
 def headline(jobs: Jobs) -> str:
     found = jobs.run("headline", job_headline, [(f,) for f in NETS])
-    text = [f"## Headline: {settings(HEADLINE)}, {HEADLINE_EPOCHS} epochs of fine-tuning\n"]
+    text = [f"## Headline: {settings(HEADLINE)}, {HEADLINE_EPOCHS} epochs of fine-tuning, lr {HEADLINE_LR}\n"]
     for (framework,), result in found.items():
         before, untuned, after = result["accuracy"]
         a, b = result["profiles"]
@@ -299,22 +300,23 @@ two batches. For criteria that read no data (magnitude, bn_scale, random with it
 
 def ste(jobs: Jobs) -> str:
     kinds = ("clip", "pass")
-    untuned = itertools.product(NETS, STE_BITS, kinds[:1], [None])  # the gradient makes no difference to it
-    cells = [*untuned, *itertools.product(NETS, STE_BITS, kinds, SEEDS)]
-    found = jobs.run("ste", job_ste, cells)
-    header = ["", "quantized", *(f"{kind}, fine-tuned" for kind in kinds), "pass − clip", "by seed"]
+    rows_of = list(itertools.product(NETS, STE_BITS, STE_CASES))
+    untuned = [(*row, kinds[0], None) for row in rows_of]  # the gradient makes no difference to it
+    found = jobs.run("ste", job_ste, [*untuned, *((*r, k, s) for r in rows_of for k in kinds for s in SEEDS)])
+    header = ["network", "bits", "pruned", "lr", "before fine-tuning", *kinds, "pass − clip", "by seed"]
     rows = []
-    for framework, bits in itertools.product(NETS, STE_BITS):
-        tuned = {k: [found[framework, bits, k, s] for s in SEEDS] for k in kinds}
+    for row in rows_of:
+        framework, bits, (ratio, lr) = row
+        tuned = {k: [found[*row, k, s] for s in SEEDS] for k in kinds}
         gains = [b - a for a, b in zip(tuned["clip"], tuned["pass"], strict=True)]
+        before = f"{found[*row, kinds[0], None]:.2f}"
+        after = (spread(tuned[kind]) for kind in kinds)
         by_seed = " ".join(f"{gain:+.2f}" for gain in gains)
-        quantized = f"{found[framework, bits, kinds[0], None]:.2f}"
-        both = (spread(tuned[kind]) for kind in kinds)
-        rows.append([f"{framework}, {bits} bits", quantized, *both, spread(gains), by_seed])
+        rows.append([framework, bits, ratio, lr, before, *after, spread(gains), by_seed])
     return f"""## ReScaW at l1_mean: straight-through gradient clipped or passed
 
-Nothing pruned; the first convolution and the classifier stay at 32 bits. Test accuracy in % after 1 epoch on
-the same {SUBSET:,} training images, {len(SEEDS)} seeds (batch order).
+Quantized, then pruned by svs where it says so; the first convolution and the classifier stay at 32 bits. Test
+accuracy in % after 1 epoch on the same {SUBSET:,} training images, {len(SEEDS)} seeds (batch order).
 
 {table(header, rows)}"""
 
@@ -326,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     data = HERE.parent.parent / "shared" / "data"
     parser.add_argument("--data", type=Path, default=data, help="folder with read.py and mnist/")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="print these parts, write no file")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="redo these parts alone")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="jobs at a time")
     args = parser.parse_args()
     if not (args.data / "read.py").exists() or not (args.data / "mnist").is_dir():
@@ -337,24 +339,23 @@ def main() -> None:
     (CACHE / ".gitignore").write_text("*\n")
     jobs = Jobs(args.data, args.workers)
     jobs.run("training", job_train, [(f,) for f in NETS if not weights_of(f).exists()])
-    began = time.perf_counter()
-    parts = []
     for name in args.only or PARTS:
-        parts.append(PARTS[name](jobs))
-        print(parts[-1] + "\n", flush=True)
-    if args.only:
-        return
-    minutes = (time.perf_counter() - began) / 60
+        began = time.perf_counter()
+        text = PARTS[name](jobs)
+        minutes = (time.perf_counter() - began) / 60
+        text += f"\n\n*{datetime.date.today()}, {minutes:.1f} minutes, {args.workers} jobs at a time.*\n"
+        print(text, flush=True)
+        (CACHE / f"{name}.md").write_text(text)
     about = f"""# MNIST study
 
-{datetime.date.today()}, snncompress {snncompress.__version__}, torch {torch.__version__}, Python
-{platform.python_version()}, {os.cpu_count()} CPUs, {args.workers} jobs at a time in one thread each,
-{minutes:.0f} minutes after training. Seeds: training 0, studies {", ".join(map(str, SEEDS))}.
-
-{T} timesteps, {TRAIN_EPOCHS} epochs of training on all 60,000 images (Adam 1e-3, cosine, batch {BATCH}),
-10,000 test images. Networks: `benchmarks/mnist_models.py`; command: `python benchmarks/mnist.py`."""
+snncompress {snncompress.__version__}, torch {torch.__version__}, Python {platform.python_version()},
+{os.cpu_count()} CPUs, one thread per job. Seeds: training 0, studies {", ".join(map(str, SEEDS))}. {T} timesteps,
+{TRAIN_EPOCHS} epochs of training on all 60,000 images (Adam 1e-3, cosine, batch {BATCH}), 10,000 test images.
+Networks: `benchmarks/mnist_models.py`; command: `python benchmarks/mnist.py`.
+"""
+    parts = [path.read_text() for name in PARTS if (path := CACHE / f"{name}.md").exists()]
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n\n".join([about, *parts]) + "\n")
+    RESULT.write_text("\n".join([about, *parts]))
     print(f"Written to {RESULT.relative_to(HERE.parent)}")
 
 

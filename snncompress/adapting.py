@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .errors import ModelError
+from .errors import ModelError, OptionError
 from .interfaces import Adapter
 from .registry import adapters, registry
 
@@ -22,6 +22,8 @@ def find_adapter(model: nn.Module, adapter: Adapter | str | None = None) -> Adap
         raise ModelError(f"{lazy[0]} is not initialised yet (a lazy layer). Run the model once on a batch first.")
     if isinstance(adapter, str):
         candidates: list[Adapter] = [registry().find("adapter", adapter)()]
+    elif adapter is not None and not isinstance(adapter, Adapter):
+        raise OptionError(f"adapter must be the name of a framework or a snncompress.Adapter, not {adapter!r}.")
     else:
         candidates = [adapter] if adapter is not None else list(adapters())
     found = {a.framework: (a, neurons) for a in candidates if (neurons := a.neurons(model))}

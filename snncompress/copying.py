@@ -27,6 +27,12 @@ def private_copy(model: M, adapter: Adapter) -> M:
     return result
 
 
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Devices whose random number generators running the model may use."""
+    found = {t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    return sorted(found)
+
+
 def _graph_tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         yield from _non_leaves(vars(module))

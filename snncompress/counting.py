@@ -26,8 +26,8 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _Av
 from .energy import Conventions, SpikeValues, resolve_conventions
 from .errors import DataError, ModelError
 from .interfaces import OperationCounts
+from .network import WEIGHT_LAYERS
 
-WEIGHT_LAYERS = (_ConvNd, nn.Linear)
 NORMS = (_NormBase, nn.GroupNorm)
 POOLS = (_MaxPoolNd, _AvgPoolNd, _AdaptiveMaxPoolNd, _AdaptiveAvgPoolNd)
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

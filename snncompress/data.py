@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from .errors import DataError, SNNCompressError
 from .interfaces import Adapter, Forward
 
+Run = Callable[[nn.Module], Any]
+"""Runs a model on an example batch."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -40,6 +43,8 @@ class Feed:
             raise DataError(f"timesteps must be None or a whole number of at least 1, not {timesteps!r}.")
         if timesteps is not None and forward is not None:
             raise DataError("Give timesteps or forward, not both: forward drives the steps itself.")
+        if forward is not None and not callable(forward):
+            raise DataError(f"forward must be callable as forward(model, batch), not {forward!r}.")
         self.adapter, self.timesteps, self.forward = adapter, timesteps, forward
         self._data = _as_iterable(data)
         self._first: Batch | None = None
@@ -57,23 +62,27 @@ class Feed:
     def __call__(self, model: nn.Module, batch: Batch) -> Any:
         """Reset the neurons, run the batch, return the model's output."""
         self.adapter.reset(model)
+        self.check(model, batch)
         try:
             if self.forward is not None:
                 return self.forward(model, batch.raw)
             return self.adapter.run(model, batch.x, self.timesteps)
         except SNNCompressError:
             raise
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except Exception as error:  # the model is the user's: anything can come out of it
             what = f"shape {list(batch.x.shape)}" if isinstance(batch.x, Tensor) else f"type {type(batch.x).__name__}"
-            fed = (
-                "by forward=" if self.forward is not None
-                else f"with timesteps={self.timesteps} (constant current)" if self.timesteps is not None
-                else "as it is (timesteps=None)"
-            )  # fmt: skip
+            if self.forward is not None:
+                where, cause = "in forward=", "forward= doesn't fit the model or the batch."
+            else:
+                how = "as it is (timesteps=None)" if self.timesteps is None else f"with timesteps={self.timesteps}"
+                where = f"fed {how}"
+                cause = (
+                    "the shape isn't what the model takes. Static samples [N, ...] want timesteps=T; a model with a "
+                    "signature of its own wants forward=lambda model, batch: ..."
+                )
             raise DataError(
-                f"{type(model).__name__} failed on a batch of {what}, fed {fed}: {type(error).__name__}: {error} "
-                f"Likely cause: the shape isn't what the model takes. Static samples [N, ...] want timesteps=T; a "
-                f"model with a signature of its own wants forward=lambda model, batch: ..."
+                f"{type(model).__name__} failed on a batch of {what}, {where}: {type(error).__name__}: {error} "
+                f"Likely cause: {cause}"
             ) from error
 
     def __len__(self) -> int:
@@ -86,8 +95,8 @@ class Feed:
             self._first = next(iter(self))
         return self._first
 
-    def example(self) -> Callable[[nn.Module], Any]:
-        """Runs one sample of the first batch, for at most two timesteps: enough to see a network's structure."""
+    def example(self) -> Run:
+        """Runs one sample of the first batch through all timesteps: enough to see a network's structure."""
         batch = self.first()
         x = batch.x
         if self.forward is None and isinstance(x, Tensor):
@@ -95,9 +104,7 @@ class Feed:
                 x = x[:1]
             elif batch.y is not None and x.dim() > 1 and x.shape[1] == len(batch.y):
                 x = x[:, :1]
-        steps = None if self.timesteps is None else min(self.timesteps, 2)
-        feed = Feed(self.adapter, [batch.raw], steps, self.forward)
-        return lambda model: feed(model, Batch(x, batch.y, batch.raw))
+        return lambda model: self(model, Batch(x, batch.y, batch.raw))
 
     def _checked(self, raw: Any, number: int) -> Batch:
         x, y = _split(raw)
@@ -113,10 +120,10 @@ class Feed:
                 raise DataError(f"Batch {number} holds NaN or infinite values. Clean the data first.")
         return Batch(x, y, raw)
 
-    def check_against(self, model: nn.Module) -> None:
-        """Compare dtype and device of the first batch with the model's parameters; raises DataError."""
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        """Compare dtype and device of a batch with the model's parameters; raises DataError."""
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-        x = self.first().x
+        x = batch.x
         if parameter is None or self.forward is not None or not isinstance(x, Tensor):
             return
         if x.dtype != parameter.dtype:

@@ -1,7 +1,7 @@
 """The five edits: all that compression ever does to a network.
 
-Each is immutable, has a JSON form, and is applied in place to a model that has the structure it expects. Where
-something doesn't fit, PlanError is raised before anything is changed.
+Each is immutable, has a JSON form, and is applied in place to a model that has the structure it expects. Where a
+module isn't there or has another width, PlanError is raised before anything is changed.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from .errors import OptionError, PlanError
 from .interfaces import Adapter, Quantizer
-from .network import ChannelGroup, Side, prunable_type, remove_from_layer, remove_from_neuron, width
-from .parametrizations import quantize_weight, weight_bits
+from .network import ChannelGroup, Side, prunable_type, remove_from_layer, width
+from .parametrizations import computed_weight, quantize_weight, weight_bits
 from .registry import registry
 
 
@@ -40,7 +39,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Slice:
-    """Indices that one module loses on one side: of ``width`` channels (0 for a neuron, whose tensors may be scalars).
+    """Indices that one module loses on one side, of ``width`` channels.
 
     ``axis`` is where a neuron's channels stand (-1 in [N, C], -3 in [N, C, H, W]); 0 for a layer.
     """
@@ -73,7 +72,7 @@ class RemoveChannels(Edit):
                 member.module,
                 member.side,
                 tuple(sorted(member.index[removed].flatten().tolist())),
-                width(model.get_submodule(member.module), member.side) or 0,
+                member.width or width(model.get_submodule(member.module), member.side),
                 member.axis,
             )
             for member in group.members
@@ -85,11 +84,12 @@ class RemoveChannels(Edit):
         """Every module must be there, of a kind that can be shrunk, with the width the edit expects."""
         for piece in self.slices:
             module = _find(model, piece.module, "the plan removes channels from it")
-            if piece.side == "neuron":
-                continue
-            if not prunable_type(module):
+            if piece.side == "neuron":  # its tensors may all be scalars, so it doesn't tell its width
+                found = piece.width
+            elif not prunable_type(module):
                 raise PlanError(f"{piece.module} is a {type(module).__name__}, from which channels can't be removed.")
-            found = width(module, piece.side)
+            else:
+                found = width(module, piece.side)
             if found != piece.width:
                 raise PlanError(
                     f"{piece.module} has {found} {piece.side}put channels, the plan expects {piece.width}. The model "
@@ -108,7 +108,8 @@ class RemoveChannels(Edit):
         self.check(model)
         for piece in self.slices:
             if piece.side == "neuron":
-                remove_from_neuron(model, adapter, piece.module, list(piece.indices), piece.axis)
+                neuron = model.get_submodule(piece.module)
+                adapter.remove_channels(neuron, list(piece.indices), width=piece.width, axis=piece.axis)
             else:
                 remove_from_layer(model.get_submodule(piece.module), piece.side, list(piece.indices))
 
@@ -133,6 +134,10 @@ class QuantizeWeights(Edit):
         module = _find(model, self.layer, "the plan quantizes it")
         if not isinstance(getattr(module, "weight", None), Tensor):
             raise PlanError(f"{self.layer} is a {type(module).__name__} without a weight to quantize.")
+        if why := computed_weight(module):
+            raise PlanError(
+                f"{self.layer} can't be quantized: {why}. Make it a plain parameter first, or skip the layer."
+            )
         if (bits := weight_bits(module)) is not None:
             raise PlanError(
                 f"{self.layer} is already quantized to {bits} bits. Start from the float model, or leave bits=None."
@@ -211,10 +216,3 @@ def _find(model: nn.Module, name: str, why: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError as error:
         raise PlanError(f"{type(model).__name__} has no module {name!r}; {why}. Is it another architecture?") from error
-
-
-def survivors(size: int, indices: tuple[int, ...]) -> Tensor:
-    """Positions that are left of ``size`` once ``indices`` are gone."""
-    keep = torch.ones(size, dtype=torch.bool)
-    keep[list(indices)] = False
-    return keep.nonzero().flatten()

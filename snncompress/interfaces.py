@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -81,8 +81,8 @@ class Criterion(_Plugin):
     def observe(self, layer: Layer, state: Any, spikes: Tensor, membrane: Tensor | None) -> Any:
         """Add consecutive timesteps, ``spikes`` and ``membrane`` each [T', N, C, ...]; return the new state.
 
-        C is the layer's channels. T' is 1 in networks that step through time and may be all T in multi-step ones.
-        ``membrane`` is None unless ``needs`` names it.
+        C is the layer's channels. T' is 1 in networks that step through time and may be all T in multi-step ones. The
+        tensors may be views: don't write to them or keep them. ``membrane`` is None unless ``needs`` names it.
         """
         return state
 
@@ -176,12 +176,17 @@ class Adapter(ABC):
         """Call ``observer`` at every step of this neuron until the returned function is called."""
 
     @abstractmethod
-    def remove_channels(self, neuron: nn.Module, indices: list[int], axis: int) -> None:
+    def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
         """Remove channels from the neuron's own per-channel tensors (threshold, decay, recurrent weights).
 
-        ``axis`` < 0 is where the channels stand in the neuron's input: -1 in [N, C], -3 in [N, C, H, W]. A tensor
-        that broadcasts along that axis has nothing to remove. Raises ModelError for a neuron that can't be shrunk.
+        The neuron has ``width`` channels, which stand on ``axis`` < 0 of its input: -1 in [N, C], -3 in
+        [N, C, H, W]. A tensor that broadcasts along that axis has nothing to remove. Raises ModelError for a neuron
+        that can't be shrunk.
         """
+
+    def alone(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the framework's own books, where it keeps any, list this model's neurons only."""
+        return nullcontext()
 
     def adopt(self, model: nn.Module) -> None:  # noqa: B027 - most frameworks keep no books
         """Called with a finished copy of a model, for frameworks that keep a list of their modules."""
@@ -189,6 +194,3 @@ class Adapter(ABC):
     def neurons(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's spiking neurons by name."""
         return {name: m for name, m in model.named_modules() if self.is_neuron(m)}
-
-
-Options = Mapping[str, Any]

@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
 
-from .interfaces import Adapter
 from .parametrizations import bare
 
 Side = Literal["out", "in", "neuron"]
-WEIGHT_LAYERS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
-)  # fmt: skip
+WEIGHT_LAYERS = (_ConvNd, nn.Linear)
 
 
 @dataclass(frozen=True)
 class Member:
     """One tensor dimension of a coupled group: row c of ``index`` [size, k] lists what channel c occupies there.
 
-    k is 1 but for a linear layer behind a flatten (h·w columns per channel) and the like. ``axis`` is where a neuron's
-    channels stand, counted from the end: -1 in [N, C], -3 in [N, C, H, W]; 0 for a layer, whose type tells.
+    k is 1 but for a linear layer behind a flatten (h·w columns per channel) and the like. For a neuron, ``width`` is
+    its number of channels and ``axis`` where they stand, counted from the end: -1 in [N, C], -3 in [N, C, H, W]; for
+    a layer, whose type tells, both are 0.
     """
 
     module: str
     side: Side
     index: Tensor
+    width: int = 0
     axis: int = 0
 
     def shifted(self, gone: Tensor) -> Member:
         """The member after the module lost indices ``gone`` (sorted), none of them its own: indices renumbered."""
         index = self.index - torch.searchsorted(gone, self.index)
-        return Member(self.module, self.side, index, self.axis)
+        return replace(self, index=index, width=max(0, self.width - len(gone)))
 
     def without(self, removed: Tensor) -> Member:
         """The member after the group's channels ``removed`` are gone."""
         keep = torch.ones(len(self.index), dtype=torch.bool)
         keep[removed] = False
-        kept = Member(self.module, self.side, self.index[keep], self.axis)
+        kept = replace(self, index=self.index[keep])
         return kept.shifted(self.index[removed].flatten().sort().values)
 
 
@@ -113,22 +113,11 @@ class Network:
         feeding = {p for c in self.classifiers for p in self.producers[c] if p not in self.classifiers}
         return tuple(name for name in self.layers if name in feeding)
 
-    def group_of(self, layer: str) -> ChannelGroup | None:
-        """The coupled group in which this layer's outputs are."""
-        return next((g for g in self.groups if layer in g.names("out")), None)
 
-
-def width(module: nn.Module, side: Side) -> int | None:
-    """Channels of a module on one side; None for a neuron, whose tensors may be scalars."""
-    if side == "neuron":
-        return None
+def width(module: nn.Module, side: Side) -> int:
+    """Channels of a layer on one side."""
     pruner = _pruner(module)
     return int(pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module))
-
-
-def remove_from_neuron(model: nn.Module, adapter: Adapter, name: str, indices: list[int], axis: int) -> None:
-    """Remove channels from a neuron's own tensors, in place."""
-    adapter.remove_channels(model.get_submodule(name), indices, axis)
 
 
 def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None:

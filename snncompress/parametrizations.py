@@ -51,6 +51,16 @@ def weight_bits(module: nn.Module) -> int | None:
     return found.bits if found is not None else None
 
 
+def computed_weight(module: nn.Module) -> str:
+    """Why this layer's weight is not a plain parameter, quantization aside; empty where it is one."""
+    others = [type(p).__name__ for p in _chain(module) if not isinstance(p, QuantizedWeight)]
+    if others:
+        return f"its weight is computed by {', '.join(others)}"
+    if not _chain(module) and "weight" not in module._parameters:
+        return "its weight is computed from other parameters before each forward pass (weight_norm, prune …)"
+    return ""
+
+
 def stored_weight(module: nn.Module) -> nn.Parameter:
     """The float weight that training moves: ``module.weight`` itself where nothing is quantized."""
     if parametrize.is_parametrized(module, "weight"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -10,10 +11,10 @@ from torch import nn
 
 from . import registry as _registry
 from .adapting import find_adapter
-from .copying import private_copy
+from .copying import cuda_devices, private_copy
 from .data import Feed
 from .edits import Edit, QuantizeWeights, RemoveChannels
-from .errors import DataError, OptionError
+from .errors import DataError, ModelError, OptionError, PlanError
 from .interfaces import Adapter, Criterion, Forward, Quantizer, Scheduler
 from .network import WEIGHT_LAYERS, without
 from .parametrizations import quantize_weight
@@ -75,8 +76,9 @@ def apply(
         progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.
 
     Returns:
-        A new model of the same class, with the same call contract, flags and hooks; :func:`snncompress.plan_of` tells
-        what was done. A model that was compressed before is compressed further, and its plan continues.
+        A new model of the same class, with the same call contract, flags and hooks (which run on calibration batches
+        too, as part of the model); :func:`snncompress.plan_of` tells what was done. A model that was compressed before
+        is compressed further, and its plan continues.
 
     Raises:
         SNNCompressError: ModelError, DataError, OptionError, PlanError or PluginError; the model is then unchanged.
@@ -100,14 +102,17 @@ def apply(
     schedule: Scheduler = _registry.registry().resolve("scheduler", scheduler, Scheduler)
     _check_options(chosen, order, finetune, seed)
 
-    with torch.random.fork_rng(devices=_devices(model)):
-        torch.manual_seed(seed)
-        work = private_copy(model, found)
+    if not _weight_layers(model):
+        raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune or quantize.")
+    work = private_copy(model, found)
+    devices = cuda_devices(model)
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), found.alone(work):
+        _seed(seed, devices)
         if data is None:
             feed = synthetic_feed(work, found, timesteps, forward, needs_labels=_needs_labels(chosen, finetune))
         else:
             feed = Feed(found, data, timesteps, forward)
-            feed.check_against(work)
+            feed.check(work, feed.first())
             if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
                 raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")
         network = trace(work, found, feed.example())
@@ -187,8 +192,8 @@ def _prune(
 def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, seed: int) -> None:
     if order not in ("qp", "pq"):
         raise OptionError(f"order must be 'qp' (quantize, then prune) or 'pq', not {order!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise OptionError(f"seed must be a whole number, not {seed!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise OptionError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
     if not (finetune is None or callable(finetune)) and (
         isinstance(finetune, bool) or not isinstance(finetune, int) or finetune < 0
     ):
@@ -216,7 +221,7 @@ def _weight_layers(model: nn.Module) -> list[str]:
 def _check_quantizable(model: nn.Module, widths: dict[str, int | None], skips: Skips) -> None:
     for name, bits in widths.items():
         if bits is not None and name not in skips.quantize:
-            QuantizeWeights(name, "", bits, {}).check(model)
+            QuantizeWeights(name, "", bits, {}).check(model)  # before anything takes time
 
 
 def _restore_flags(original: nn.Module, result: nn.Module) -> None:
@@ -226,14 +231,17 @@ def _restore_flags(original: nn.Module, result: nn.Module) -> None:
         module.training = modes.get(name, modes.get(parent, result.training))
 
 
-def _devices(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+def _seed(seed: int, devices: list[int]) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA generators that aren't restored
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _continued(original: nn.Module, plan: Plan) -> Plan:
     try:
         before = plan_of(original)
-    except Exception:
+    except PlanError:
         return plan
     return Plan(before.edits + plan.edits, plan.whole, {**plan.origin, "before": dict(before.origin)})
 
@@ -243,7 +251,9 @@ def _origin(
     order: str, finetune: Finetune, seed: int, synthetic: bool,
 ) -> dict[str, Any]:  # fmt: skip
     def plain(value: Any) -> Any:
-        return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        return float(value) if isinstance(value, Real) and not isinstance(value, int) else value
 
     def named(plugin: Any) -> dict[str, Any] | None:
         return None if plugin is None else {"name": plugin.name, "options": plugin.options()}

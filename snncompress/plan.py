@@ -1,4 +1,4 @@
-"""The plan: an ordered list of edits, with where it came from. Immutable, JSON."""
+"""The plan: an ordered list of edits, with where it came from. It reads back from JSON as it was."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan that compressed this model; raises PlanError for a model that isn't compressed."""
-    plan = vars(model).get(_ATTRIBUTE)
+    plan = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
     if not isinstance(plan, Plan):
         raise PlanError(f"This {type(model).__name__} holds no plan: it did not come from snncompress.apply.")
     return plan

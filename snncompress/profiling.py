@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapting import find_adapter
-from .copying import private_copy
-from .counting import NORMS, POOLS, WEIGHT_LAYERS, PlainCounter, WeightCounter, spike_sum
+from .copying import cuda_devices, private_copy
+from .counting import NORMS, POOLS, PlainCounter, WeightCounter, spike_sum
 from .data import Batch, Feed
 from .energy import Conventions, resolve_conventions
 from .errors import DataError, OptionError
 from .interfaces import Adapter, EnergyModel, Forward, OperationCounts
+from .network import WEIGHT_LAYERS
 from .parametrizations import weight_bits
 from .registry import registry
 from .reporting import Comparison, Kind, LayerProfile, Profile
@@ -86,8 +87,7 @@ def profile(
     feed = Feed(found, data, timesteps, forward)
     copy = private_copy(model, found).eval()
     meter = _Meter(copy, found, rules)
-    with torch.random.fork_rng(devices=_cuda_devices(copy)), torch.no_grad(), meter.recording():
-        feed.check_against(copy)
+    with torch.random.fork_rng(cuda_devices(copy)), torch.no_grad(), found.alone(copy), meter.recording():
         for batch in feed:
             output = feed(copy, batch)
             meter.n_samples += _samples(output, batch)
@@ -274,8 +274,3 @@ def _samples(output: Any, batch: Batch) -> int:
         "Neither the output nor the batch tells how many samples it holds. Yield (x, y) batches, or pass a "
         "forward that returns class scores [N, K] or [T, N, K]."
     )
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    found = {t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    return sorted(found)

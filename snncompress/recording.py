@@ -65,6 +65,10 @@ def _run(model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scor
         stack.callback(_restore, modes)
         model.eval()
         stack.enter_context(torch.set_grad_enabled(gradients))
+        if gradients:
+            for weight in {stored_weight(model.get_submodule(s.layer_name)) for s in scorers}:
+                stack.callback(weight.requires_grad_, weight.requires_grad)  # a frozen weight has a gradient too
+                weight.requires_grad_(True)
         for batch in tracked(feed, progress, f"calibrating {criterion.name}"):
             output = feed(model, batch)
             if gradients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -46,6 +46,10 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str]) -> S
 def _named(patterns: Any, names: Collection[str]) -> dict[str, str]:
     if isinstance(patterns, str):
         patterns = [patterns]
+    if not isinstance(patterns, Iterable):
+        raise OptionError(
+            f"skip takes names or globs of layers, a mapping with 'prune' and 'quantize', or None; not {patterns!r}."
+        )
     found: dict[str, str] = {}
     for pattern in patterns:
         found.update(dict.fromkeys(_matching(str(pattern), names, "skip"), "skip names it"))

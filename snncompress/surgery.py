@@ -27,16 +27,16 @@ def patched(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             attributes[name] = before
 
 
-def remove_along(module: nn.Module, indices: list[int], axis: int) -> None:
+def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
     """Remove ``indices`` along ``axis`` < 0 from the module's own parameters and persistent buffers, in place.
 
-    Tensors that broadcast along the axis (fewer dimensions, or size 1) are left. The channel axis of the input
-    [N, C, H, W] is -3, so a threshold [C, 1, 1] loses rows and one of shape [W] doesn't.
+    Only tensors with ``width`` entries on that axis hold one per channel; others (fewer dimensions, another size) are
+    left. The channel axis of an input [N, C, H, W] is -3: a threshold [C, 1, 1] shrinks, one of shape [W] doesn't.
     """
     persistent = {n for n, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
     for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent):
         tensor = getattr(module, name)
-        if tensor.dim() < -axis or tensor.shape[axis] == 1:
+        if tensor.dim() < -axis or tensor.shape[axis] != width:
             continue
         keep = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
         keep[indices] = False

@@ -5,9 +5,11 @@ What torch-pruning concludes is not believed but tested: see :mod:`snncompress.v
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch_pruning import ops
 from torch_pruning.dependency import shape_infer
+from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 from torch_pruning.pruner.function import BasePruningFunc
 
 from .copying import private_copy
-from .data import tensors_in
+from .data import Run, tensors_in
 from .errors import ModelError
 from .interfaces import Adapter
 from .network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type
+from .parametrizations import computed_weight
 from .surgery import patched
 from .verifying import leave_out_what_breaks
-
-Run = Callable[[nn.Module], Any]
-"""Runs a model on the example batch."""
 
 
 def trace(model: nn.Module, adapter: Adapter, run: Run) -> Network:
@@ -36,7 +37,11 @@ def trace(model: nn.Module, adapter: Adapter, run: Run) -> Network:
 
     ``run(copy)`` must run an example batch. Raises ModelError where no weight layer drives a neuron.
     """
-    copy = plain_copy(model, adapter)
+    with torch.inference_mode(False), torch.enable_grad(), _full_precision():
+        return _trace(plain_copy(model, adapter), adapter, run)
+
+
+def _trace(copy: nn.Module, adapter: Adapter, run: Run) -> Network:
     modules = dict(copy.named_modules())
     neurons = adapter.neurons(copy)
     inside = {f"{n}.{sub}" for n in neurons for sub, _ in neurons[n].named_modules() if sub}
@@ -46,10 +51,10 @@ def trace(model: nn.Module, adapter: Adapter, run: Run) -> Network:
     graph = _Graph()
     calls = _Calls()
     watched = {**weights, **neurons, **norms}
-    axes: dict[nn.Module, int] = {}
+    shapes: dict[nn.Module, torch.Size] = {}
 
     def fire(neuron: nn.Module, x: Tensor) -> Tensor:
-        axes[neuron] = 1 - x.dim()
+        shapes[neuron] = x.shape
         return x * 1.0  # out of place: the input keeps its own node in the graph
 
     with adapter.identities(copy, fire), calls.watching(watched), warnings.catch_warnings():
@@ -73,14 +78,15 @@ def trace(model: nn.Module, adapter: Adapter, run: Run) -> Network:
     )
     if not any(network.drives.values()):
         raise ModelError(
-            f"No weight layer of {type(model).__name__} drives a spiking neuron, as far as it can be traced. Likely "
+            f"No weight layer of {type(copy).__name__} drives a spiking neuron, as far as it can be traced. Likely "
             f"cause: an operation without a gradient between them."
         )
     for name in weights:
         if name not in layers:
             network.whole[name] = "the model never calls it on this input"
-    exposed = {name for name in visible if name not in last}
-    _add_groups(network, graph, copy, {n: axes[m] for n, m in neurons.items() if m in axes}, exposed)
+    exposed = [name for name in visible if name not in last]
+    whole = _computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
+    _add_groups(network, graph, copy, {n: shapes[m] for n, m in neurons.items() if m in shapes}, whole)
     leave_out_what_breaks(network, copy, adapter, run)
     return network
 
@@ -89,7 +95,7 @@ def plain_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A private copy in eval mode with plain weights that all require a gradient, ready to be traced."""
     copy = private_copy(model, adapter).eval()
     for module in list(copy.modules()):
-        if parametrize.is_parametrized(module, "weight"):
+        if parametrize.is_parametrized(module, "weight") and not computed_weight(module):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     for parameter in copy.parameters():
         if parameter.is_floating_point():
@@ -97,17 +103,41 @@ def plain_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
     return copy
 
 
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def _computed_or_shared(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight isn't theirs alone, or isn't a parameter, with the reason."""
+    found: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, WEIGHT_LAYERS):
+            continue
+        if why := computed_weight(module):
+            found[name] = why
+            continue
+        first = owners.setdefault(id(module.weight), name)
+        if first != name:
+            found[name] = f"it shares its weight with {first}"
+            found[first] = f"it shares its weight with {name}"
+    return found
+
+
 class _Calls:
     """The autograd nodes that go in and out of watched modules.
 
-    From its third call on, a module returns what it returned at the second: a model with its own loop over T steps
-    then costs no more graph than two steps, which is where a recurrent connection shows itself.
+    From the third time on that a module is called with an input from the same modules, it returns what it returned
+    the second time: a model with its own loop over T steps then costs little more graph than two steps, which is
+    where a recurrent connection shows itself.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[Any]] = {}
         self.outputs: dict[Any, str] = {}
-        self._results: dict[str, list[Any]] = {}
+        self._results: dict[Any, list[Any]] = {}
 
     @contextmanager
     def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
@@ -117,14 +147,16 @@ class _Calls:
             yield
 
     def _watched(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            results = self._results.setdefault(name, [])
-            if len(results) >= 2 and results[-1][0] == x.shape:
-                return results[-1][1]
-            result = forward(x, *args, **kwargs)
-            results.append((x.shape, result))
+        def call(*args: Any, **named: Any) -> Any:
+            x = next(tensors_in([args, named]))
+            source = frozenset(_upstream([x.grad_fn], self.outputs))
+            results = self._results.setdefault((name, x.shape, source), [])
+            if len(results) == 2:
+                return results[-1]
+            result = forward(*args, **named)
+            results.append(result)
             self.inputs.setdefault(name, []).append(x.grad_fn)
-            self.outputs[_first_tensor(result).grad_fn] = name
+            self.outputs[next(tensors_in(result)).grad_fn] = name
             return result
 
         return call
@@ -132,12 +164,6 @@ class _Calls:
     def named(self, modules: Iterable[str]) -> dict[Any, str]:
         wanted = set(modules)
         return {node: name for node, name in self.outputs.items() if name in wanted}
-
-
-def _first_tensor(result: Any) -> Tensor:
-    while not isinstance(result, Tensor):
-        result = result[0]
-    return result
 
 
 def _upstream(nodes: Iterable[Any], stops: dict[Any, str]) -> set[str]:
@@ -191,9 +217,9 @@ def _build(
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
-    """torch-pruning's graph, told which reshape is the flatten.
+    """torch-pruning's graph, told which reshape is the flatten and where concatenated channels start.
 
-    It guesses that from the layers before and after, and so takes every reshape on the way for a flatten: in
+    It guesses the flatten from the layers before and after, and so takes every reshape on the way for a flatten: in
     multi-step mode, where [T, N] is folded and unfolded, indices would be multiplied again and again.
     """
 
@@ -204,6 +230,26 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
             if node.type == ops.OPTYPE.RESHAPE and not self._flattens(node):
                 node.type = ops.OPTYPE.ELEMENTWISE
         return nodes
+
+    def build_dependency(self, *args: Any, **kwargs: Any) -> Any:
+        super().build_dependency(*args, **kwargs)
+        for node in self.module2node.values():
+            if node.type == ops.OPTYPE.CONCAT and node.module.offsets is None:
+                self._offset(node)
+        return self
+
+    def _offset(self, node: Any) -> None:
+        """Index offsets of a concatenation that torch-pruning passed over: in [T, N, C, …], or before a flatten."""
+        sizes = [shape_infer.infer_channels_between(self, n, node) for n in node.inputs]
+        if None in sizes or sum(sizes) not in node.grad_fn._input_metadata[0].shape:
+            return
+        ends = list(itertools.accumulate(sizes, initial=0))
+        node.module.concat_sizes, node.module.offsets = sizes, ends
+        for i, source in enumerate(node.inputs):
+            for one, other, reverse in ((node, source, True), (source, node, False)):
+                link = next((d for d in one.dependencies if d.target is other and d.index_mapping[1] is None), None)
+                if link is not None:
+                    link.index_mapping[1] = _ConcatIndexMapping(ends[i : i + 2], reverse=reverse)
 
     def _flattens(self, node: Any) -> bool:
         before = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
@@ -230,7 +276,7 @@ class _NeuronPruner(BasePruningFunc):  # type: ignore[misc]
 
 
 def _add_groups(
-    network: Network, graph: tp.DependencyGraph, model: nn.Module, neurons: dict[str, int], exposed: set[str]
+    network: Network, graph: tp.DependencyGraph, model: nn.Module, neurons: dict[str, torch.Size], whole: dict[str, str]
 ) -> None:
     names = {m: n for n, m in model.named_modules()}
     done: set[str] = set()
@@ -248,19 +294,20 @@ def _add_groups(
         outs = group.names("out")
         weight_outs = [n for n in outs if n in network.layers]
         done.update(weight_outs)
-        reason = _why_whole(network, group, weight_outs, exposed)
+        reason = _why_whole(network, group, weight_outs, whole)
         if reason:
             network.whole.update(dict.fromkeys(weight_outs, reason))
         else:
             network.groups.append(group)
 
 
-def _why_whole(network: Network, group: ChannelGroup, outs: list[str], exposed: set[str]) -> str:
+def _why_whole(network: Network, group: ChannelGroup, outs: list[str], whole: dict[str, str]) -> str:
     for name in outs:
         if name in network.classifiers:
             return f"{name} is the classifier: its outputs are the model's"
-        if name in exposed:
-            return f"the channels of {name} are part of the model's output"
+    for name in (m.module for m in group.members):
+        if name in whole:
+            return whole[name] if name in outs else f"coupled with {name}: {whole[name]}"
     for name in outs:
         cut = [n for n in network.drives[name] if n not in group.names("neuron")]
         if cut or not network.drives[name]:
@@ -277,9 +324,9 @@ class _UnfitError(Exception):
 
 
 def _group(
-    graph: tp.DependencyGraph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, int]
+    graph: tp.DependencyGraph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, torch.Size]
 ) -> ChannelGroup:
-    """torch-pruning's group of all output channels of ``module``; ``neurons`` maps names to channel axes."""
+    """torch-pruning's group of all output channels of ``module``; ``neurons`` maps names to input shapes."""
     pruner = graph.get_pruner_of_module(module)
     size = int(pruner.get_out_channels(module))
     group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(size)))
@@ -295,7 +342,9 @@ def _group(
         if name not in neurons and not prunable_type(target):
             continue
         side: Side = "neuron" if name in neurons else "out" if graph.is_out_channel_pruning_fn(handler) else "in"
-        member = Member(name, side, _index(item.idxs, item.root_idxs, size), neurons.get(name, 0))
+        member = Member(name, side, _index(item.idxs, item.root_idxs, size))
+        if name in neurons:  # [N, C, ...]
+            member = replace(member, width=neurons[name][1], axis=1 - len(neurons[name]))
         if members.setdefault((name, side), member) is not member:
             raise _UnfitError(f"{name} takes its channels in twice")
         blocks.add(_blocks(target, member))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,16 +39,34 @@ def class_scores(output: Any) -> Tensor:
 
 
 def classification_loss(output: Any, batch: Batch) -> Tensor:
-    """Cross-entropy of the time-averaged output against the batch's labels; raises DataError without labels."""
-    if batch.y is None:
-        raise DataError("These data have no labels. Pass (x, y) batches, y being class indices [N].")
+    """Cross-entropy of the time-averaged output against the batch's labels.
+
+    Labels are class indices [N] or class probabilities [N, K]; raises DataError for anything else, or without labels.
+    """
+    y = batch.y
+    if y is None:
+        raise DataError("These data have no labels. Pass (x, y) batches, y being class indices [N] in a tensor.")
     scores = class_scores(output)
-    if len(batch.y) != len(scores):
+    if len(y) != len(scores):
         raise DataError(
-            f"{len(batch.y)} labels for {len(scores)} samples: output {list(scores.shape)}. Likely cause: the batch "
+            f"{len(y)} labels for {len(scores)} samples: output {list(scores.shape)}. Likely cause: the batch "
             f"and the time dimension are swapped; multi-step models take [T, N, ...]."
         )
-    return F.cross_entropy(scores, batch.y)
+    if y.device != scores.device:
+        raise DataError(f"The labels are on {y.device}, the model on {scores.device}. Move one.")
+    classes = scores.shape[1]
+    if y.is_floating_point():
+        if y.shape != scores.shape:
+            raise DataError(
+                f"Labels {list(y.shape)} in {y.dtype} must be class indices [N] or probabilities [N, {classes}]."
+            )
+        return F.cross_entropy(scores, y.to(scores.dtype))
+    if y.dim() != 1:
+        raise DataError(f"Class indices must have shape [N], not {list(y.shape)}. y.squeeze() may be what is missing.")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"Labels range from {low} to {high}, but the model has {classes} classes (0 … {classes - 1}).")
+    return F.cross_entropy(scores, y.long())
 
 
 def finetune(
@@ -78,6 +97,9 @@ def finetune(
     """
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise OptionError(f"epochs must be a whole number of at least 0, not {epochs!r}.")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise OptionError(f"{name} must be a number of at least 0, not {value!r}.")
     found = find_adapter(model, adapter)
     train(model, Feed(found, data, timesteps, forward), epochs, lr, weight_decay, progress)
     return model
@@ -102,12 +124,13 @@ def train(
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
-        for epoch in range(epochs):
-            for batch in tracked(feed, progress, f"fine-tuning, epoch {epoch + 1}/{epochs}"):
-                optimizer.zero_grad()
-                classification_loss(feed(model, batch), batch).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-            schedule.step()
+        with torch.inference_mode(False), torch.enable_grad():
+            for epoch in range(epochs):
+                for batch in tracked(feed, progress, f"fine-tuning, epoch {epoch + 1}/{epochs}"):
+                    optimizer.zero_grad()
+                    classification_loss(feed(model, batch), batch).backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                schedule.step()
     finally:
         for module, mode in modes.items():
             module.training = mode

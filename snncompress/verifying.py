@@ -7,20 +7,17 @@ must agree. Neurons are identities here: no threshold can hide or exaggerate a d
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .data import tensors_in
+from .copying import private_copy
+from .data import Run, tensors_in
 from .edits import RemoveChannels
 from .interfaces import Adapter
 from .network import WEIGHT_LAYERS, ChannelGroup, Network, without
+from .parametrizations import computed_weight
 
-Run = Callable[[nn.Module], Any]
 _TOLERANCE = 1e-3  # of the output's largest value, more in half precision; a wrong index differs by its whole size
 
 
@@ -59,7 +56,7 @@ def _randomize(model: nn.Module, generator: torch.Generator) -> None:
         tensor.data.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
 
     for module in model.modules():
-        if isinstance(module, WEIGHT_LAYERS):
+        if isinstance(module, WEIGHT_LAYERS) and not computed_weight(module):
             fan_in = module.weight[0].numel()
             uniform(module.weight, (3 / fan_in) ** 0.5)
             if module.bias is not None:
@@ -78,7 +75,6 @@ def _random_half(group: ChannelGroup, generator: torch.Generator) -> Tensor:
 
 
 def _difference(model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[ChannelGroup, Tensor]]) -> str | None:
-    pruned = copy.deepcopy(model)
     masks: dict[nn.Module, Tensor] = {}
     for group, removed in pairs:
         for member in group.members:
@@ -87,6 +83,7 @@ def _difference(model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[
                 neuron = model.get_submodule(member.module)
                 masks[neuron] = torch.cat([masks[neuron], indices]) if neuron in masks else indices
     try:
+        pruned = private_copy(model, adapter)
         groups = [group for group, _ in pairs]
         for number, (_, removed) in enumerate(pairs):
             RemoveChannels.of(pruned, groups[number], removed).apply(pruned, adapter)

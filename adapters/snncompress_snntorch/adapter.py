@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from snncompress import Adapter, Fire, ModelError, Observer, patched, remove_along, remove_from_layer
 
+_STATES = {"mem", "syn", "spk", "syn_exc", "syn_inh"}
+
 
 class SNNTorchAdapter(Adapter):
     """Models whose neurons derive from snnTorch's SpikingNeuron.
@@ -31,8 +33,10 @@ class SNNTorchAdapter(Adapter):
     def reset(self, model: nn.Module) -> None:
         """States back to the empty tensors that a new neuron has; they take the next input's shape."""
         for neuron in self.neurons(model).values():
-            for name in neuron._non_persistent_buffers_set:
-                setattr(neuron, name, getattr(neuron, name).detach().new_zeros(0))
+            for name in _STATES & neuron._non_persistent_buffers_set:
+                state = getattr(neuron, name)
+                if isinstance(state, Tensor):
+                    setattr(neuron, name, state.detach().new_zeros(0))
             vars(neuron).pop("reset", None)  # the reset signal of the last step
 
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
@@ -75,12 +79,14 @@ class SNNTorchAdapter(Adapter):
         taps.enter_context(patched(neuron, "fire_inhibition", tapped(neuron.fire_inhibition)))  # type: ignore[arg-type]
         return taps.close
 
-    def remove_channels(self, neuron: nn.Module, indices: list[int], axis: int) -> None:
+    def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
         """β, α, threshold, V along the channel axis; all-to-all recurrent weights on both sides."""
+        if neuron.inhibition:
+            raise ModelError("inhibition lets only the strongest neuron fire, so its channels depend on one another")
         recurrent = getattr(neuron, "recurrent", None)
         if recurrent is None and next(neuron.children(), None) is not None:
             raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
-        remove_along(neuron, indices, axis)
+        remove_along(neuron, indices, width=width, axis=axis)
         if recurrent is None:
             return
         if not isinstance(recurrent, (nn.Linear, nn.Conv2d)):  # one-to-one: shares the neuron's V
@@ -92,6 +98,19 @@ class SNNTorchAdapter(Adapter):
             vars(neuron)["linear_features"] = recurrent.out_features
         else:
             vars(neuron)["conv2d_channels"] = recurrent.out_channels
+
+    @contextmanager
+    def alone(self, model: nn.Module) -> Iterator[None]:
+        """``utils.reset`` in a user's code then resets this model, and not the one that it was copied from."""
+        base = sys.modules["snntorch._neurons.neurons"].SpikingNeuron
+        before, own = base.instances, list(self.neurons(model).values())
+        base.instances = list(own)
+        try:
+            yield
+        finally:
+            known = {id(n) for n in own}
+            before.extend(n for n in base.instances if id(n) not in known)  # built meanwhile
+            base.instances = before
 
     def adopt(self, model: nn.Module) -> None:
         """snnTorch's ``utils.reset`` and ``backprop`` only see neurons in the class's list; copies must be added."""
@@ -107,9 +126,13 @@ def _stack(outputs: list[Any]) -> Any:
 
 
 def _firing(neuron: nn.Module, forward: Callable[..., Any], fire: Fire) -> Callable[..., Any]:
-    def call(x: Tensor, *states: Any, **named: Any) -> Any:
+    def call(*args: Any, **named: Any) -> Any:
+        x: Tensor = args[0] if args else named["input_"]
         with torch.no_grad():
-            real = forward(x.detach(), *states, **named)
+            real = forward(*args, **named)
+        first = real[0] if isinstance(real, tuple) else real
+        if first.shape != x.shape:  # holds weights of its own, as SLSTM does: followed as it is
+            return forward(*args, **named)
         y = fire(neuron, x)
         return tuple(y for _ in real) if isinstance(real, tuple) else y
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snncompress import Adapter, Fire, ModelError, Observer, patched, remove_along
+
+_CONTAINERS = (
+    "MultiStepContainer", "SeqToANNContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer", "StepModeContainer",
+)  # fmt: skip
+_RECURRENT = ("ElementWiseRecurrentContainer", "LinearRecurrentContainer")
 
 
 class SpikingJellyAdapter(Adapter):
@@ -41,19 +47,25 @@ class SpikingJellyAdapter(Adapter):
 
     @contextmanager
     def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
-        """Multi-step modules run the first timestep alone and repeat its result over all T."""
+        """Multi-step modules run the first timestep alone and repeat its result over all T.
+
+        What can't run a single step (BN over time, PSN) runs all of them.
+        """
         with ExitStack() as stack:
             for module in list(model.modules()):
                 if self.is_neuron(module):
-                    single = _firing(module, fire)
-                elif _is_memory(module):
-                    single = _twice(module.forward)
+                    single: Callable[..., Any] | None = _firing(module, fire)
+                elif _derives(module, "layer.container", _RECURRENT):
+                    single = _twice(_in_single_step(module))
+                elif _is_container(module):
+                    single = partial(nn.Sequential.forward, module)  # type: ignore[arg-type]
+                elif _is_multi_step(module) and not _is_memory(module) and "s" in module.supported_step_mode():  # type: ignore[operator]
+                    single = _in_single_step(module)
                 else:
-                    single = module.forward
-                if _is_multi_step(module):
-                    stack.enter_context(patched(module, "forward", _collapsed(module, single)))
-                elif single is not module.forward:
-                    stack.enter_context(patched(module, "forward", single))
+                    single = None
+                if single is not None:
+                    forward = _collapsed(module, single) if _is_multi_step(module) else single
+                    stack.enter_context(patched(module, "forward", forward))
             yield
         self.reset(model)
 
@@ -74,14 +86,14 @@ class SpikingJellyAdapter(Adapter):
 
         return stop
 
-    def remove_channels(self, neuron: nn.Module, indices: list[int], axis: int) -> None:
+    def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
         """Most neurons have scalar parameters, so nothing to remove; those that hold layers can't be shrunk."""
         layers = [name for name, child in neuron.named_children() if next(child.parameters(), None) is not None]
         if layers:
             raise ModelError(
                 f"{type(neuron).__name__} holds layers of its own ({', '.join(layers)}), so its channels stay."
             )
-        remove_along(neuron, indices, axis)
+        remove_along(neuron, indices, width=width, axis=axis)
 
 
 class _Tap(nn.Module):
@@ -108,13 +120,29 @@ def _is_memory(module: nn.Module) -> bool:
     return _derives(module, "base", ("MemoryModule",)) or _derives(module, "neuron.base_node", ("NonSpikingBaseNode",))
 
 
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and _derives(module, "layer.container", _CONTAINERS)
+
+
 def _is_multi_step(module: nn.Module) -> bool:
     supported = getattr(module, "supported_step_mode", None)
     return supported is not None and ("s" not in supported() or getattr(module, "step_mode", "s") == "m")
 
 
 def _firing(neuron: nn.Module, fire: Fire) -> Callable[..., Tensor]:
-    return lambda x, *args, **kwargs: fire(neuron, x)
+    return lambda *args, **named: fire(neuron, next(iter((*args, *named.values()))))
+
+
+def _in_single_step(module: nn.Module) -> Callable[..., Any]:
+    forward = module.forward
+
+    def run(*args: Any, **named: Any) -> Any:
+        if not _is_multi_step(module):
+            return forward(*args, **named)
+        with patched(module, "_step_mode", "s"):
+            return forward(*args, **named)
+
+    return run
 
 
 def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,27 +155,11 @@ def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _collapsed(module: nn.Module, single: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+def _collapsed(module: nn.Module, single: Callable[..., Any]) -> Callable[..., Tensor]:
     time_last = type(module).__name__.startswith("TLast")
-    if isinstance(module, nn.Sequential) and _derives(module, "layer.container", (type(module).__name__,)):
 
-        def single(x: Tensor) -> Any:
-            return nn.Sequential.forward(module, x)  # type: ignore[no-untyped-call]
-
-    elif "s" in module.supported_step_mode():  # type: ignore[operator]
-        native = single
-
-        def single(x: Tensor) -> Any:
-            with patched(module, "_step_mode", "s"):
-                return native(x)
-
-    else:
-        multi = single
-
-        def single(x: Tensor) -> Any:
-            return multi(x.unsqueeze(0))[0]
-
-    def forward(x_seq: Tensor) -> Tensor:
+    def forward(*args: Any, **named: Any) -> Tensor:
+        x_seq: Tensor = next(iter((*args, *named.values())))
         if time_last:
             x_seq = x_seq.movedim(-1, 0)
         y: Tensor = _AllSteps.apply(single(_FirstStep.apply(x_seq)), len(x_seq))  # type: ignore[no-untyped-call]

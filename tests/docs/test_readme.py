@@ -42,7 +42,9 @@ def test_code_parses_and_names_what_exists(block: str) -> None:
 def test_tables_are_what_the_benchmarks_wrote(result: str) -> None:
     """Every table row of the README's measured section stands in a result file."""
     measured = README.split("## What it is worth, measured")[1].split("\n## ")[0]
-    written = {line.strip() for f in (ROOT / "benchmarks" / "results").glob("*.md") for line in f.read_text().splitlines()}
+    written = {
+        line.strip() for f in (ROOT / "benchmarks" / "results").glob("*.md") for line in f.read_text().splitlines()
+    }
     rows = [line.strip() for line in measured.splitlines() if line.startswith("|")]
     assert rows
     assert [row for row in rows if row not in written] == []
