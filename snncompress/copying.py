@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .interfaces import Adapter
@@ -20,10 +21,11 @@ def private_copy(model: M, adapter: Adapter) -> M:
     ``copy.deepcopy`` refuses tensors inside a graph, and resetting the user's model first would change it; so those
     tensors are replaced by detached clones on the way.
     """
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in _graph_tensors(model)}
-    result = copy.deepcopy(model, memo)
-    separate_classes(result)
-    adapter.reset(result)
+    with torch.inference_mode(False):  # else the copy's parameters could never be changed
+        memo: dict[int, Any] = {id(t): t.detach().clone() for t in _graph_tensors(model)}
+        result = copy.deepcopy(model, memo)
+        separate_classes(result)
+        adapter.reset(result)
     return result
 
 

@@ -121,22 +121,22 @@ def _computed_or_shared(model: nn.Module) -> dict[str, str]:
             continue
         first = owners.setdefault(id(module.weight), name)
         if first != name:
-            found[name] = f"it shares its weight with {first}"
-            found[first] = f"it shares its weight with {name}"
+            found[name] = found[first] = f"{first} and {name} share their weight"
     return found
 
 
 class _Calls:
     """The autograd nodes that go in and out of watched modules.
 
-    From the third time on that a module is called with an input from the same modules, it returns what it returned
-    the second time: a model with its own loop over T steps then costs little more graph than two steps, which is
-    where a recurrent connection shows itself.
+    From the third time on that a module is called with an input that went through the same modules, it returns what
+    it returned the second time: a model with its own loop over T steps then costs little more graph than two steps,
+    which is where a recurrent connection shows itself.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[Any]] = {}
         self.outputs: dict[Any, str] = {}
+        self._ancestors: dict[Any, frozenset[str]] = {}  # of an output: all watched modules it went through
         self._results: dict[Any, list[Any]] = {}
 
     @contextmanager
@@ -149,14 +149,15 @@ class _Calls:
     def _watched(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
             x = next(tensors_in([args, named]))
-            source = frozenset(_upstream([x.grad_fn], self.outputs))
-            results = self._results.setdefault((name, x.shape, source), [])
+            through = frozenset({name}).union(*(self._ancestors[n] for n in _stops([x.grad_fn], self.outputs)))
+            results = self._results.setdefault((name, x.shape, through), [])
             if len(results) == 2:
                 return results[-1]
             result = forward(*args, **named)
             results.append(result)
             self.inputs.setdefault(name, []).append(x.grad_fn)
-            self.outputs[next(tensors_in(result)).grad_fn] = name
+            node = next(tensors_in(result)).grad_fn
+            self.outputs[node], self._ancestors[node] = name, through
             return result
 
         return call
@@ -168,6 +169,10 @@ class _Calls:
 
 def _upstream(nodes: Iterable[Any], stops: dict[Any, str]) -> set[str]:
     """Names of the first stops met when walking the graph backwards."""
+    return {stops[node] for node in _stops(nodes, stops)}
+
+
+def _stops(nodes: Iterable[Any], stops: dict[Any, str]) -> set[Any]:
     found, seen, stack = set(), set(), [n for n in nodes if n is not None]
     while stack:
         node = stack.pop()
@@ -175,7 +180,7 @@ def _upstream(nodes: Iterable[Any], stops: dict[Any, str]) -> set[str]:
             continue
         seen.add(node)
         if node in stops:
-            found.add(stops[node])
+            found.add(node)
         else:
             stack.extend(n for n, _ in node.next_functions if n is not None)
     return found

@@ -202,3 +202,80 @@ def test_observed_membrane_is_before_reset() -> None:
     torch.testing.assert_close(torch.cat([u for _, u in seen]).flatten(), torch.tensor([0.9, 1.35, 0.575]))
     assert torch.cat([s for s, _ in seen]).flatten().tolist() == [0, 1, 0]
     assert "fire" not in vars(node)
+
+
+def test_inhibition_is_left_whole() -> None:
+    """Winner takes all: every channel depends on the others."""
+    with pytest.warns(UserWarning, match="Inhibition"):
+        node = snn.Leaky(beta=0.9, init_hidden=True, inhibition=True)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), node, nn.Linear(8, 4))
+    plan = snncompress.plan_of(compress(model))
+    assert not plan.removed_channels()
+    assert "inhibition lets only the strongest neuron fire" in plan.whole["1"]
+
+
+class NormPerStep(nn.Module):
+    """A batch norm for every timestep, as in BNTT."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.conv, self.lif = nn.Conv2d(1, 8, 3, padding=1), snn.Leaky(beta=0.9)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(steps))
+        self.fc = nn.Linear(512, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem, out = self.lif.init_leaky(), []
+        for norm in self.norms:
+            spikes, mem = self.lif(input_=norm(self.conv(x)), mem=mem)
+            out.append(self.fc(spikes.flatten(1)))
+        return torch.stack(out)
+
+
+def test_a_norm_for_every_timestep() -> None:
+    compressed = compress(NormPerStep(5), timesteps=None)
+    assert [norm.num_features for norm in compressed.norms] == [4] * 5
+
+
+def test_neurons_with_weights_of_their_own_are_left_whole() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), snn.Leaky(beta=0.5, init_hidden=True), nn.Conv2d(6, 4, 1),
+        snn.SConv2dLSTM(4, 6, 3, init_hidden=True), nn.Flatten(), nn.Linear(384, 10),
+    )  # fmt: skip
+    plan = snncompress.plan_of(compress(model))
+    assert set(plan.removed_channels()) == {"0"}
+    assert "2" in plan.whole
+
+
+def test_buffers_of_a_neuron_of_ones_own_survive() -> None:
+    class Gated(snn.Leaky):
+        def __init__(self) -> None:
+            super().__init__(beta=0.5, init_hidden=True)
+            self.register_buffer("gate", torch.ones(1), persistent=False)
+
+        def forward(self, input_: Tensor, mem: Tensor | None = None) -> Tensor:
+            return super().forward(input_ * self.gate, mem)
+
+    assert compress(sequential(Gated()))[1].gate.tolist() == [1]
+
+
+def test_a_training_loop_of_snntorch_s_own_as_finetune() -> None:
+    """``utils.reset`` must see the model that is being tuned, and leave the user's alone."""
+    model = sequential(snn.Leaky(beta=0.9, init_hidden=True))
+    model(X)
+    before = model[1].mem.clone()
+    y = torch.tensor([0, 1, 2])
+
+    def tune(net: nn.Module) -> None:
+        optimizer = torch.optim.Adam(net.parameters())
+        for _ in range(3):
+            utils.reset(net)
+            loss = nn.functional.cross_entropy(torch.stack([net(X)[1] for _ in range(3)]).mean(0), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    known = len(snn.SpikingNeuron.instances)
+    small = snncompress.apply(model, "magnitude", 0.5, 4, data=(X, y), timesteps=3, finetune=tune, skip=[])
+    assert torch.equal(model[1].mem, before)
+    assert len(snn.SpikingNeuron.instances) == known + 2
+    assert small[0].out_channels == 4

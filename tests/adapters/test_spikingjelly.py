@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import operator
+import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
@@ -143,7 +145,7 @@ def test_recurrent_containers() -> None:
 class Branches(nn.Module):
     """Two convolutions concatenated, then a grouped and a depthwise one."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: str) -> None:
         super().__init__()
         self.left, self.right = layer.Conv2d(1, 6, 3, padding=1), layer.Conv2d(1, 4, 1)
         self.sn_left, self.sn_right, self.sn = neuron.IFNode(), neuron.IFNode(), neuron.IFNode()
@@ -152,15 +154,18 @@ class Branches(nn.Module):
         self.depthwise = layer.Conv2d(8, 8, 3, padding=1, groups=8)
         self.sn_grouped, self.sn_depthwise = neuron.IFNode(), neuron.IFNode()
         self.fc = layer.Linear(8 * 64, 10)
+        self.channels = 1 if mode == "s" else 2
+        functional.set_step_mode(self, mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.sn_left(self.left(x)), self.sn_right(self.right(x))], 1)
+        x = torch.cat([self.sn_left(self.left(x)), self.sn_right(self.right(x))], self.channels)
         x = self.sn_grouped(self.grouped(self.sn(self.join(x))))
-        return self.fc(self.sn_depthwise(self.depthwise(x)).flatten(1))
+        return self.fc(self.sn_depthwise(self.depthwise(x)).flatten(self.channels))
 
 
-def test_concatenation_groups_and_depthwise() -> None:
-    removed = compress(Branches()).removed_channels()
+@pytest.mark.parametrize("mode", "sm")
+def test_concatenation_groups_and_depthwise(mode: str) -> None:
+    removed = compress(Branches(mode)).removed_channels()
     assert {k: len(v) for k, v in removed.items()} == {
         "left": 3,
         "right": 2,
@@ -169,6 +174,128 @@ def test_concatenation_groups_and_depthwise() -> None:
         "depthwise": 4,
     }  # fmt: skip - join: ⌈0.5·3⌉ = 2 of 3 in each of the 4 groups that take it in
     assert sorted(c % 3 for c in removed["join"]) == sorted([c % 3 for c in removed["join"][:2]] * 4)
+
+
+class ConcatenatedFlatten(nn.Module):
+    """A concatenation whose consumer is a linear layer behind a flatten."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.left, self.right = layer.Conv2d(1, 6, 3, padding=1), layer.Conv2d(1, 4, 1)
+        self.sn_left, self.sn_right = neuron.IFNode(), neuron.IFNode()
+        self.fc = layer.Linear(10 * 64, 10)
+        self.channels = 1 if mode == "s" else 2
+        functional.set_step_mode(self, mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = [self.sn_left(self.left(x)), self.sn_right(self.right(x))]
+        return self.fc(torch.cat(both, self.channels).flatten(self.channels))
+
+
+@pytest.mark.parametrize("mode", "sm")
+def test_flattened_concatenation(mode: str) -> None:
+    assert set(compress(ConcatenatedFlatten(mode)).removed_channels()) == {"left", "right"}
+
+
+class PerTimestep(neuron.LIFNode):
+    """A threshold for every timestep: as many entries as the layer may have channels, but not one per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.linspace(0.1, 0.5, 3))
+        self.register_memory("t", -1)
+
+    def single_step_functional_forward(self, inputs: tuple, states: tuple, **named: object) -> tuple:
+        t = states[1] + 1
+        spikes, states = super().single_step_functional_forward((inputs[0] + self.offset[t],), states, **named)
+        return spikes, (states[0], t)
+
+
+def test_parameters_that_are_not_per_channel_stay() -> None:
+    model = nn.Sequential(layer.Flatten(), layer.Linear(64, 8), PerTimestep(), layer.Linear(8, 5))
+    plan = compress(model, timesteps=3)
+    assert set(plan.removed_channels()) == {"1"}
+    assert plan.apply(model)[2].offset.shape == (3,)
+
+
+class OneNeuronForAll(nn.Module):
+    """A stateless use of one neuron after several layers, and one weight used twice."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (layer.Linear(8, 8) for _ in range(4))
+        self.sn = neuron.IFNode()
+        if tied:
+            self.c.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)[:, :8]
+        for fc in (self.a, self.b, self.c):
+            self.sn.reset()
+            x = self.sn(fc(x))
+        return self.d(x)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shared_neurons_and_weights(tied: bool) -> None:
+    plan = compress(OneNeuronForAll(tied), timesteps=1)
+    assert plan.whole["d"] == "d is the classifier: its outputs are the model's"
+    if tied:
+        assert plan.whole["b"] == plan.whole["c"] == "b and c share their weight"
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "old weight_norm", "prune"])
+def test_computed_weights_are_left_whole(how: str) -> None:
+    model = convolutional()
+    if how == "weight_norm":
+        nn.utils.parametrizations.weight_norm(model[4])
+    elif how == "prune":
+        torch.nn.utils.prune.l1_unstructured(model[4], "weight", 0.3)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.nn.utils.weight_norm(model[4])
+    compressed = prune(Case(model.double(), X, 2), "magnitude", skip=None)
+    plan = snncompress.plan_of(compressed)
+    assert "its weight is computed" in plan.whole["4"]
+    assert compressed(X).shape == (3, 10)
+    with pytest.raises(snncompress.PlanError, match="4 can't be quantized: its weight is computed"):
+        prune(Case(model, X, 2), None, bits=4)
+
+
+def test_multi_step_neurons_outside_base_node() -> None:
+    """PSN takes all timesteps at once through a weight of its own; it is no BaseNode, so no score could be had."""
+    model = nn.Sequential(
+        layer.Conv2d(1, 8, 3, padding=1), neuron.LIFNode(), layer.Conv2d(8, 6, 3, padding=1), neuron.PSN(3),
+        layer.Flatten(), layer.Linear(384, 10),
+    )  # fmt: skip
+    functional.set_step_mode(model, "m")
+    plan = snncompress.plan_of(prune(Case(model.double(), X, 3), "magnitude"))
+    assert set(plan.removed_channels()) == {"0"}
+    assert "2" in plan.whole
+
+
+@pytest.mark.parametrize("context", ["autocast", "no_grad", "inference_mode"])
+def test_contexts_around_the_call(context: str) -> None:
+    contexts = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+    }
+    model, x, y = convolutional().float(), X.float(), torch.arange(3)
+    with contexts[context]():
+        small = snncompress.apply(model, "taylor", 0.5, 4, data=(x, y), timesteps=2, finetune=1)
+    assert small[0].out_channels == 4
+    assert small[4].out_channels == 6
+
+
+def test_frozen_layers_are_scored_and_stay_frozen() -> None:
+    model = convolutional().float()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    small = snncompress.apply(model, "taylor", 0.5, 4, data=(X.float(), torch.arange(3)), timesteps=2)
+    assert small[0].out_channels == 4
+    assert not any(p.requires_grad for p in small.parameters())
 
 
 class Reshapes(nn.Module):

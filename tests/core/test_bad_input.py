@@ -200,6 +200,52 @@ def test_wrong_number_of_labels(case: Case) -> None:
         apply(case, "taylor", data=(case.x, torch.zeros(3, dtype=torch.long)))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 2, 99]), r"Labels range from 0 to 99, but the model has \d+ classes"),
+        (torch.tensor([0, 1, -1, 2]), r"Labels range from -1 to 2"),
+        (torch.rand(4), r"Labels \[4\] in torch.float32 must be class indices"),
+        (torch.zeros(4, 1, dtype=torch.long), r"Class indices must have shape \[N\], not \[4, 1\]"),
+    ],
+)
+def test_wrong_labels(case: Case, labels: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        apply(case, "taylor", data=(case.x, labels))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forward": 3}, "forward must be callable"),
+        ({"forward": lambda model: 1}, "in forward=: TypeError"),
+        ({"forward": lambda model, batch: {}["x"]}, "in forward=: KeyError"),
+        ({"skip": 5}, "skip takes names or globs"),
+        ({"adapter": 5}, "adapter must be the name of a framework"),
+        ({"seed": 2**70}, "seed must be a whole number from 0"),
+    ],
+)
+def test_nothing_bare_comes_out(case: Case, options: dict[str, object], message: str) -> None:
+    with pytest.raises(SNNCompressError, match=message):
+        apply(case, timesteps=None if "forward" in options else 4, **options)
+
+
+def test_a_later_batch_of_another_dtype(case: Case) -> None:
+    with pytest.raises(DataError, match=r"The data are torch\.float16"):
+        apply(case, data=[case.x, case.x.half()])
+
+
+def test_no_weight_layer() -> None:
+    with pytest.raises(ModelError, match="no convolution or linear layer"):
+        snncompress.apply(nn.Sequential(neuron.IFNode()))
+
+
+@pytest.mark.parametrize("options", [{"lr": -1}, {"lr": "1"}, {"weight_decay": float("nan")}, {"epochs": 1.5}])
+def test_finetune_options(case: Case, options: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match="must be a"):
+        snncompress.finetune(case.model, (case.x, torch.zeros(4).long()), timesteps=4, **options)
+
+
 class Returning(snncompress.Criterion):
     """A criterion that breaks its contract."""
 
