@@ -271,8 +271,8 @@ def criteria(jobs: Jobs) -> str:
 
 SpikingJelly network; test accuracy in %, mean ± standard deviation of {len(SEEDS)} seeds. A seed is
 another draw of {CALIBRATION:,} calibration images and another batch order; the trained network is the same.
-Pruned: no fine-tuning at all. Fine-tuned: 1 epoch on the same {SUBSET:,} training images, whatever the
-criterion.
+Pruned: no fine-tuning at all. Fine-tuned: 1 epoch on the same {SUBSET:,} training images at lr
+1e-3, whatever the criterion.
 
 {table(header, rows)}"""
 

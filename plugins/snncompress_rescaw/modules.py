@@ -130,7 +130,7 @@ class ReScaWWeightQuant(ExtendedInjector):  # type: ignore[misc]
     gamma = "l1_mean"
     per_channel = False
     percentile = 0.01
-    ste = "clip"
+    ste = "pass"
 
     @value  # type: ignore[untyped-decorator]
     def tensor_clamp_impl(ste: str) -> Any:  # noqa: N805, D102 - the injector reads the parameter's name
