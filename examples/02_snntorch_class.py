@@ -15,9 +15,8 @@ import snncompress
 
 
 class Net(nn.Module):
-    def __init__(self, steps: int = 8, beta: float = 0.9) -> None:
+    def __init__(self, beta: float = 0.9) -> None:
         super().__init__()
-        self.steps = steps
         self.fc1 = nn.Linear(64, 100)
         self.lif1 = snn.Leaky(beta=beta, spike_grad=surrogate.atan())
         self.fc2 = nn.Linear(100, 100)
@@ -28,7 +27,7 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mem1, mem2, mem3 = (lif.reset_mem() for lif in (self.lif1, self.lif2, self.lif3))
         spikes, membrane = [], []
-        for _ in range(self.steps):
+        for _ in range(8):
             spk1, mem1 = self.lif1(self.fc1(x), mem1)
             spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
             spk3, mem3 = self.lif3(self.fc3(spk2), mem3)
@@ -49,7 +48,6 @@ x_train, x_test, y_train, y_test = train_test_split(x, y, random_state=0, strati
 train = DataLoader(TensorDataset(x_train, y_train), batch_size=64, shuffle=True)
 
 dense = snncompress.finetune(Net(), train, epochs=10, lr=1e-2, forward=run)
-
 # skip=None would keep fc2 whole, the classifier's input. Here only the classifier stays as it is.
 small = snncompress.apply(dense, "svs", ratio=0.5, bits=4, data=train, forward=run, skip=["fc3"])
 snncompress.finetune(small, train, epochs=10, lr=1e-2, forward=run)
@@ -58,5 +56,4 @@ print(snncompress.compare({"dense": dense, "small": small}, (x_test, y_test), fo
 for name, net in (("dense", dense), ("small", small)):
     with torch.no_grad():
         right = run(net.eval(), (x_test, y_test)).mean(0).argmax(1) == y_test
-    widths = [layer.out_features for layer in (net.fc1, net.fc2, net.fc3)]
-    print(f"{name}: {right.float().mean():.1%} of the test digits, widths {widths}")
+    print(f"{name}: {right.float().mean():.1%} right, {net.fc1.out_features} and {net.fc2.out_features} hidden neurons")

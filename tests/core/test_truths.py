@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
@@ -15,6 +16,7 @@ import snncompress
 from snncompress import SilentNeuronsWarning
 from snncompress.data import Feed
 from snncompress.edits import RemoveChannels
+from snncompress.network import WEIGHT_LAYERS
 from tests.equivalence import largest_difference, outputs, same, silenced, snapshot
 from tests.networks import Case, firing_rates, snntorch_cases, spikingjelly_cases
 
@@ -50,6 +52,100 @@ def test_mask_equivalence_snntorch(case: Case, criterion: str, ratio: float) -> 
         assert a.shape == b.shape
         off = (a - b).abs() > 1e-4 * a.abs().max().clamp_min(1)
         assert off.double().mean() <= 0.01
+
+
+ANY = st.one_of(spikingjelly_cases(), snntorch_cases())
+fewer = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@fewer
+@given(case=ANY, bits=st.integers(1, 16), order=st.sampled_from(["qp", "pq"]))
+def test_grid_on_any_network(case: Case, bits: int, order: str) -> None:
+    compressed = prune(case, "magnitude", bits=bits, order=order)
+    quantized = [e for e in snncompress.plan_of(compressed).edits if e.kind == "quantize_weights"]
+    assert quantized
+    for edit in quantized:
+        module = compressed.get_submodule(edit.layer)
+        assert len(module.weight.unique()) <= 2**bits
+        _, scale, zero_point, _ = module.parametrizations.weight[0].tensor_quant(
+            module.parametrizations.weight.original
+        )
+        steps = module.weight.detach() / scale + zero_point
+        torch.testing.assert_close(steps, steps.round(), atol=2e-2 if bits > 12 else 1e-3, rtol=0)
+
+
+@fewer
+@given(case=ANY, scheduler=st.sampled_from(["one_shot", "iterative", "gradual"]), fail=st.booleans())
+def test_original_untouched_on_any_network(case: Case, scheduler: str, fail: bool) -> None:
+    case.feed(case.model, case.feed.first())
+    before = snapshot(case.model)
+
+    def tune(model: nn.Module) -> None:
+        if fail:
+            raise ZeroDivisionError
+
+    with contextlib.suppress(ZeroDivisionError):
+        prune(case, "svs", bits=4, scheduler=scheduler, finetune=tune)
+    assert same(before, snapshot(case.model))
+
+
+@fewer
+@given(case=ANY, scheduler=st.sampled_from(["one_shot", "iterative", "gradual"]), bits=st.sampled_from([None, 2]))
+def test_replay_and_determinism_on_any_network(case: Case, scheduler: str, bits: int | None) -> None:
+    compressed = prune(case, "svs", bits=bits, scheduler=scheduler)
+    plan = snncompress.plan_of(compressed)
+    assert snncompress.plan_of(prune(case, "svs", bits=bits, scheduler=scheduler)) == plan
+    replayed = snncompress.Plan.from_json(plan.to_json()).apply(case.model)
+    wanted, got = compressed.state_dict(), replayed.state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[k], got[k]) for k in wanted)  # nothing was trained, so the weights are the same too
+    for a, b in zip(outputs(compressed, case.feed), outputs(replayed, case.feed), strict=True):
+        assert torch.equal(a, b)
+
+
+@fewer
+@given(case=ANY, bits=st.sampled_from([None, 4]))
+def test_accounting_on_any_network(case: Case, bits: int | None) -> None:
+    """AC counts equal the (spike, existing synapse) pairs, summed where they arrive: conv(|x|, W ≠ 0)."""
+    model = prune(case, "magnitude", bits=bits)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, WEIGHT_LAYERS) and not hasattr(module, "parametrizations"):
+                module.weight[torch.rand_like(module.weight) < 0.3] = 0
+    profile = snncompress.profile(model, case.x, timesteps=case.timesteps)
+    pairs: dict[str, float] = {}
+    analog: set[str] = set()
+
+    def count(name: str) -> object:
+        def hook(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+            x = args[0].detach().double().abs()
+            if not torch.equal(x, x.round()):
+                analog.add(name)
+            synapses = (module.weight != 0).double()
+            if isinstance(module, nn.Linear):
+                arrived = nn.functional.linear(x, synapses)
+            else:
+                x = x.flatten(0, x.dim() - 4)
+                arrived = nn.functional.conv2d(x, synapses, None, module.stride, module.padding, 1, module.groups)
+            pairs[name] = pairs.get(name, 0.0) + float(arrived.sum())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, WEIGHT_LAYERS):
+            module.register_forward_pre_hook(count(name))
+    outputs(model, case.feed)
+    rows = {row.name: row for row in profile.layers}
+    for name, found in pairs.items():
+        if name in analog:
+            assert rows[name].n_ac == 0
+        else:
+            assert rows[name].n_ac == pytest.approx(found / len(case.x), rel=1e-12)
+    assert profile.size_mb == pytest.approx(
+        sum(
+            p.numel() * (4 if bits and ".parametrizations." in n else 32) for n, p in model.named_parameters()
+        ) / 8e6
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("cases", [spikingjelly_cases, snntorch_cases])
