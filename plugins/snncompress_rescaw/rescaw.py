@@ -31,8 +31,8 @@ class ReScaW(Quantizer):
             and max|W| where that is 0, as in a sparse weight.
         per_channel: one γ per output channel, dimension 0 of the weight, instead of one per layer.
         ste: the straight-through gradient is 1 where |W/γ| ≤ 1 and 0 elsewhere ("clip"), or 1 everywhere ("pass").
-            At l1_mean, where about 40 % of normal weights are clamped, "pass" recovers more after pruning at the
-            trainer's default learning rate and no less otherwise (benchmarks/mnist.py).
+            At l1_mean, where about 40 % of normal weights are clamped, the two are equal when only quantizing, and
+            "pass" recovers more after pruning at the trainer's default learning rate (benchmarks/mnist.py).
         percentile: the x of "percentile", 0 ≤ x < 0.5.
 
     Shapes:
