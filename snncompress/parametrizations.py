@@ -32,6 +32,9 @@ class QuantizedWeight(nn.Module):
         value = cast(Tensor, self.tensor_quant(weight)[0])
         return value.transpose(0, 1) if self.transposed else value
 
+    def __repr__(self) -> str:  # Brevitas' insides would fill the screen when a model is printed
+        return f"QuantizedWeight({self.quantizer!r}, bits={self.bits})"
+
 
 def quantize_weight(module: nn.Module, quantizer: Quantizer, bits: int) -> None:
     """Quantize ``module.weight`` to ``bits`` bits, in place."""
