@@ -1,6 +1,10 @@
-"""snnTorch models for snncompress."""
+"""Plugin: the adapter for snnTorch models."""
 
-from snncompress import hookimpl
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from snncompress import Adapter, hookimpl
 
 from .adapter import SNNTorchAdapter
 
@@ -8,5 +12,6 @@ __all__ = ["SNNTorchAdapter"]
 
 
 @hookimpl
-def register_adapters(register):  # type: ignore[no-untyped-def]
+def register_adapters(register: Callable[[type[Adapter]], None]) -> None:
+    """Offer the adapter."""
     register(SNNTorchAdapter)
