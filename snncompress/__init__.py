@@ -9,6 +9,7 @@ from .energy import Conventions
 from .errors import (
     DataError,
     ModelError,
+    NothingToDoWarning,
     OptionError,
     PlanError,
     PluginError,
@@ -55,6 +56,7 @@ __all__ = [
     "LayerProfile",
     "MaskWeights",
     "ModelError",
+    "NothingToDoWarning",
     "Observer",
     "OperationCounts",
     "OptionError",

@@ -77,11 +77,12 @@ class Feed:
                 how = "as it is (timesteps=None)" if self.timesteps is None else f"with timesteps={self.timesteps}"
                 where = f"fed {how}"
                 cause = (
-                    "the shape isn't what the model takes. Static samples [N, ...] want timesteps=T; a model with a "
-                    "signature of its own wants forward=lambda model, batch: ..."
+                    "the shape isn't what the model takes; a signature of its own wants forward=lambda model, batch: …"
                 )
+                if self.timesteps is None:
+                    cause = f"static samples [N, ...] without timesteps=T; or {cause}"
             raise DataError(
-                f"{type(model).__name__} failed on a batch of {what}, {where}: {type(error).__name__}: {error} "
+                f"{type(model).__name__} failed on a batch of {what}, {where}: {type(error).__name__}: {error}. "
                 f"Likely cause: {cause}"
             ) from error
 

@@ -140,7 +140,7 @@ class QuantizeWeights(Edit):
             )
         if (bits := weight_bits(module)) is not None:
             raise PlanError(
-                f"{self.layer} is already quantized to {bits} bits. Start from the float model, or leave bits=None."
+                f"{self.layer!r} is already quantized to {bits} bits. Start from the float model, or leave bits=None."
             )
 
     def apply(self, model: nn.Module, adapter: Adapter) -> None:

@@ -1,7 +1,7 @@
 """Every error that snncompress raises on purpose.
 
     SNNCompressError
-    ├── ModelError       the model can't be compressed as it stands (also a TypeError's place)
+    ├── ModelError       the model can't be compressed as it stands
     ├── DataError        the calibration data don't fit the model
     ├── OptionError      an argument has a wrong value: ratio, bits, skip, order ...
     │   └── UnknownNameError   no plugin of that name
@@ -44,6 +44,10 @@ class PlanError(SNNCompressError):
 
 class SyntheticDataWarning(UserWarning):
     """No calibration data were given, so scores come from a synthetic batch."""
+
+
+class NothingToDoWarning(UserWarning):
+    """Something asked for was left out: a layer that ``ratio`` or ``bits`` names and ``skip`` protects, or all."""
 
 
 class SilentNeuronsWarning(UserWarning):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
@@ -14,14 +15,14 @@ from .adapting import find_adapter
 from .copying import cuda_devices, private_copy
 from .data import Feed
 from .edits import Edit, QuantizeWeights, RemoveChannels
-from .errors import DataError, ModelError, OptionError, PlanError
+from .errors import DataError, ModelError, NothingToDoWarning, OptionError, PlanError
 from .interfaces import Adapter, Criterion, Forward, Quantizer, Scheduler
 from .network import WEIGHT_LAYERS, without
 from .parametrizations import quantize_weight
 from .plan import Plan, attach, plan_of
 from .progress import Progress
 from .recording import record
-from .selection import Skips, Target, check_bits, lowest, per_layer, resolve_skip, targets
+from .selection import Skips, Target, check_bits, lowest, overruled, per_layer, resolve_skip, targets
 from .synthetic import synthetic_feed
 from .tracing import trace
 from .training import train
@@ -67,10 +68,12 @@ def apply(
         scheduler: name or instance: in how many steps the channels go.
         order: "qp" quantizes first, then prunes (QP-SNN); "pq" the reverse.
         finetune: None, a number of epochs for the built-in trainer (cross-entropy on the time-averaged output, labels
-            from ``data``), or ``callable(model)``. Called after quantization and after each pruning step.
+            from ``data``, learning rate 1e-3), or ``callable(model)``, which trains in place. Called after
+            quantization and after each pruning step.
         skip: None: the first weight layer and the classifier stay at 32 bits and the classifier's input layer keeps
-            its outputs. Else names or globs of layers to leave alone altogether, or ``{"prune": …, "quantize": …}``;
-            an empty list leaves out nothing. A classifier's outputs are never pruned.
+            its outputs. Names or globs of layers to leave alone altogether take the place of that default; an empty
+            list leaves out nothing. ``{"prune": …}`` or ``{"quantize": …}`` replaces one half of it. A classifier's
+            outputs are never pruned.
         adapter: settles the framework by hand.
         seed: seed of everything random; same seed, data and threads give bitwise the same plan.
         progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.
@@ -115,12 +118,15 @@ def apply(
             feed.check(work, feed.first())
             if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
                 raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")
-        network = trace(work, found, feed.example())
+        network = trace(work, found, feed.example(), samples=1 if feed.timesteps is not None else None)
         quantizable = _weight_layers(work)
         skips = resolve_skip(skip, network, quantizable)
         widths: dict[str, int | None] = per_layer(bits, quantizable, "bits", check_bits)
         todo, whole = targets(network, ratio, skips) if chosen is not None else ([], {})
         _check_quantizable(work, widths, skips)
+        _warn_of_overruled("bits", overruled(bits, skips.quantize))
+        if chosen is not None:
+            _warn_of_overruled("ratio", overruled(ratio, whole))
 
         edits: list[Edit] = []
 
@@ -148,6 +154,13 @@ def apply(
         for stage in (quantize, prune) if order == "qp" else (prune, quantize):
             stage()
 
+    if not edits and (any(widths.values()) or (chosen is not None and _positive(ratio))):
+        reasons = "; ".join(f"{name!r}: {why}" for name, why in {**skips.quantize, **whole}.items())
+        warnings.warn(
+            f"Nothing was compressed. {reasons}. skip=[] leaves out nothing that can be compressed.",
+            NothingToDoWarning,
+            stacklevel=2,
+        )
     found.reset(work)
     found.adopt(work)
     _restore_flags(model, work)
@@ -205,6 +218,19 @@ def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, 
     if criterion is not None and (unknown := criterion.needs - {"spikes", "membrane", "gradients"}):
         raise OptionError(
             f"Criterion {criterion.name!r} needs {sorted(unknown)}; known are 'spikes', 'membrane', 'gradients'."
+        )
+
+
+def _positive(ratio: Any) -> bool:
+    return any(ratio.values()) if isinstance(ratio, Mapping) else ratio > 0
+
+
+def _warn_of_overruled(what: str, layers: dict[str, str]) -> None:
+    for name, why in layers.items():
+        warnings.warn(
+            f"{what} names {name!r}, which is left alone: {why}. skip= says which layers to leave alone; skip=[] none.",
+            NothingToDoWarning,
+            stacklevel=3,
         )
 
 

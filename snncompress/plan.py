@@ -77,6 +77,8 @@ class Plan:
         """Read a plan; raises PlanError for anything that isn't one."""
         try:
             data = json.loads(text)
+            if not isinstance(data, dict) or "format" not in data:
+                raise PlanError("Not a plan: it has no format number. Plan.to_json() writes one.")
             if data["format"] != FORMAT:
                 raise PlanError(
                     f"Plan format {data['format']!r} is unknown to this version, which reads {FORMAT}. Upgrade."
@@ -85,6 +87,9 @@ class Plan:
             return cls(edits, dict(data["whole"]), dict(data["origin"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PlanError(f"Not a plan: {type(error).__name__}: {error}") from error
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
 
     def __str__(self) -> str:
         lines = [f"Plan of {len(self.edits)} edits"]

@@ -81,9 +81,9 @@ def _run(model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scor
             model.zero_grad()
     for neuron, any_spike in fired.items():
         if not any_spike:
-            driven = ", ".join(s.layer_name for s in scorers if s.neuron == neuron)
+            driven = ", ".join(repr(s.layer_name) for s in scorers if s.neuron == neuron)
             warnings.warn(
-                f"{neuron} never fired in calibration, so the {criterion.name!r} scores of {driven} carry no "
+                f"Neurons {neuron!r} never fired in calibration, so the {criterion.name!r} scores of {driven} carry no "
                 f"information. Check the scale of the data, the threshold and whether the model is trained.",
                 SilentNeuronsWarning,
                 stacklevel=2,
@@ -145,7 +145,10 @@ class _Scorer:
         if self._columns is not None:
             spikes = _select(spikes, self._columns)
             membrane = None if membrane is None else _select(membrane, self._columns)
-        self._state = self._guarded(self.criterion.observe, self.layer(), self._state, spikes, membrane)
+        before = self._state
+        self._state = self._guarded(self.criterion.observe, self.layer(), before, spikes, membrane)
+        if self._state is None and before is not None:
+            raise PluginError(f"Criterion {self.criterion.name!r}: observe() returned None; it must return the state.")
 
     def end_batch(self) -> None:
         self._state = self._guarded(self.criterion.end_batch, self.layer(), self._state)

@@ -137,6 +137,8 @@ class Registry:
         if isinstance(value, str):
             return self.find(kind, value)()
         if isinstance(value, base):
+            if not isinstance(getattr(value, "name", None), str):
+                raise OptionError(f"{type(value).__name__} has no name: give the class one, as in name = 'mine'.")
             return value
         hint = " (a class: add parentheses to make an instance)" if isinstance(value, type) else ""
         raise OptionError(f"{kind} must be a name or an instance of snncompress.{base.__name__}, not {value!r}{hint}.")

@@ -26,20 +26,25 @@ class Skips:
 
 def resolve_skip(skip: Any, network: Network, quantizable: Collection[str]) -> Skips:
     """Turn ``skip`` into reasons per layer; see :func:`snncompress.apply` for its forms."""
-    if skip is None:
+    if skip is None or isinstance(skip, Mapping):
         keep = {name: "it feeds the classifier" for name in network.classifier_inputs}
         full = {
             network.first: "it is the first weight layer",
             **{n: "it is the classifier" for n in network.classifiers},
         }
-        return Skips(keep, full)
+        default = Skips(keep, full)
+    if skip is None:
+        return default
     if isinstance(skip, str):
         skip = [skip]
     if isinstance(skip, Mapping):
         unknown = set(skip) - {"prune", "quantize"}
         if unknown:
             raise OptionError(f"skip as a mapping takes the keys 'prune' and 'quantize', not {sorted(unknown)}.")
-        return Skips(_named(skip.get("prune", ()), network.layers), _named(skip.get("quantize", ()), quantizable))
+        return Skips(
+            _named(skip["prune"], network.layers) if "prune" in skip else default.prune,
+            _named(skip["quantize"], quantizable) if "quantize" in skip else default.quantize,
+        )
     return Skips({k: v for k, v in _named(skip, quantizable).items() if k in network.layers}, _named(skip, quantizable))
 
 
@@ -90,6 +95,13 @@ def check_bits(value: Any, what: str) -> int | None:
     return value
 
 
+def overruled(value: Any, protected: Mapping[str, str]) -> dict[str, str]:
+    """Layers that a mapping names one by one although they are protected, with the reason."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {name: protected[name] for name, number in value.items() if number and name in protected}
+
+
 @dataclass
 class Target:
     """A group to prune down to ``ratio`` of its ``original`` channels."""
@@ -130,7 +142,7 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
         target = Target(group, group.size, share)
         if target.count(share) >= group.size:
             raise OptionError(
-                f"ratio {share} would remove all {group.size} channels of {', '.join(names)} (⌈{share}·"
+                f"ratio {share} would remove all {group.size} channels of {', '.join(map(repr, names))} (⌈{share}·"
                 f"{group.size // group.blocks}⌉). Give the layer a smaller ratio, or name it in skip."
             )
         found.append(target)

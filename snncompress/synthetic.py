@@ -34,10 +34,13 @@ def synthetic_feed(
         raise DataError(f"forward= needs data to be called with. {remedy}")
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     probe = copy.deepcopy(model).eval()
+    refusal = ""
     for shape in _shapes(model):
         for steps in (timesteps,) if timesteps is not None else (_TIMESTEPS, None):
             sample = torch.zeros(_PROBE, *shape, dtype=parameter.dtype, device=parameter.device)
-            if _runs(probe, adapter, sample, steps):
+            refused = _refusal(probe, adapter, sample, steps)
+            refusal = refusal or refused
+            if not refused:
                 x = torch.rand(_SAMPLES, *shape, dtype=parameter.dtype, device=parameter.device)
                 fed = f"fed as constant current for T = {steps}" if steps else "fed as it is"
                 warnings.warn(
@@ -47,7 +50,9 @@ def synthetic_feed(
                     stacklevel=3,
                 )
                 return Feed(adapter, x, steps)
-    raise DataError(f"No input shape could be found that {type(model).__name__} takes. {remedy}")
+    raise DataError(
+        f"No input shape could be found that {type(model).__name__} takes; the first try ended with {refusal}. {remedy}"
+    )
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
@@ -61,8 +66,8 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         yield (channels, *[size] * dims)
 
 
-def _runs(model: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | None) -> bool:
-    """Does the batch go through, every neuron seeing one row per sample?"""
+def _refusal(model: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | None) -> str:
+    """Why the batch doesn't go through with every neuron seeing one row per sample; empty if it does."""
     rows: set[int] = set()
 
     def fire(neuron: nn.Module, current: Tensor) -> Tensor:
@@ -73,6 +78,6 @@ def _runs(model: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | None) 
     try:
         with torch.no_grad(), adapter.identities(model, fire):
             adapter.run(model, x, timesteps)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
-        return False
-    return rows == {_PROBE}
+    except Exception as error:  # the model is the user's: anything can come out of it
+        return f"{type(error).__name__}: {error}"
+    return "" if rows == {_PROBE} else f"neurons that saw {sorted(rows)} rows for {_PROBE} samples"

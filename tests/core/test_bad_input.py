@@ -92,7 +92,7 @@ def test_ratio_out_of_range(case: Case, ratio: object) -> None:
 
 
 def test_ratio_that_empties_a_layer(case: Case) -> None:
-    with pytest.raises(OptionError, match=r"ratio 0\.99 would remove all 8 channels of 0 .*smaller ratio.*skip"):
+    with pytest.raises(OptionError, match=r"ratio 0\.99 would remove all 8 channels of '0' .*smaller ratio.*skip"):
         apply(case, ratio=0.99)
 
 
@@ -293,7 +293,7 @@ def test_a_population_that_never_fires_is_named() -> None:
     case = spikingjelly_case()
     case.model[6].v_threshold = 1e9
     with pytest.warns(
-        snncompress.SilentNeuronsWarning, match=r"6 never fired in calibration.*'svs' scores of 4 carry no"
+        snncompress.SilentNeuronsWarning, match=r"Neurons '6' never fired in calibration.*'svs' scores of '4' carry no"
     ) as seen:
         apply(case)
     assert len(seen) == 1
@@ -372,3 +372,59 @@ def test_every_error_is_an_snncompress_error() -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, Exception)]
     assert all(issubclass(c, (SNNCompressError, UserWarning)) for c in classes)
     assert all(c.__name__ in snncompress.__all__ for c in classes)
+
+
+def test_asking_for_what_is_protected_is_told() -> None:
+    """fc1 is the first layer and feeds the classifier: by default nothing is left to do."""
+    model = nn.Sequential(nn.Linear(4, 8), neuron.IFNode(), nn.Linear(8, 2))
+    x = torch.rand(2, 4) * 5
+    with pytest.warns(snncompress.NothingToDoWarning, match=r"Nothing was compressed\. '0': it .*'2': .*skip=\[\]"):
+        snncompress.apply(model, "magnitude", 0.5, 4, data=x, timesteps=2)
+    deep = nn.Sequential(nn.Linear(4, 8), neuron.IFNode(), nn.Linear(8, 8), neuron.IFNode(), nn.Linear(8, 2))
+    with pytest.warns(snncompress.NothingToDoWarning, match=r"bits names '4', which is left alone: it is the class"):
+        snncompress.apply(deep, "magnitude", 0.5, {"2": 4, "4": 4}, data=x, timesteps=2)
+    with pytest.warns(snncompress.NothingToDoWarning, match=r"ratio names '2', which is left alone: it feeds"):
+        snncompress.apply(deep, "magnitude", {"0": 0.5, "2": 0.5}, None, data=x, timesteps=2)
+    small = snncompress.apply(model, "magnitude", 0.5, 4, data=x, timesteps=2, skip=[])
+    assert small[0].out_features == 4
+    half = snncompress.apply(model, "magnitude", 0.5, 4, data=x, timesteps=2, skip={"prune": []})
+    assert half[0].out_features == 4
+    assert not hasattr(half[0], "parametrizations")
+
+
+def test_timesteps_for_a_model_that_loops_itself() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.lif, self.fc2 = nn.Linear(4, 8), snn.Leaky(beta=0.9), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mem, out = self.lif.init_leaky(), []
+            for _ in range(3):
+                spikes, mem = self.lif(self.fc1(x), mem)
+                out.append(self.fc2(spikes))
+            return torch.stack(out)
+
+    with pytest.raises(DataError, match=r"saw \[4\] rows for 1 sample.*loops over time itself; leave timesteps=None"):
+        snncompress.apply(Own(), "magnitude", 0.5, 4, data=torch.rand(2, 4), timesteps=4, skip=[])
+
+
+def test_criterion_without_a_name_or_a_returned_state(case: Case) -> None:
+    class Unnamed(snncompress.Criterion):
+        def score(self, layer: snncompress.Layer, state: object) -> Tensor:
+            return torch.ones(layer.channels)
+
+    class Forgets(Unnamed):
+        name = "forgets"
+        needs = frozenset({"spikes"})
+
+        def begin(self, layer: snncompress.Layer) -> Tensor:
+            return torch.zeros(layer.channels)
+
+        def observe(self, layer: snncompress.Layer, state: Tensor, spikes: Tensor, membrane: None) -> None:
+            state += 1
+
+    with pytest.raises(OptionError, match="Unnamed has no name"):
+        apply(case, Unnamed())
+    with pytest.raises(PluginError, match=r"observe\(\) returned None; it must return the state"):
+        apply(case, Forgets())

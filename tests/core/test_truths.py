@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import snncompress
-from snncompress import SilentNeuronsWarning
+from snncompress import NothingToDoWarning, SilentNeuronsWarning
 from snncompress.data import Feed
 from snncompress.edits import RemoveChannels
 from snncompress.network import WEIGHT_LAYERS
@@ -28,6 +28,7 @@ def prune(case: Case, criterion: str = "random", **options: object) -> nn.Module
     options = {"ratio": 0.5, "bits": None, "data": case.x, "timesteps": case.timesteps, "skip": [], **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SilentNeuronsWarning)
+        warnings.simplefilter("ignore", NothingToDoWarning)
         return snncompress.apply(case.model, criterion, **options)
 
 
