@@ -139,6 +139,14 @@ class Feed:
             )
 
 
+def time_as_samples(timesteps: int) -> str:
+    """The message for a model that loops over time itself and was handed T steps of constant current."""
+    return (
+        f"With timesteps={timesteps} the neurons saw {timesteps} rows, not one for each sample: time was taken for "
+        f"samples. Likely cause: the model loops over time itself; leave timesteps=None."
+    )
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):

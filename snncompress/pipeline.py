@@ -118,7 +118,7 @@ def apply(
             feed.check(work, feed.first())
             if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
                 raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")
-        network = trace(work, found, feed.example(), samples=1 if feed.timesteps is not None else None)
+        network = trace(work, found, feed.example(), timesteps=feed.timesteps)
         quantizable = _weight_layers(work)
         skips = resolve_skip(skip, network, quantizable)
         widths: dict[str, int | None] = per_layer(bits, quantizable, "bits", check_bits)

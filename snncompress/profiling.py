@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapting import find_adapter
 from .copying import cuda_devices, private_copy
 from .counting import NORMS, POOLS, PlainCounter, WeightCounter, spike_sum
-from .data import Batch, Feed
+from .data import Batch, Feed, time_as_samples
 from .energy import Conventions, resolve_conventions
 from .errors import DataError, OptionError
 from .interfaces import Adapter, EnergyModel, Forward, OperationCounts
@@ -90,6 +90,8 @@ def profile(
     with torch.random.fork_rng(cuda_devices(copy)), torch.no_grad(), found.alone(copy), meter.recording():
         for batch in feed:
             output = feed(copy, batch)
+            if timesteps is not None and timesteps != len(batch.x):
+                meter.check_rows(timesteps)
             meter.n_samples += _samples(output, batch)
             meter.n_batches += 1
     return Profile(
@@ -148,13 +150,13 @@ class _NeuronCounter:
     """Spikes and updates of one neuron population."""
 
     def __init__(self) -> None:
-        self.spikes, self.updates, self.size = 0.0, 0, 0
+        self.spikes, self.updates, self.size, self.rows = 0.0, 0, 0, 0
 
     def __call__(self, spikes: Tensor, membrane: Tensor | None) -> None:
         """Add spikes [T', N, C, ...]."""
         self.spikes += float(spike_sum(spikes))
         self.updates += spikes.numel()
-        self.size = spikes.shape[2:].numel()
+        self.rows, self.size = spikes.shape[1], spikes.shape[2:].numel()
 
 
 class _Meter:
@@ -173,6 +175,11 @@ class _Meter:
                 self.weights[name] = WeightCounter(module, conventions)
             elif isinstance(module, NORMS) or (conventions.pooling and isinstance(module, POOLS)):
                 self.plain[name] = PlainCounter(module, conventions)
+
+    def check_rows(self, timesteps: int) -> None:
+        """Neurons that saw T rows, and not one for each sample, took time for samples."""
+        if {neuron.rows for neuron in self.neurons.values() if neuron.updates} == {timesteps}:
+            raise DataError(time_as_samples(timesteps))
 
     def recording(self) -> ExitStack:
         """A context in which the model's calls are counted; all hooks are gone after it, also on error."""

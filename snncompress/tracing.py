@@ -23,7 +23,7 @@ from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 from torch_pruning.pruner.function import BasePruningFunc
 
 from .copying import private_copy
-from .data import Run, tensors_in
+from .data import Run, tensors_in, time_as_samples
 from .errors import DataError, ModelError
 from .interfaces import Adapter
 from .network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type
@@ -32,17 +32,17 @@ from .surgery import patched
 from .verifying import leave_out_what_breaks
 
 
-def trace(model: nn.Module, adapter: Adapter, run: Run, *, samples: int | None = None) -> Network:
+def trace(model: nn.Module, adapter: Adapter, run: Run, *, timesteps: int | None = None) -> Network:
     """The network's structure; the model itself is not touched.
 
-    ``run(copy)`` must run an example batch, of ``samples`` samples where that is known. Raises DataError where the
-    neurons see another number, since time then was taken for samples; ModelError where no layer drives a neuron.
+    ``run(copy)`` must run an example; with ``timesteps``, one sample as constant current. Raises DataError where the
+    neurons took those steps for samples; ModelError where no weight layer drives a neuron.
     """
     with torch.inference_mode(False), torch.enable_grad(), _full_precision():
-        return _trace(plain_copy(model, adapter), adapter, run, samples)
+        return _trace(plain_copy(model, adapter), adapter, run, timesteps)
 
 
-def _trace(copy: nn.Module, adapter: Adapter, run: Run, samples: int | None) -> Network:
+def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None) -> Network:
     modules = dict(copy.named_modules())
     neurons = adapter.neurons(copy)
     inside = {f"{n}.{sub}" for n in neurons for sub, _ in neurons[n].named_modules() if sub}
@@ -62,12 +62,8 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, samples: int | None) -> 
         warnings.simplefilter("ignore")  # torch-pruning's remarks are about its own internals
         outputs = _build(graph, copy, adapter, run, neurons)
 
-    seen = {shape[0] for shape in shapes.values()}
-    if samples is not None and seen and seen != {samples}:
-        raise DataError(
-            f"With timesteps=T the neurons of {type(copy).__name__} saw {sorted(seen)} rows for {samples} sample: time "
-            f"was taken for samples. Likely cause: the model loops over time itself; leave timesteps=None."
-        )
+    if timesteps not in (None, 1) and {shape[0] for shape in shapes.values()} == {timesteps}:
+        raise DataError(time_as_samples(timesteps))
     layers = tuple(name for name in calls.inputs if name in weights)
     fed_by = {name: _upstream(calls.inputs[name], calls.named(weights)) for name in layers}
     visible = _upstream([o.grad_fn for o in outputs], calls.named(weights))

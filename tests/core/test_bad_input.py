@@ -405,8 +405,11 @@ def test_timesteps_for_a_model_that_loops_itself() -> None:
                 out.append(self.fc2(spikes))
             return torch.stack(out)
 
-    with pytest.raises(DataError, match=r"saw \[4\] rows for 1 sample.*loops over time itself; leave timesteps=None"):
+    with pytest.raises(DataError, match=r"saw 4 rows, not one for each.*loops over time itself; leave timesteps=None"):
         snncompress.apply(Own(), "magnitude", 0.5, 4, data=torch.rand(2, 4), timesteps=4, skip=[])
+    with pytest.raises(DataError, match=r"saw 4 rows, not one for each sample.*leave timesteps=None"):
+        snncompress.profile(Own(), torch.rand(2, 4), timesteps=4)
+    assert snncompress.profile(Own(), torch.rand(2, 4)).n_neuron_updates == 3 * 8
 
 
 def test_criterion_without_a_name_or_a_returned_state(case: Case) -> None:
