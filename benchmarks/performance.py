@@ -26,19 +26,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vgg16 import vgg16
+
+import snncompress
+from snncompress.adapting import find_adapter
+from snncompress.data import Feed
+from snncompress.recording import record
+from snncompress.registry import registry
+from snncompress.selection import resolve_skip, targets
+from snncompress.tracing import trace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import snncompress  # noqa: E402
-from snncompress.adapting import find_adapter  # noqa: E402
-from snncompress.data import Feed  # noqa: E402
-from snncompress.recording import record  # noqa: E402
-from snncompress.registry import registry  # noqa: E402
-from snncompress.selection import resolve_skip, targets  # noqa: E402
-from snncompress.tracing import trace  # noqa: E402
-from tests.vgg import vgg16  # noqa: E402
-
 T = 4
 RATIOS = {f"conv{i}": 0.45 for i in range(1, 8)} | {f"conv{i}": 0.51 for i in range(8, 13)}
 

@@ -75,8 +75,8 @@ class SNNTorchAdapter(Adapter):
             return call
 
         taps = ExitStack()
-        taps.enter_context(patched(neuron, "fire", tapped(neuron.fire)))  # type: ignore[arg-type]
-        taps.enter_context(patched(neuron, "fire_inhibition", tapped(neuron.fire_inhibition)))  # type: ignore[arg-type]
+        for name in ("fire", "fire_inhibition"):
+            taps.enter_context(patched(neuron, name, tapped(getattr(neuron, name))))
         return taps.close
 
     def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:

@@ -33,9 +33,10 @@ class SpikingJellyAdapter(Adapter):
 
     def reset(self, model: nn.Module) -> None:
         """Every memory back to its reset value."""
+        module: Any  # nn.Module's own type knows nothing of reset()
         for module in model.modules():
             if _is_memory(module):
-                module.reset()  # type: ignore[operator]
+                module.reset()
 
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
         """[T, N, ...] at once in multi-step mode, else step by step, the outputs stacked to [T, N, ...]."""
@@ -52,14 +53,15 @@ class SpikingJellyAdapter(Adapter):
         What can't run a single step (BN over time, PSN) runs all of them.
         """
         with ExitStack() as stack:
+            module: Any  # nor of step modes
             for module in list(model.modules()):
                 if self.is_neuron(module):
                     single: Callable[..., Any] | None = _firing(module, fire)
                 elif _derives(module, "layer.container", _RECURRENT):
                     single = _twice(_in_single_step(module))
                 elif _is_container(module):
-                    single = partial(nn.Sequential.forward, module)  # type: ignore[arg-type]
-                elif _is_multi_step(module) and not _is_memory(module) and "s" in module.supported_step_mode():  # type: ignore[operator]
+                    single = partial(nn.Sequential.forward, module)
+                elif _is_multi_step(module) and not _is_memory(module) and "s" in module.supported_step_mode():
                     single = _in_single_step(module)
                 else:
                     single = None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import snncompress
-from tests.vgg import vgg16
+from benchmarks.vgg16 import vgg16
 
 # classes, ratio of conv 1-7, of conv 8-12, millions of parameters, MB at 8, 4 and 2 bits
 ROWS = [

@@ -1,0 +1,349 @@
+"""The checks of adapters: our own plugins pass them, and every one of them can fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from snncompress_snntorch import SNNTorchAdapter
+from snncompress_spikingjelly import SpikingJellyAdapter
+from torch import Tensor, nn
+
+from snncompress import Observer
+from snncompress.interfaces import Fire
+from snncompress.registry import adapters
+from snncompress.surgery import patched
+from snncompress.testing import (
+    check_adapter,
+)
+from tests.networks import Case, liven
+from tests.testing.common import broken
+
+snn = pytest.importorskip("snntorch", reason="snntorch is not installed")
+sj = pytest.importorskip("spikingjelly.activation_based.neuron", reason="spikingjelly is not installed")
+
+
+def lively(model: nn.Module, x: Tensor, timesteps: int | None) -> tuple[nn.Module, Tensor, int | None]:
+    """A model with weights that make every population fire, and its input."""
+    case = liven(Case(model, x, timesteps))
+    return case.model, case.x, case.timesteps
+
+
+def spikingjelly_layers(step_mode: str = "s", **options: Any) -> tuple[nn.Module, Tensor, int | None]:
+    def node() -> nn.Module:
+        return sj.LIFNode(step_mode=step_mode, **options)
+
+    return lively(nn.Sequential(nn.Linear(4, 8), node(), nn.Linear(8, 6), node()), torch.rand(5, 4), 3)
+
+
+def spikingjelly_convolutions() -> tuple[nn.Module, Tensor, int | None]:
+    from spikingjelly.activation_based import layer
+
+    node = sj.ParametricLIFNode(step_mode="m", v_reset=None)
+    model = nn.Sequential(layer.Conv2d(2, 4, 3, step_mode="m"), node, layer.Flatten(step_mode="m"))
+    return lively(model, torch.rand(5, 2, 6, 6), 3)
+
+
+def snntorch_layers(**options: Any) -> tuple[nn.Module, Tensor, int | None]:
+    def node() -> nn.Module:
+        return snn.Leaky(beta=0.8, init_hidden=True, **options)
+
+    return lively(nn.Sequential(nn.Linear(4, 8), node(), nn.Linear(8, 6), node()), torch.rand(5, 4), 3)
+
+
+class Loop(nn.Module):
+    """snnTorch's usual class: it loops over the steps and hands the states around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lif = nn.Linear(4, 8), snn.Synaptic(alpha=0.7, beta=0.8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        syn, mem = self.lif.reset_mem()
+        spikes = []
+        for step in x:
+            spike, syn, mem = self.lif(self.fc(step), syn, mem)
+            spikes.append(spike)
+        return torch.stack(spikes), mem
+
+
+MODELS: dict[str, tuple[type, Callable[[], tuple[nn.Module, Tensor, int | None]]]] = {
+    "spikingjelly, single step": (SpikingJellyAdapter, spikingjelly_layers),
+    "spikingjelly, multi-step": (SpikingJellyAdapter, lambda: spikingjelly_layers("m")),
+    "spikingjelly, soft reset": (SpikingJellyAdapter, lambda: spikingjelly_layers("m", v_reset=None)),
+    "spikingjelly, convolutions": (SpikingJellyAdapter, spikingjelly_convolutions),
+    "snntorch, hidden states": (SNNTorchAdapter, snntorch_layers),
+    "snntorch, reset to zero": (SNNTorchAdapter, lambda: snntorch_layers(reset_mechanism="zero")),
+    "snntorch, reset in the same step": (SNNTorchAdapter, lambda: snntorch_layers(reset_delay=False)),
+    "snntorch, a loop of its own": (SNNTorchAdapter, lambda: lively(Loop(), torch.rand(5, 4), 3)),
+}
+
+
+@pytest.mark.parametrize(("adapter", "make"), MODELS.values(), ids=MODELS)
+def test_our_adapters(adapter: type, make: Callable[[], tuple[nn.Module, Tensor, int | None]]) -> None:
+    model, x, timesteps = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    check_adapter(adapter(), model, x, timesteps)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_every_adapter_of_ours_is_checked() -> None:
+    assert {type(adapter) for adapter in adapters()} == {adapter for adapter, _ in MODELS.values()}
+
+
+class Unnamed(SpikingJellyAdapter):
+    framework = ""
+
+
+class TakesAnything(SpikingJellyAdapter):
+    def is_neuron(self, module: nn.Module) -> bool:
+        return True
+
+
+class FindsNothing(SpikingJellyAdapter):
+    def is_neuron(self, module: nn.Module) -> bool:
+        return False
+
+
+class FailsToLook(SpikingJellyAdapter):
+    def is_neuron(self, module: nn.Module) -> bool:
+        return module.is_a_neuron
+
+
+class NeverResets(SpikingJellyAdapter):
+    def reset(self, model: nn.Module) -> None: ...
+
+
+class FailsToReset(SpikingJellyAdapter):
+    def reset(self, model: nn.Module) -> None:
+        raise RuntimeError("no reset")
+
+
+class ResetsOnOff(SpikingJellyAdapter):
+    def reset(self, model: nn.Module) -> None:
+        for neuron in self.neurons(model).values():
+            neuron.v = 0.9 if isinstance(neuron.v, float) and neuron.v == 0.0 else 0.0
+
+
+class StaysInTheGraph(SpikingJellyAdapter):
+    def reset(self, model: nn.Module) -> None:
+        for neuron in self.neurons(model).values():
+            neuron.v = neuron.v * 0.0
+
+
+class ReturnsNothing(SpikingJellyAdapter):
+    def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
+        super().run(model, x, timesteps)
+
+
+class FailsToRun(SpikingJellyAdapter):
+    def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
+        raise RuntimeError("no run")
+
+
+class GoesAround(SpikingJellyAdapter):
+    def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
+        return x
+
+
+class NeverShows(SpikingJellyAdapter):
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        return lambda: None
+
+
+class FailsToObserve(SpikingJellyAdapter):
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        raise RuntimeError("no observer")
+
+
+class _Bent(SpikingJellyAdapter):
+    """Shows something else than it sees."""
+
+    def bend(self, spikes: Tensor, membrane: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return spikes, membrane
+
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        return super().observe(neuron, lambda s, u: observer(*self.bend(s, u)), membrane=membrane)
+
+
+class ForgetsTime(_Bent):
+    def bend(self, spikes, membrane):
+        return spikes[0], membrane
+
+
+class JoinsTimeAndSamples(_Bent):
+    def bend(self, spikes, membrane):
+        return spikes.flatten(0, 1).unsqueeze(0), membrane
+
+
+class Inverts(_Bent):
+    def bend(self, spikes, membrane):
+        return 1 - spikes, membrane
+
+
+class Sorts(_Bent):
+    def bend(self, spikes, membrane):
+        return spikes.flip(1), membrane
+
+
+class GivesMembraneUnasked(_Bent):
+    def bend(self, spikes, membrane):
+        return spikes, spikes
+
+
+class KeepsMembrane(_Bent):
+    def bend(self, spikes, membrane):
+        return spikes, None
+
+
+class OneMembranePerChannel(_Bent):
+    def bend(self, spikes, membrane):
+        return spikes, None if membrane is None else membrane.mean(1)
+
+
+class InfiniteMembrane(_Bent):
+    def bend(self, spikes, membrane):
+        return spikes, None if membrane is None else membrane / 0
+
+
+class ReadsAfterReset(_Bent):
+    def bend(self, spikes, membrane):
+        return spikes, None if membrane is None else membrane * (1 - spikes)
+
+
+class Disturbs(SpikingJellyAdapter):
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        stop = super().observe(neuron, observer, membrane=membrane)
+        handle = neuron.register_forward_hook(lambda module, args, output: output * 0.9)
+        return lambda: (handle.remove(), stop())
+
+
+class NeverStops(SpikingJellyAdapter):
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        super().observe(neuron, observer, membrane=membrane)
+        return lambda: None
+
+
+class LeavesATrace(SpikingJellyAdapter):
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        stop = super().observe(neuron, observer, membrane=membrane)
+        return lambda: (stop(), setattr(neuron, "v_threshold", 0.1))
+
+
+class KeepsFiring(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        yield
+
+
+class FailsToTrace(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        raise RuntimeError("no tracing")
+        yield
+
+
+class TracesAllSteps(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for neuron in self.neurons(model).values():
+                stack.enter_context(patched(neuron, "forward", lambda x, n=neuron: fire(n, x)))
+            yield
+
+
+class CutsTheGraph(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        with super().identities(model, lambda neuron, x: fire(neuron, x).detach()):
+            yield
+
+
+class LeavesAPatch(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        with super().identities(model, fire):
+            yield
+        neuron = next(iter(self.neurons(model).values()))
+        neuron.forward = neuron.forward
+
+
+class LeavesAHook(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        model.register_forward_hook(lambda module, args, output: output)
+        with super().identities(model, fire):
+            yield
+
+
+class ChangesAWeight(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        with super().identities(model, fire):
+            yield
+        next(model.parameters()).data.mul_(0.1)
+
+
+class TrainsOnException(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        model.train()
+        with super().identities(model, fire):
+            yield
+        model.eval()
+
+
+class Swallows(SpikingJellyAdapter):
+    @contextlib.contextmanager
+    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+        with contextlib.suppress(BaseException), super().identities(model, fire):
+            yield
+
+
+ADAPTERS = {
+    Unnamed: "'framework' must be",
+    TakesAnything: "is_neuron() takes torch's Linear for a neuron",
+    FindsNothing: "is_neuron() finds no neuron in Sequential",
+    FailsToLook: "is_neuron() failed: AttributeError",
+    NeverResets: "a run after reset() doesn't repeat",
+    FailsToReset: "reset() failed: RuntimeError: no reset",
+    ResetsOnOff: "reset() twice",
+    StaysInTheGraph: "reset() leaves 1 in the autograd graph",
+    ReturnsNothing: "run() must return a tensor",
+    FailsToRun: "reset() or run() failed: RuntimeError: no run",
+    GoesAround: "run() reaches no neuron",
+    NeverShows: "1 (membrane=False): the neuron ran, but its observer wasn't called",
+    FailsToObserve: "observe() of 1 failed: RuntimeError: no observer",
+    ForgetsTime: "spikes must be [T', N, C, ...], not [5, 8]",
+    JoinsTimeAndSamples: "1 timesteps observed, not 3",
+    Inverts: "the spikes observed aren't those",
+    Sorts: "the spikes observed aren't those",
+    GivesMembraneUnasked: "wasn't asked for",
+    KeepsMembrane: "must be finite and have the spikes' shape",
+    OneMembranePerChannel: "must be finite and have the spikes' shape",
+    InfiniteMembrane: "must be finite and have the spikes' shape",
+    ReadsAfterReset: "read after the reset",
+    Disturbs: "observing changes the output (membrane=False)",
+    NeverStops: "doesn't stop the observer (membrane=False)",
+    LeavesATrace: "after observing, the output isn't what it was",
+    KeepsFiring: "something else than fire() returns",
+    FailsToTrace: "identities() failed: RuntimeError: no tracing",
+    TracesAllSteps: "fire() must get one timestep, [5, C, ...], not [3, 5, 8]",
+    CutsTheGraph: "the output must be differentiable",
+    LeavesAPatch: "after identities(), 1 isn't as it was before",
+    LeavesAHook: "after identities(), the model isn't as it was before",
+    ChangesAWeight: "after identities(), the output isn't what it was before",
+    TrainsOnException: "after an exception inside identities()",
+    Swallows: "identities() swallows exceptions",
+}
+
+
+@pytest.mark.parametrize(("cls", "said"), ADAPTERS.items(), ids=lambda v: getattr(v, "__name__", ""))
+def test_a_broken_adapter(cls: type[SpikingJellyAdapter], said: str) -> None:
+    model, x, timesteps = spikingjelly_layers("m")
+    assert said in broken(check_adapter, cls(), model, x, timesteps)
