@@ -8,6 +8,7 @@ from .edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChanne
 from .energy import Conventions
 from .errors import (
     DataError,
+    EmptyLayerWarning,
     ModelError,
     NothingToDoWarning,
     OptionError,
@@ -15,6 +16,7 @@ from .errors import (
     PluginError,
     SilentNeuronsWarning,
     SNNCompressError,
+    StorageError,
     SyntheticDataWarning,
     UnknownNameError,
 )
@@ -24,11 +26,13 @@ from .interfaces import (
     Criterion,
     EnergyModel,
     Fire,
+    Granularity,
     Layer,
     Observer,
     OperationCounts,
     Quantizer,
     Scheduler,
+    Scope,
     Signal,
 )
 from .network import remove_from_layer
@@ -49,9 +53,11 @@ __all__ = [
     "Criterion",
     "DataError",
     "Edit",
+    "EmptyLayerWarning",
     "EnergyModel",
     "Feed",
     "Fire",
+    "Granularity",
     "Layer",
     "LayerProfile",
     "MaskWeights",
@@ -70,8 +76,10 @@ __all__ = [
     "RemoveChannels",
     "SNNCompressError",
     "Scheduler",
+    "Scope",
     "Signal",
     "SilentNeuronsWarning",
+    "StorageError",
     "SyntheticDataWarning",
     "TruncateTimesteps",
     "UnknownNameError",

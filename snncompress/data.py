@@ -18,6 +18,7 @@ from .interfaces import Adapter, Forward
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on an example batch."""
+_LIMIT = "_snncompress_timesteps"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Feed:
         try:
             if self.forward is not None:
                 return self.forward(model, batch.raw)
-            return self.adapter.run(model, batch.x, self.timesteps)
+            return self.adapter.run(model, batch.x, self.steps(model))
         except SNNCompressError:
             raise
         except Exception as error:  # the model is the user's: anything can come out of it
@@ -86,6 +87,13 @@ class Feed:
                 f"Likely cause: {cause}"
             ) from error
 
+    def steps(self, model: nn.Module) -> int | None:
+        """For how many timesteps the model is fed: ``timesteps``, or the fewer that it was truncated to."""
+        if self.timesteps is None:
+            return None
+        limit: int = vars(model).get(_LIMIT, self.timesteps)
+        return min(self.timesteps, limit)
+
     def __len__(self) -> int:
         """Number of batches; TypeError where the data do not tell."""
         return len(self._data)  # type: ignore[arg-type]
@@ -96,15 +104,22 @@ class Feed:
             self._first = next(iter(self))
         return self._first
 
+    def generators(self) -> list[torch.Generator]:
+        """The random generators of the user's own data loader, which decide on the order of its batches."""
+        holders = (self._data, getattr(self._data, "sampler", None))
+        found = (getattr(holder, "generator", None) for holder in holders)
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
     def example(self) -> Run:
         """Runs one sample of the first batch through all timesteps: enough to see a network's structure."""
         batch = self.first()
         x = batch.x
         if self.forward is None and isinstance(x, Tensor):
-            if self.timesteps is not None or (batch.y is not None and len(x) == len(batch.y)):
+            if self.timesteps is not None:
                 x = x[:1]
-            elif batch.y is not None and x.dim() > 1 and x.shape[1] == len(batch.y):
-                x = x[:, :1]
+            elif batch.y is not None:
+                axes = [axis for axis, size in enumerate(x.shape[:2]) if size == len(batch.y)]
+                x = x.narrow(axes[0], 0, 1) if len(axes) == 1 else x  # where T = N, either may be time
         return lambda model: self(model, Batch(x, batch.y, batch.raw))
 
     def _checked(self, raw: Any, number: int) -> Batch:
@@ -137,6 +152,11 @@ class Feed:
                 f"The data are on {x.device}, the model on {parameter.device}. Move one: "
                 f"x.to({str(parameter.device)!r})."
             )
+
+
+def limit_timesteps(model: nn.Module, timesteps: int) -> None:
+    """From now on a Feed drives this model, which is called step by step, for at most that many steps."""
+    setattr(model, _LIMIT, timesteps)
 
 
 def time_as_samples(timesteps: int) -> str:

@@ -6,15 +6,20 @@ module isn't there or has another width, PlanError is raised before anything is 
 
 from __future__ import annotations
 
+import base64
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from .data import limit_timesteps
 from .errors import OptionError, PlanError
 from .interfaces import Adapter, Quantizer
-from .network import ChannelGroup, Side, prunable_type, remove_from_layer, width
-from .parametrizations import computed_weight, quantize_weight, weight_bits
+from .network import WEIGHT_LAYERS, ChannelGroup, Side, prunable_type, remove_from_layer, width
+from .parametrizations import computed_weight, mask_weight, quantize_weight, stored_weight, weight_bits
 from .registry import registry
 
 
@@ -156,10 +161,53 @@ class QuantizeWeights(Edit):
 
 @dataclass(frozen=True)
 class MaskWeights(Edit):
-    """Hold single weights of ``layer`` at zero."""
+    """Hold single weights of ``layer`` at zero.
+
+    ``kept`` is the mask as text: a bit per weight, 1 = it exists, in the order of the weight's memory (first bit
+    highest), in base64. A mask that the layer has already stays in force beside it.
+    """
 
     layer: str
+    shape: tuple[int, ...]
+    kept: str
     kind: ClassVar[str] = "mask_weights"
+
+    @classmethod
+    def of(cls, layer: str, kept: Tensor) -> MaskWeights:
+        """The edit for a boolean mask of the weight's shape."""
+        bits = np.packbits(kept.cpu().numpy())
+        return cls(layer, tuple(kept.shape), base64.b64encode(bits.tobytes()).decode())
+
+    def mask(self) -> Tensor:
+        """The mask as a boolean tensor; raises PlanError where ``kept`` isn't one of this shape."""
+        size = math.prod(self.shape)
+        try:
+            packed = base64.b64decode(self.kept, validate=True)
+        except ValueError as error:
+            raise PlanError(f"{self.layer}: its mask isn't base64: {error}.") from error
+        if len(packed) != (size + 7) // 8:
+            raise PlanError(f"{self.layer}: a mask of {len(packed)} bytes for a weight of shape {list(self.shape)}.")
+        bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=size)
+        return torch.from_numpy(bits.astype(bool)).view(self.shape)
+
+    def check(self, model: nn.Module) -> None:
+        """The layer must be there, with a weight of this shape that is its own parameter."""
+        module = _find(model, self.layer, "the plan removes weights of it")
+        if not isinstance(module, WEIGHT_LAYERS):
+            raise PlanError(f"{self.layer} is a {type(module).__name__}, of which no single weights can be removed.")
+        if why := computed_weight(module):
+            raise PlanError(f"Weights of {self.layer} can't be removed: {why}. Make it a plain parameter first.")
+        if (found := tuple(stored_weight(module).shape)) != self.shape:
+            raise PlanError(
+                f"{self.layer} has a weight of shape {list(found)}, the plan's mask is {list(self.shape)}. The model "
+                f"isn't of the architecture that the plan was made for, or was compressed already."
+            )
+        self.mask()
+
+    def apply(self, model: nn.Module, adapter: Adapter) -> None:
+        """Put the mask before the layer's weight."""
+        self.check(model)
+        mask_weight(model.get_submodule(self.layer), self.mask())
 
 
 @dataclass(frozen=True)
@@ -172,10 +220,72 @@ class RemoveBlock(Edit):
 
 @dataclass(frozen=True)
 class TruncateTimesteps(Edit):
-    """Run ``timesteps`` steps only."""
+    """Run the first ``timesteps`` steps only.
+
+    ``way`` says how a model is made to stop: ``"input"``: a hook cuts the model's input, whose time stands on
+    ``axis``; ``"attribute"``: its own loop counts ``attribute`` of ``module`` ("" is the model itself), which is set;
+    ``"loop"``: it is called once per timestep, so whoever calls it must stop: all that takes ``timesteps=`` here does,
+    and a loop of your own asks ``plan_of(model).timesteps``. Raises PlanError for values that can't be.
+    """
 
     timesteps: int
+    way: str = "loop"
+    module: str = ""
+    attribute: str = ""
+    axis: int = 0
     kind: ClassVar[str] = "truncate_timesteps"
+
+    def __post_init__(self) -> None:
+        if type(self.timesteps) is not int or self.timesteps < 1:
+            raise PlanError(f"A model runs a whole number of timesteps, at least 1, not {self.timesteps!r}.")
+        if self.way not in ("loop", "input", "attribute"):
+            raise PlanError(f"Timesteps are truncated by 'loop', 'input' or 'attribute', not {self.way!r}.")
+        if type(self.axis) is not int or self.axis < 0:
+            raise PlanError(f"The time axis of an input is a whole number of at least 0, not {self.axis!r}.")
+        if not (isinstance(self.module, str) and isinstance(self.attribute, str)):
+            raise PlanError(f"module and attribute must be names, not {self.module!r} and {self.attribute!r}.")
+
+    def check(self, model: nn.Module) -> None:
+        """The attribute must be there, and count at least as many steps."""
+        if self.way != "attribute":
+            return
+        module = _find(model, self.module, f"the plan sets its {self.attribute!r}")
+        found = vars(module).get(self.attribute)
+        if type(found) is not int or found < self.timesteps:
+            raise PlanError(
+                f"{self.module or type(model).__name__} has no whole number {self.attribute!r} of at least "
+                f"{self.timesteps} to count its timesteps ({self.attribute} = {found!r}). Is it another architecture?"
+            )
+
+    def apply(self, model: nn.Module, adapter: Adapter) -> None:
+        """Cut the input, set the attribute, or leave word for those who call the model."""
+        self.check(model)
+        if self.way == "input":
+            model.register_forward_pre_hook(FirstSteps(self.timesteps, self.axis), with_kwargs=True)
+        elif self.way == "attribute":
+            setattr(model.get_submodule(self.module), self.attribute, self.timesteps)
+        else:
+            limit_timesteps(model, self.timesteps)
+
+
+@dataclass(frozen=True)
+class FirstSteps:
+    """A forward pre-hook that keeps the first ``timesteps`` along ``axis`` of a model's first tensor."""
+
+    timesteps: int
+    axis: int
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which the model is called instead."""
+        values = [*args, *named.values()]
+        for position, x in enumerate(values):
+            if isinstance(x, Tensor):
+                if x.dim() > self.axis:
+                    values[position] = x.narrow(self.axis, 0, min(self.timesteps, x.shape[self.axis]))
+                break
+        return tuple(values[: len(args)]), dict(zip(named, values[len(args) :], strict=True))
 
 
 def edit_from_dict(data: Any) -> Edit:
@@ -192,7 +302,9 @@ def edit_from_dict(data: Any) -> Edit:
             if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
                 raise PlanError(f"{fields['layer']}: bits must be 1 to 16, not {bits!r}.")
             return QuantizeWeights(str(fields["layer"]), str(fields["quantizer"]), bits, options)
-        others: dict[str, type[Edit]] = {c.kind: c for c in (MaskWeights, RemoveBlock, TruncateTimesteps)}
+        if data["edit"] == MaskWeights.kind:
+            return MaskWeights(str(fields["layer"]), _integers(fields["shape"]), str(fields["kept"]))
+        others: dict[str, type[Edit]] = {c.kind: c for c in (RemoveBlock, TruncateTimesteps)}
         return others[data["edit"]](**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"Damaged edit {str(data)[:80]!r}: {type(error).__name__} {error}") from error

@@ -6,7 +6,8 @@
     ├── OptionError      an argument has a wrong value: ratio, bits, skip, order ...
     │   └── UnknownNameError   no plugin of that name
     ├── PluginError      a plugin broke its contract, or two plugins claim one name
-    └── PlanError        a plan can't be replayed on this model
+    ├── PlanError        a plan can't be replayed on this model
+    └── StorageError     a file can't be written or read
 
 Each message says what is wrong, where (layer, shape or plugin), the likely cause and what to do.
 """
@@ -42,6 +43,10 @@ class PlanError(SNNCompressError):
     """A plan doesn't fit the model it is replayed on, or isn't a plan."""
 
 
+class StorageError(SNNCompressError):
+    """A file or folder can't be written or read: no permission, no space, damaged, or another run's."""
+
+
 class SyntheticDataWarning(UserWarning):
     """No calibration data were given, so scores come from a synthetic batch."""
 
@@ -52,3 +57,7 @@ class NothingToDoWarning(UserWarning):
 
 class SilentNeuronsWarning(UserWarning):
     """A neuron population never fired in calibration, so spike-based scores of its layer mean nothing."""
+
+
+class EmptyLayerWarning(UserWarning):
+    """Pruning of single weights left a layer without any, so the network is cut in two there."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 Granularity = Literal["channel", "weight", "block"]
+Scope = Literal["layer", "global"]
 Signal = Literal["spikes", "membrane", "gradients"]
 Forward = Callable[[nn.Module, Any], Any]
 """How to run a model on one batch: ``forward(model, batch) -> output``."""
@@ -31,9 +32,9 @@ class Layer:
     """One weight layer as a criterion sees it.
 
     ``weight`` is the float weight with the output channels first, [C, ...], also for a transposed convolution or a
-    quantized layer; ``weight_grad`` its gradient, None unless the criterion asked for gradients. ``norm`` is the
-    batch normalization between the layer and its neurons. ``generator`` is seeded from the seed of ``apply`` and
-    the layer's name: the only source of chance a criterion may use.
+    quantized layer, and 0 where a weight was removed; ``weight_grad`` its gradient, None unless the criterion asked
+    for gradients. ``norm`` is the batch normalization between the layer and its neurons. ``generator`` is seeded from
+    the seed of ``apply`` and the layer's name: the only source of chance a criterion may use.
     """
 
     name: str
@@ -60,19 +61,22 @@ class _Plugin(ABC):
 
 
 class Criterion(_Plugin):
-    """Scores the output channels of a layer; higher = keep.
+    """Scores the output channels of a layer, or its single weights (``granularity``); higher = keep.
 
     A criterion is a fold over calibration: ``begin`` makes a layer's empty state, ``observe`` adds what its neurons
-    did in some timesteps, ``end_batch`` closes a batch, ``score`` turns the state into one score per channel. States
+    did in some timesteps, ``end_batch`` closes a batch, ``score`` turns the state into scores. States
     are plain values, so the same criterion serves many layers and many calls, and memory doesn't grow with the
     number of batches. A criterion that needs no recording only writes ``score``.
 
     ``needs`` says what must be recorded: ``"spikes"`` S[t], ``"membrane"`` Ũ[t] (after charging, before reset),
     ``"gradients"`` (one backward pass per batch through the surrogate gradient: ``layer.weight_grad`` is that batch's
     gradient in ``end_batch``; labels are then required).
+
+    Single weights are compared within their layer, or with ``scope`` "global" across all layers that are pruned.
     """
 
     granularity: ClassVar[Granularity] = "channel"
+    scope: Scope = "layer"
     needs: ClassVar[frozenset[Signal]] = frozenset()
 
     def begin(self, layer: Layer) -> Any:
@@ -92,7 +96,19 @@ class Criterion(_Plugin):
 
     @abstractmethod
     def score(self, layer: Layer, state: Any) -> Tensor:
-        """One score per output channel, [C], float64 where counts or sums matter; finite; higher = keep."""
+        """One score per output channel, [C], float64 where counts or sums matter; finite; higher = keep.
+
+        With granularity "weight" one per weight, shaped like ``layer.weight``.
+        """
+
+    def select(self, scores: Tensor, count: int) -> Tensor:
+        """Which single weights go, given all their scores [n]: bool [n]; weights removed before score -inf.
+
+        By default exactly the ``count`` lowest, of equal ones the first.
+        """
+        from .selection import lowest_scores
+
+        return lowest_scores(scores, count)
 
 
 class Quantizer(_Plugin):

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
 
-from .parametrizations import bare
+from .parametrizations import resize_weight
 
 Side = Literal["out", "in", "neuron"]
 WEIGHT_LAYERS = (_ConvNd, nn.Linear)
@@ -124,8 +124,8 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
     """Remove output or input channels from a layer, in place, through torch-pruning's pruner for its type."""
     pruner = _pruner(module)
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    with bare(module):
-        (pruner.prune_out_channels if side == "out" else pruner.prune_in_channels)(module, indices)
+    prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+    resize_weight(module, lambda layer: prune(layer, indices))
     for name, parameter in module.named_parameters():  # torch-pruning makes every new parameter trainable
         parameter.requires_grad_(name not in frozen)
 

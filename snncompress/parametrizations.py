@@ -1,15 +1,17 @@
-"""Fake quantization as a torch parametrization of a layer's weight.
+"""Masks and fake quantization as a torch parametrization of a layer's weight.
 
 The layer keeps its class, so a SpikingJelly layer keeps its step mode and a torch layer its hooks; ``layer.weight``
-is the quantized weight, ``layer.parametrizations.weight.original`` the float one that training moves.
+is what the layer computes with, ``layer.parametrizations.weight.original`` the float weight that training moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
@@ -17,46 +19,77 @@ from torch.nn.utils import parametrize
 from .interfaces import Quantizer
 
 
-class QuantizedWeight(nn.Module):
-    """weight → fake-quantized weight, through a Brevitas tensor quantizer with a straight-through gradient."""
+class CompressedWeight(nn.Module):
+    """Stored float weight w → mask · quant(mask · w); either part may be missing.
 
-    def __init__(self, quantizer: Quantizer, bits: int, *, transposed: bool) -> None:
+    ``mask`` has the weight's shape, True = the weight exists. It stands behind the quantizer, whose grid may have no
+    zero, so a removed weight is exactly 0.0 whatever an optimizer does to what is stored; and before it, so that the
+    grid is a statistic of the weights that exist. ``tensor_quant`` is a Brevitas tensor quantizer with a
+    straight-through gradient. Removed weights get the gradient 0.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, *, transposed: bool) -> None:
         super().__init__()
-        self.quantizer, self.bits, self.transposed = quantizer, bits, transposed
-        self.tensor_quant = quantizer.tensor_quant(bits)
+        self.transposed = transposed
+        self.quantizer: Quantizer | None = None
+        self.bits: int | None = None
+        self.tensor_quant: nn.Module | None = None
+        self.register_buffer("mask", None, persistent=False)  # structure, so the plan's: no state_dict changes it
 
     def forward(self, weight: Tensor) -> Tensor:
-        """[C, ...] → [C, ...]; a transposed convolution's weight is turned so that output channels come first."""
-        if self.transposed:
-            weight = weight.transpose(0, 1)
-        value = cast(Tensor, self.tensor_quant(weight)[0])
-        return value.transpose(0, 1) if self.transposed else value
+        """[C, ...] → [C, ...]; for the quantizer a transposed convolution's weight is turned: output channels first."""
+        weight = self._masked(weight)
+        if self.tensor_quant is None:
+            return weight
+        turned = weight.transpose(0, 1) if self.transposed else weight
+        value = cast(Tensor, self.tensor_quant(turned)[0])
+        return self._masked(value.transpose(0, 1) if self.transposed else value)
+
+    def _masked(self, weight: Tensor) -> Tensor:
+        return weight if self.mask is None else torch.where(self.mask, weight, 0.0)  # exact also for NaN and inf
 
     def __repr__(self) -> str:  # Brevitas' insides would fill the screen when a model is printed
-        return f"QuantizedWeight({self.quantizer!r}, bits={self.bits})"
+        parts = [] if self.mask is None else [f"{int(self.mask.sum())} of {self.mask.numel()} weights"]
+        if self.quantizer is not None:
+            parts.append(f"{self.quantizer!r}, bits={self.bits}")
+        return f"CompressedWeight({'; '.join(parts)})"
 
 
 def quantize_weight(module: nn.Module, quantizer: Quantizer, bits: int) -> None:
     """Quantize ``module.weight`` to ``bits`` bits, in place."""
-    wrapper = QuantizedWeight(quantizer, bits, transposed=isinstance(module, _ConvTransposeNd))
-    wrapper.train(module.training)
-    parametrize.register_parametrization(module, "weight", wrapper)
+    tensor_quant = quantizer.tensor_quant(bits)
+    compression = _compression(module) or _attach(module)
+    compression.quantizer, compression.bits = quantizer, bits
+    compression.tensor_quant = tensor_quant.train(module.training)
 
 
-def quantization(module: nn.Module) -> QuantizedWeight | None:
-    """The quantization of this layer's weight, if it has one."""
-    return next((p for p in _chain(module) if isinstance(p, QuantizedWeight)), None)
+def mask_weight(module: nn.Module, kept: Tensor) -> None:
+    """Hold the weights where ``kept`` (bool, the weight's shape) is False at zero, in place and for good."""
+    compression = _compression(module) or _attach(module)
+    stored = stored_weight(module)
+    kept = kept.to(stored.device)
+    compression.mask = kept if compression.mask is None else compression.mask & kept
+    with torch.no_grad():
+        stored.copy_(torch.where(compression.mask, stored, 0.0))
+
+
+def weight_mask(module: nn.Module) -> Tensor | None:
+    """Which weights of this layer exist, bool, or None where none was removed one by one."""
+    found = _compression(module)
+    return None if found is None else found.mask
 
 
 def weight_bits(module: nn.Module) -> int | None:
     """Bit width of this layer's weight, or None where it is not quantized."""
-    found = quantization(module)
-    return found.bits if found is not None else None
+    found = _compression(module)
+    return None if found is None else found.bits
 
 
 def computed_weight(module: nn.Module) -> str:
-    """Why this layer's weight is not a plain parameter, quantization aside; empty where it is one."""
-    others = [type(p).__name__ for p in _chain(module) if not isinstance(p, QuantizedWeight)]
+    """Why this layer's weight is not a plain parameter, our own compression aside; empty where it is one."""
+    others = [type(p).__name__ for p in _chain(module) if not isinstance(p, CompressedWeight)]
     if others:
         return f"its weight is computed by {', '.join(others)}"
     if not _chain(module) and "weight" not in module._parameters:
@@ -65,23 +98,40 @@ def computed_weight(module: nn.Module) -> str:
 
 
 def stored_weight(module: nn.Module) -> nn.Parameter:
-    """The float weight that training moves: ``module.weight`` itself where nothing is quantized."""
+    """The float weight that training moves: ``module.weight`` itself where nothing is compressed."""
     if parametrize.is_parametrized(module, "weight"):
-        return cast(nn.Parameter, module.parametrizations["weight"].original)  # type: ignore[union-attr, index]
+        return cast(nn.Parameter, cast(Any, module.parametrizations)["weight"].original)
     return cast(nn.Parameter, module.weight)
 
 
+def float_weight(module: nn.Module) -> Tensor:
+    """The float weight without gradient, removed weights as zeros, before any quantization."""
+    stored, mask = stored_weight(module).detach(), weight_mask(module)
+    return stored if mask is None else torch.where(mask, stored, 0.0)
+
+
+def resize_weight(module: nn.Module, resize: Callable[[nn.Module], None]) -> None:
+    """Let ``resize`` replace ``module.weight``, a plain parameter meanwhile, by a smaller one; the mask follows."""
+    with bare(module) as compression:
+        if compression is not None and compression.mask is not None:
+            twin = copy.deepcopy(module)  # the same cut through a layer whose weight is the mask
+            twin.weight = nn.Parameter(compression.mask.to(cast(Tensor, module.weight).dtype))
+            resize(twin)
+            compression.mask = twin.weight.detach().bool()
+        resize(module)
+
+
 @contextmanager
-def bare(module: nn.Module) -> Iterator[None]:
-    """Inside, ``module.weight`` is the plain float parameter; its parametrizations come back on leaving."""
-    chain = _chain(module)
-    if chain:
+def bare(module: nn.Module) -> Iterator[CompressedWeight | None]:
+    """Inside, ``module.weight`` is the plain float parameter; its compression comes back on leaving."""
+    found = _compression(module)
+    if found is not None:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     try:
-        yield
+        yield found
     finally:
-        for wrapper in chain:
-            parametrize.register_parametrization(module, "weight", wrapper)
+        if found is not None:
+            parametrize.register_parametrization(module, "weight", found)
 
 
 def separate_classes(model: nn.Module) -> None:
@@ -94,6 +144,16 @@ def separate_classes(model: nn.Module) -> None:
         if parametrize.is_parametrized(module):
             shared = type(module)
             module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
+
+def _attach(module: nn.Module) -> CompressedWeight:
+    compression = CompressedWeight(transposed=isinstance(module, _ConvTransposeNd)).train(module.training)
+    parametrize.register_parametrization(module, "weight", compression)
+    return compression
+
+
+def _compression(module: nn.Module) -> CompressedWeight | None:
+    return next((p for p in _chain(module) if isinstance(p, CompressedWeight)), None)
 
 
 def _chain(module: nn.Module) -> list[nn.Module]:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from . import registry as _registry
 from .adapting import find_adapter
+from .checkpoint import Checkpoint
 from .copying import cuda_devices, private_copy
 from .data import Feed
-from .edits import Edit, QuantizeWeights, RemoveChannels
+from .edits import Edit, MaskWeights, QuantizeWeights
 from .errors import DataError, ModelError, NothingToDoWarning, OptionError, PlanError
-from .interfaces import Adapter, Criterion, Forward, Quantizer, Scheduler
-from .network import WEIGHT_LAYERS, without
+from .interfaces import Adapter, Criterion, Forward, Quantizer, Scheduler, Scope
+from .network import WEIGHT_LAYERS, Network
 from .parametrizations import quantize_weight
 from .plan import Plan, attach, plan_of
 from .progress import Progress
+from .pruning import ChannelPruning, Pruning, WeightPruning
 from .recording import record
-from .selection import Skips, Target, check_bits, lowest, overruled, per_layer, resolve_skip, targets
+from .selection import Skips, check_bits, overruled, per_layer, resolve_skip, targets, weight_ratios
 from .synthetic import synthetic_feed
-from .tracing import trace
+from .tracing import computed_or_shared, trace
 from .training import train
 from .version import __version__
 
@@ -49,15 +53,18 @@ def apply(
     adapter: Adapter | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> M:
-    """Compress a spiking network: remove channels, quantize weights; the original stays bitwise as it was.
+    """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
 
     Args:
         model: a SpikingJelly or snnTorch network.
-        criterion: which channels matter: a name (:func:`snncompress.criteria` lists them), an instance, or None to
-            prune nothing.
-        ratio: share of channels to remove: a number for every prunable layer, or a mapping from layer name or glob
-            to number. A layer that no key matches keeps all its channels; coupled layers follow their smallest.
+        criterion: which channels or weights matter: a name (:func:`snncompress.criteria` lists them), an instance, or
+            None to prune nothing. What it scores is what goes: whole channels, or single weights, which are exactly
+            0 from then on, however the model is trained.
+        ratio: share to remove: a number for every prunable layer, or a mapping from layer name or glob to number.
+            Nothing goes from a layer that no key matches. Of c channels ⌈ratio · c⌉ go, coupled layers following
+            their smallest ratio; of n weights ⌊ratio · n⌋, those removed before included.
         bits: weight bit width, 1 to 16: a number, a mapping, or None for no quantization.
         data: calibration data: a tensor, an (x, y) batch, a DataLoader, or any iterable of either. Without any, a
             synthetic batch of the shape the model takes is used, and a SyntheticDataWarning says so.
@@ -65,18 +72,21 @@ def apply(
             ([T, N, ...] for a multi-step model).
         forward: ``forward(model, batch)`` runs a model that takes anything else.
         quantizer: name or instance.
-        scheduler: name or instance: in how many steps the channels go.
+        scheduler: name or instance: in how many steps they go; each step scores what the one before has left.
         order: "qp" quantizes first, then prunes (QP-SNN); "pq" the reverse.
         finetune: None, a number of epochs for the built-in trainer (cross-entropy on the time-averaged output, labels
             from ``data``, learning rate 1e-3), or ``callable(model)``, which trains in place. Called after
             quantization and after each pruning step.
         skip: None: the first weight layer and the classifier stay at 32 bits and the classifier's input layer keeps
-            its outputs. Names or globs of layers to leave alone altogether take the place of that default; an empty
+            its channels. Names or globs of layers to leave alone altogether take the place of that default; an empty
             list leaves out nothing. ``{"prune": …}`` or ``{"quantize": …}`` replaces one half of it. A classifier's
-            outputs are never pruned.
+            outputs are never pruned; single weights are, in every layer.
         adapter: settles the framework by hand.
         seed: seed of everything random; same seed, data and threads give bitwise the same plan.
         progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.
+        checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
+            the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
+            torch's generators or the data loader's, as the built-in trainer's does).
 
     Returns:
         A new model of the same class, with the same call contract, flags and hooks (which run on calibration batches
@@ -119,40 +129,43 @@ def apply(
             if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
                 raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")
         network = trace(work, found, feed.example(), timesteps=feed.timesteps)
-        quantizable = _weight_layers(work)
-        skips = resolve_skip(skip, network, quantizable)
-        widths: dict[str, int | None] = per_layer(bits, quantizable, "bits", check_bits)
-        todo, whole = targets(network, ratio, skips) if chosen is not None else ([], {})
+        weight_layers = _weight_layers(work)
+        skips = resolve_skip(skip, network, weight_layers, chosen.granularity if chosen is not None else "channel")
+        widths: dict[str, int | None] = per_layer(bits, weight_layers, "bits", check_bits)
+        pruning, whole = _pruning(work, found, network, chosen, ratio, skips)
         _check_quantizable(work, widths, skips)
         _warn_of_overruled("bits", overruled(bits, skips.quantize))
         if chosen is not None:
             _warn_of_overruled("ratio", overruled(ratio, whole))
 
-        edits: list[Edit] = []
+        def quantize(what: str) -> list[Edit]:
+            return _quantize(work, codec, widths, skips)
 
-        def tune() -> None:
+        def prune(step: int, what: str) -> list[Edit]:
+            if chosen is None or not (layers := pruning.scored()):
+                return []
+            scores = record(work, network, feed, chosen, layers, seed + step, progress, what)
+            return pruning.step(scores, lambda target: schedule.ratio(target, step, schedule.n_steps))
+
+        def tune(what: str) -> None:
             if callable(finetune):
                 finetune(work)
                 found.reset(work)
             elif finetune:
-                train(work, feed, finetune, progress=progress)
+                train(work, feed, finetune, progress=progress, what=what)
 
-        def quantize() -> None:
-            new = _quantize(work, codec, widths, skips)
-            edits.extend(new)
-            if new:
-                tune()
-
-        def prune() -> None:
-            if chosen is None or not todo:
-                return
-            for step in range(1, schedule.n_steps + 1):
-                scores = record(work, network, feed, chosen, [t.group for t in todo], seed + step, progress)
-                edits.extend(_prune(work, found, todo, scores, schedule, step))
-                tune()
-
-        for stage in (quantize, prune) if order == "qp" else (prune, quantize):
-            stage()
+        settings = _origin(found, chosen, ratio, bits, codec, schedule, order, finetune, seed, data is None)
+        steps: list[Callable[[str], list[Edit]]] = [partial(prune, n + 1) for n in range(schedule.n_steps)]
+        steps.insert(0 if order == "qp" else len(steps), quantize)
+        store = Checkpoint(checkpoint, {**settings, "skip": repr(skip)}, model) if checkpoint is not None else None
+        done, edits = store.resume(work, feed, pruning.redo) if store else (0, [])
+        for number, step in enumerate(steps[done:], done + 1):
+            what = f"step {number}/{len(steps)}: "
+            if new := step(what):
+                edits = _joined(edits, new)
+                tune(what)
+            if store:
+                store.save(number, edits, work, feed)
 
     if not edits and (any(widths.values()) or (chosen is not None and _positive(ratio))):
         reasons = "; ".join(f"{name!r}: {why}" for name, why in {**skips.quantize, **whole}.items())
@@ -164,7 +177,6 @@ def apply(
     found.reset(work)
     found.adopt(work)
     _restore_flags(model, work)
-    settings = _origin(found, chosen, ratio, bits, codec, schedule, order, finetune, seed, data is None)
     attach(work, _continued(model, Plan(tuple(edits), whole, settings)))
     return work
 
@@ -180,26 +192,23 @@ def _quantize(model: nn.Module, quantizer: Quantizer, widths: dict[str, int | No
     return edits
 
 
-def _prune(
-    model: nn.Module,
-    adapter: Adapter,
-    todo: list[Target],
-    scores: dict[str, Any],
-    schedule: Scheduler,
-    step: int,
-) -> list[Edit]:
-    edits: list[Edit] = []
-    for number, target in enumerate(todo):
-        count = target.count(schedule.ratio(target.ratio, step, schedule.n_steps))
-        if count == 0:
-            continue
-        removed = lowest(target.group, scores, count)
-        edit = RemoveChannels.of(model, target.group, removed)
-        edit.apply(model, adapter)
-        edits.append(edit)
-        for other, group in zip(todo, without([t.group for t in todo], number, removed), strict=True):
-            other.group = group
-    return edits
+def _pruning(
+    model: nn.Module, adapter: Adapter, network: Network, criterion: Criterion | None, ratio: Any, skips: Skips
+) -> tuple[Pruning, dict[str, str]]:
+    """What removes channels or weights, and why which layers stay whole."""
+    if criterion is None:
+        return ChannelPruning(model, adapter, [], ()), {}
+    if criterion.granularity == "channel":
+        todo, whole = targets(network, ratio, skips)
+        return ChannelPruning(model, adapter, todo, network.layers), whole
+    ratios, whole = weight_ratios(_weight_layers(model), ratio, skips, computed_or_shared(model))
+    return WeightPruning(model, adapter, ratios, criterion), whole
+
+
+def _joined(edits: list[Edit], new: list[Edit]) -> list[Edit]:
+    """A mask takes the place of the same layer's earlier one, whose weights it leaves out too."""
+    masked = {e.layer for e in new if isinstance(e, MaskWeights)}
+    return [e for e in edits if not (isinstance(e, MaskWeights) and e.layer in masked)] + new
 
 
 def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, seed: int) -> None:
@@ -211,10 +220,12 @@ def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, 
         isinstance(finetune, bool) or not isinstance(finetune, int) or finetune < 0
     ):
         raise OptionError(f"finetune must be None, a number of epochs or callable(model), not {finetune!r}.")
-    if criterion is not None and criterion.granularity != "channel":
+    if criterion is not None and criterion.granularity not in ("channel", "weight"):
         raise OptionError(
-            f"Criterion {criterion.name!r} scores {criterion.granularity}s; apply() removes channels so far."
+            f"Criterion {criterion.name!r} scores {criterion.granularity}s; apply() removes channels and weights."
         )
+    if criterion is not None and criterion.scope not in get_args(Scope):
+        raise OptionError(f"Criterion {criterion.name!r}: scope must be 'layer' or 'global', not {criterion.scope!r}.")
     if criterion is not None and (unknown := criterion.needs - {"spikes", "membrane", "gradients"}):
         raise OptionError(
             f"Criterion {criterion.name!r} needs {sorted(unknown)}; known are 'spikes', 'membrane', 'gradients'."

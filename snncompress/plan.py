@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapting import find_adapter
 from .copying import private_copy
-from .edits import Edit, RemoveChannels, edit_from_dict
+from .edits import Edit, MaskWeights, RemoveChannels, TruncateTimesteps, edit_from_dict
 from .errors import PlanError
 from .interfaces import Adapter
 
@@ -62,6 +62,16 @@ class Plan:
                     gone.sort()
         return removed
 
+    @property
+    def timesteps(self) -> int | None:
+        """How many timesteps the model runs since the last truncation; None where it was never truncated.
+
+        >>> from snncompress import TruncateTimesteps
+        >>> Plan((TruncateTimesteps(8), TruncateTimesteps(5))).timesteps
+        5
+        """
+        return next((e.timesteps for e in reversed(self.edits) if isinstance(e, TruncateTimesteps)), None)
+
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON text."""
         data = {
@@ -96,7 +106,10 @@ class Plan:
         for layer, gone in self.removed_channels().items():
             lines.append(f"  {layer}: {len(gone)} channels removed")
         for edit in self.edits:
-            if not isinstance(edit, RemoveChannels):
+            if isinstance(edit, MaskWeights):
+                kept = edit.mask()
+                lines.append(f"  {edit.layer}: {kept.numel() - int(kept.sum())} of {kept.numel()} weights removed")
+            elif not isinstance(edit, RemoveChannels):
                 lines.append("  " + ", ".join(f"{k}={v}" for k, v in edit.to_dict().items()))
         lines += [f"  {layer} kept whole: {why}" for layer, why in self.whole.items()]
         return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from .data import Feed
 from .errors import PluginError, SilentNeuronsWarning, SNNCompressError
 from .interfaces import Criterion, Layer
 from .network import ChannelGroup, Network
-from .parametrizations import stored_weight
+from .parametrizations import float_weight, stored_weight
 from .progress import Progress, tracked
 from .training import classification_loss
 
@@ -26,38 +26,43 @@ def record(
     network: Network,
     feed: Feed,
     criterion: Criterion,
-    groups: Sequence[ChannelGroup],
+    layers: Mapping[str, ChannelGroup | None],
     seed: int,
     progress: Progress | None = None,
+    what: str = "",
 ) -> dict[str, Tensor]:
-    """Scores of every weight layer in ``groups``: {layer: [C] float64, higher = keep}.
+    """Scores of weight layers, higher = keep: {layer: [C], or the weight's shape}; ``what`` begins the progress text.
+
+    ``layers`` names each with the coupled group it stands in, where its channels are scored.
 
     One pass over the data in eval mode, with a backward pass per batch where the criterion needs gradients. Nothing
     but the criterion's own states is kept from one timestep to the next.
     """
-    layers = {name: group for group in groups for name in group.names("out") if name in network.layers}
+    watching = bool(criterion.needs & {"spikes", "membrane"})
     scorers = [
         _Scorer(model, network, name, neuron, group, criterion, seed)
         for name, group in layers.items()
-        for neuron in network.drives[name]
+        for neuron in ((watching and network.drives.get(name)) or (None,))
     ]
     if criterion.needs:
-        _run(model, feed, criterion, scorers, progress)
+        _run(model, feed, criterion, scorers, progress, f"{what}calibrating {criterion.name}")
     scores: dict[str, Tensor] = {}
     for name in layers:
         own = [s.score() for s in scorers if s.layer_name == name]
-        scores[name] = torch.stack(own).mean(0)
+        scores[name] = own[0] if len(own) == 1 else torch.stack(own).mean(0)
     return scores
 
 
-def _run(model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], progress: Progress | None) -> None:
+def _run(
+    model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], progress: Progress | None, what: str
+) -> None:
     gradients = "gradients" in criterion.needs
     fired: dict[str, bool] = {}
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.callback(feed.adapter.reset, model)
         if criterion.needs & {"spikes", "membrane"}:
-            for neuron in dict.fromkeys(s.neuron for s in scorers):
+            for neuron in dict.fromkeys(s.neuron for s in scorers if s.neuron is not None):
                 listening = [s for s in scorers if s.neuron == neuron]
                 observer = _observer(neuron, listening, fired)
                 module = model.get_submodule(neuron)
@@ -69,7 +74,7 @@ def _run(model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scor
             for weight in {stored_weight(model.get_submodule(s.layer_name)) for s in scorers}:
                 stack.callback(weight.requires_grad_, weight.requires_grad)  # a frozen weight has a gradient too
                 weight.requires_grad_(True)
-        for batch in tracked(feed, progress, f"calibrating {criterion.name}"):
+        for batch in tracked(feed, progress, what):
             output = feed(model, batch)
             if gradients:
                 model.zero_grad()
@@ -108,34 +113,32 @@ def _observer(neuron: str, scorers: list[_Scorer], fired: dict[str, bool]) -> Ca
 
 
 class _Scorer:
-    """Folds one neuron population into scores of one layer that drives it."""
+    """Folds what one layer, or one neuron population that it drives, does into scores of that layer."""
 
     def __init__(
-        self, model: nn.Module, network: Network, name: str, neuron: str, group: ChannelGroup, criterion: Criterion,
-        seed: int,
+        self, model: nn.Module, network: Network, name: str, neuron: str | None, group: ChannelGroup | None,
+        criterion: Criterion, seed: int,
     ) -> None:  # fmt: skip
         self.layer_name, self.neuron, self.criterion = name, neuron, criterion
         self._module = model.get_submodule(name)
         self._norm = model.get_submodule(network.norms[name]) if name in network.norms else None
-        self._neurons = network.drives[name]
-        self._columns = _columns(group, name, neuron)
+        self._neurons = network.drives.get(name, ())
+        self._columns = None if group is None or neuron is None else _columns(group, name, neuron)
+        weight = float_weight(self._module)
+        self._weight = weight.transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else weight
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self._state = self._guarded(criterion.begin, self.layer())
 
     def layer(self) -> Layer:
-        parameter = stored_weight(self._module)
-        transposed = isinstance(self._module, _ConvTransposeNd)
-
-        def turned(t: Tensor) -> Tensor:
-            return t.transpose(0, 1) if transposed else t
-
-        gradient = parameter.grad
+        gradient = stored_weight(self._module).grad
+        if gradient is not None and isinstance(self._module, _ConvTransposeNd):
+            gradient = gradient.transpose(0, 1)
         return Layer(
             self.layer_name,
             self._module,
-            turned(parameter.detach()),
-            None if gradient is None else turned(gradient),
+            self._weight,
+            gradient,
             self._norm,
             self._neurons,
             self._generator,
@@ -158,18 +161,22 @@ class _Scorer:
         with torch.no_grad():
             scores = self._guarded(self.criterion.score, layer, self._state)
         where = f"Criterion {self.criterion.name!r}, layer {layer.name}"
+        single = self.criterion.granularity == "weight"
+        shape = layer.weight.shape if single else layer.weight.shape[:1]
         if not isinstance(scores, Tensor):
-            raise PluginError(f"{where}: score() must return a tensor [{layer.channels}], not {type(scores).__name__}.")
-        if scores.shape != (layer.channels,):
+            raise PluginError(f"{where}: score() must return a tensor {list(shape)}, not {type(scores).__name__}.")
+        if scores.shape != shape:
+            per = "weight" if single else "output channel"
             raise PluginError(
-                f"{where}: score() must return one score per output channel, [{layer.channels}], "
-                f"not {list(scores.shape)}."
+                f"{where}: score() must return one score per {per}, {list(shape)}, not {list(scores.shape)}."
             )
         if not bool(torch.isfinite(scores).all()):
             raise PluginError(
                 f"{where}: scores hold NaN or infinite values. Check for a division by zero, a silent layer or a "
                 f"diverged model."
             )
+        if single:  # as many as weights, so in their own precision and place
+            return scores.detach().transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else scores.detach()
         return scores.detach().double().cpu()
 
     def _guarded(self, method: Callable[..., Any], *args: Any) -> Any:

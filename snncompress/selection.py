@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import OptionError
+from .interfaces import Granularity
 from .network import ChannelGroup, Network
 
 
@@ -24,10 +25,12 @@ class Skips:
     quantize: Mapping[str, str]
 
 
-def resolve_skip(skip: Any, network: Network, quantizable: Collection[str]) -> Skips:
+def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], granularity: Granularity) -> Skips:
     """Turn ``skip`` into reasons per layer; see :func:`snncompress.apply` for its forms."""
+    channels = granularity == "channel"
+    prunable = network.layers if channels else quantizable
     if skip is None or isinstance(skip, Mapping):
-        keep = {name: "it feeds the classifier" for name in network.classifier_inputs}
+        keep = {name: "it feeds the classifier" for name in network.classifier_inputs if channels}
         full = {
             network.first: "it is the first weight layer",
             **{n: "it is the classifier" for n in network.classifiers},
@@ -42,10 +45,10 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str]) -> S
         if unknown:
             raise OptionError(f"skip as a mapping takes the keys 'prune' and 'quantize', not {sorted(unknown)}.")
         return Skips(
-            _named(skip["prune"], network.layers) if "prune" in skip else default.prune,
+            _named(skip["prune"], prunable) if "prune" in skip else default.prune,
             _named(skip["quantize"], quantizable) if "quantize" in skip else default.quantize,
         )
-    return Skips({k: v for k, v in _named(skip, quantizable).items() if k in network.layers}, _named(skip, quantizable))
+    return Skips({k: v for k, v in _named(skip, quantizable).items() if k in prunable}, _named(skip, quantizable))
 
 
 def _named(patterns: Any, names: Collection[str]) -> dict[str, str]:
@@ -82,7 +85,7 @@ def _matching(pattern: str, names: Collection[str], what: str) -> list[str]:
 def check_ratio(value: Any, what: str) -> float:
     """A share in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
-        raise OptionError(f"{what} must be a number in [0, 1), the share of channels to remove; not {value!r}.")
+        raise OptionError(f"{what} must be a number in [0, 1), the share to remove; not {value!r}.")
     return float(value)
 
 
@@ -147,6 +150,33 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
             )
         found.append(target)
     return found, whole
+
+
+def weight_ratios(
+    names: Collection[str], ratio: Any, skips: Skips, unusable: Mapping[str, str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Layer → share of its weights to remove, and why the other layers stay whole."""
+    ratios: dict[str, float] = per_layer(ratio, names, "ratio", check_ratio)
+    whole = {n: why for n in names if (why := skips.prune.get(n) or unusable.get(n))}
+    for name in names:
+        if name not in whole and not ratios.get(name):
+            whole[name] = "ratio is 0" if name in ratios else "no key of ratio matches it"
+    return {n: r for n, r in ratios.items() if n not in whole}, whole
+
+
+def lowest_scores(scores: Tensor, count: int) -> Tensor:
+    """Mark exactly the ``count`` lowest of scores [n], of equal ones the first; bool [n], in linear time.
+
+    >>> lowest_scores(torch.tensor([0.3, 0.1, 0.1, 0.1]), 2)
+    tensor([False,  True,  True, False])
+    """
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    cut = scores.kthvalue(count).values
+    gone = scores < cut
+    ties = (scores == cut).nonzero().flatten()
+    gone[ties[: count - int(gone.sum())]] = True
+    return gone
 
 
 def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int) -> Tensor:

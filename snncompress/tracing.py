@@ -27,7 +27,7 @@ from .data import Run, tensors_in, time_as_samples
 from .errors import DataError, ModelError
 from .interfaces import Adapter
 from .network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type
-from .parametrizations import computed_weight
+from .parametrizations import computed_weight, stored_weight
 from .surgery import patched
 from .verifying import leave_out_what_breaks
 
@@ -88,7 +88,7 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None) -
         if name not in layers:
             network.whole[name] = "the model never calls it on this input"
     exposed = [name for name in visible if name not in last]
-    whole = _computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
+    whole = computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
     _add_groups(network, graph, copy, {n: shapes[m] for n, m in neurons.items() if m in shapes}, whole)
     leave_out_what_breaks(network, copy, adapter, run)
     return network
@@ -112,7 +112,7 @@ def _full_precision() -> Iterator[None]:
         yield
 
 
-def _computed_or_shared(model: nn.Module) -> dict[str, str]:
+def computed_or_shared(model: nn.Module) -> dict[str, str]:
     """Layers whose weight isn't theirs alone, or isn't a parameter, with the reason."""
     found: dict[str, str] = {}
     owners: dict[int, str] = {}
@@ -122,7 +122,7 @@ def _computed_or_shared(model: nn.Module) -> dict[str, str]:
         if why := computed_weight(module):
             found[name] = why
             continue
-        first = owners.setdefault(id(module.weight), name)
+        first = owners.setdefault(id(stored_weight(module)), name)
         if first != name:
             found[name] = found[first] = f"{first} and {name} share their weight"
     return found

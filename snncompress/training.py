@@ -112,8 +112,9 @@ def train(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     progress: Progress | None = None,
+    what: str = "",
 ) -> None:
-    """The loop behind :func:`finetune`."""
+    """The loop behind :func:`finetune`; ``what`` begins the progress text."""
     if epochs == 0:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -126,7 +127,7 @@ def train(
     try:
         with torch.inference_mode(False), torch.enable_grad():
             for epoch in range(epochs):
-                for batch in tracked(feed, progress, f"fine-tuning, epoch {epoch + 1}/{epochs}"):
+                for batch in tracked(feed, progress, f"{what}fine-tuning, epoch {epoch + 1}/{epochs}"):
                     optimizer.zero_grad()
                     classification_loss(feed(model, batch), batch).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()

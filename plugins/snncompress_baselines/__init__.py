@@ -1,4 +1,4 @@
-"""Plugin: ``magnitude``, ``random``, ``bn_scale``, ``firing_rate`` and ``taylor``, for every comparison."""
+"""Plugin: for every comparison, of channels and of single weights."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ from collections.abc import Callable
 from snncompress import Criterion, hookimpl
 
 from .baselines import BNScale, FiringRate, Magnitude, Random, Taylor
+from .weights import SNIP, WeightGradient, WeightMagnitude, WeightRandom
 
-__all__ = ["BNScale", "FiringRate", "Magnitude", "Random", "Taylor"]
+CHANNELS = (Magnitude, Random, BNScale, FiringRate, Taylor)
+WEIGHTS = (WeightMagnitude, WeightRandom, WeightGradient, SNIP)
+
+__all__ = [
+    "SNIP",
+    "BNScale",
+    "FiringRate",
+    "Magnitude",
+    "Random",
+    "Taylor",
+    "WeightGradient",
+    "WeightMagnitude",
+    "WeightRandom",
+]
 
 
 @hookimpl
 def register_criteria(register: Callable[[type[Criterion]], None]) -> None:
-    """Offer the five."""
-    register(Magnitude)
-    register(Random)
-    register(BNScale)
-    register(FiringRate)
-    register(Taylor)
+    """Offer them all."""
+    for criterion in (*CHANNELS, *WEIGHTS):
+        register(criterion)

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.errors import PluginError
-from snncompress.interfaces import Criterion, Layer, Signal
+from snncompress.interfaces import Criterion, Layer, Scope, Signal
 
 from .common import broken, calling, check_name, check_options
 
 _T, _C = 4, 6
+_GONE = 5  # weights to select
 
 
 def check_criterion(criterion: Criterion) -> None:
     """Feeds a criterion made-up activity of convolutions and a linear layer.
 
-    Checked: scores are [C] and finite, also for a silent layer; they are the same when the timesteps come
+    Checked: scores are [C], or of the weight's shape for single weights, and finite, also for a silent layer; they are the same when the timesteps come
     one by one and all at once, when the fold is repeated under another global seed, and when two layers are
     folded in turns (so no state sits in the instance); the tensors that the criterion is shown stay as they
     are; the options are JSON.
@@ -41,8 +42,10 @@ def check_criterion(criterion: Criterion) -> None:
     """
     check_name(criterion)
     check_options(criterion)
-    if criterion.granularity != "channel":
-        raise broken(criterion, f"granularity must be 'channel', not {criterion.granularity!r}.")
+    if criterion.granularity not in ("channel", "weight"):
+        raise broken(criterion, f"granularity must be 'channel' or 'weight', not {criterion.granularity!r}.")
+    if criterion.scope not in get_args(Scope):
+        raise broken(criterion, f"scope must be one of {get_args(Scope)}, not {criterion.scope!r}.")
     signals = get_args(Signal)
     if not isinstance(criterion.needs, (set, frozenset)) or not criterion.needs <= set(signals):
         raise broken(criterion, f"needs must be a frozenset out of {signals}, not {criterion.needs!r}.")
@@ -140,11 +143,17 @@ def _fold(criterion: Criterion, activity: _Activity, chunk: int) -> Generator[No
         scores = criterion.score(layer(), state)
     if not isinstance(scores, Tensor):
         raise broken(criterion, f"score() must return a tensor, not {type(scores).__name__}.")
-    if scores.shape != (_C,):
+    per, shape = ("weight", activity.weight.shape) if criterion.granularity == "weight" else ("channel", (_C,))
+    if scores.shape != shape:
         got = list(scores.shape)
-        raise broken(criterion, f"score() must return one score per channel, [{_C}], not {got}.")
+        raise broken(criterion, f"score() must return one score per {per}, {list(shape)}, not {got}.")
     if not bool(torch.isfinite(scores).all()):
         raise broken(criterion, f"scores must be finite, not {scores.tolist()}.")
+    if per == "weight":
+        with calling(criterion, "select()"):
+            gone = criterion.select(scores.flatten(), _GONE)
+        if not (isinstance(gone, Tensor) and gone.dtype == torch.bool and gone.shape == (scores.numel(),)):
+            raise broken(criterion, f"select() must return a bool tensor [{scores.numel()}].")
     return scores.detach().double().clone()
 
 

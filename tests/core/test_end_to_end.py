@@ -110,7 +110,11 @@ def check(
     assert before - accuracy(small, x_test, y_test) <= loss
     assert small[0].out_channels == 6  # 16 - ⌈0.6·16⌉
     assert small[4].out_channels == 12  # 32 - ⌈0.6·32⌉
-    assert {s.split(",")[0] for s in seen} == {"calibrating svs", "fine-tuning"}
+    assert {s.split(",")[0] for s in seen} == {
+        "step 1/2: fine-tuning",
+        "step 2/2: calibrating svs",
+        "step 2/2: fine-tuning",
+    }
     a, b = (snncompress.profile(m, x_test[:20], timesteps=T) for m in (dense, small))
     assert b.size_mb < 0.15 * a.size_mb
     assert b.energy_pj < 0.6 * a.energy_pj

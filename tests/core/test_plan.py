@@ -102,7 +102,7 @@ def test_the_damage_is_what_is_refused(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit", [snncompress.MaskWeights("0"), snncompress.RemoveBlock("0"), snncompress.TruncateTimesteps(3)]
+    "edit", [snncompress.RemoveBlock("0")]
 )
 def test_edits_to_come_are_named_not_ignored(edit: snncompress.Edit) -> None:
     text = Plan((edit,)).to_json()

@@ -197,7 +197,7 @@ class NotLinear(Rate):
 
 CRITERIA = {
     Nameless: "'name' must be the name that users write, not ''",
-    ByWeight: "granularity must be 'channel', not 'weight'",
+    ByWeight: "one score per weight, [6, 3, 3, 3], not [6]",
     NeedsAWord: "needs must be a frozenset",
     NeedsTheUnknown: "voltage",
     TensorOption: "can't be stored as JSON",

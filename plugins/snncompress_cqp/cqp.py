@@ -1,0 +1,120 @@
+"""CQP: single weights by magnitude and by how much the loss depends on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from snncompress import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal
+
+Unit = Literal["weight", "input"]
+
+
+@dataclass
+class Slopes:
+    """Running sum over batches of |∂L/∂w|, shaped like the weight."""
+
+    total: Tensor
+    batches: int = 0
+
+
+@dataclass(frozen=True)
+class CQP(Criterion):
+    """Criticality-constrained pruning of single weights, solved exactly.
+
+    The criticality of a weight is the mean over batches of |∂L/∂w|, through the model's own surrogate gradient,
+    divided by the largest in its layer; its importance is::
+
+        v = |w| · criticality^α
+
+    and the mask m solves the quadratic program  min Σ (v (1 - m))²,  m ∈ {0, 1},  Σ (1 - m) = k,  m = 1 where
+    criticality > τ.  Since each weight adds a term of its own, removing the k lowest v among the weights that aren't
+    critical is that minimum: sorting is exact (a convex relaxation isn't: ``cqp_relaxed``). Where fewer than k
+    weights are uncritical, the sparsity that was asked for counts, and critical weights go too, the lowest v first.
+
+    Args:
+        alpha: α ≥ 0, how much criticality counts; 0 is magnitude pruning.
+        tau: τ in [0, 1], above which a weight is critical; 1 protects none.
+        unit: "weight" scores each weight by itself; "input" a whole input (column of a linear layer, input channel of
+            a convolution) by mean|w| · C^α, C being its mean |∂L/∂w| over the column divided by the largest.
+        scope: "layer" removes the same share of every layer; "global" compares weights across layers, their
+            criticality still relative to their own layer.
+
+    Shapes:
+        weight, weight_grad [C, ...] → score [C, ...]: v / (1 + v), which keeps the order, and 1 more for a critical
+        weight.
+
+    Raises:
+        OptionError: an option has a value that can't work.
+        PluginError: a layer has no gradient, or no batch was seen.
+
+    Source: Criticality-constrained quadratic pruning of SNNs ("CQP"), abstract and the author's published code (which
+    has unit="input").
+
+    Example:
+        Criticality is [[1, 0.5], [0, 0.25]], so at τ = 0.9 the first weight is critical though v is only 0.1:
+
+        >>> import torch
+        >>> from snncompress import Layer
+        >>> weight, gradient = torch.tensor([[0.1, -3.0], [2.0, 1.0]]), torch.tensor([[4.0, 2.0], [0.0, -1.0]])
+        >>> layer = Layer("fc", torch.nn.Identity(), weight, gradient, None, (), torch.Generator())
+        >>> cqp = CQP(alpha=1.0, tau=0.9)
+        >>> scores = cqp.score(layer, cqp.end_batch(layer, cqp.begin(layer)))
+        >>> scores  # v = [[0.1, 1.5], [0, 0.25]]
+        tensor([[1.0909, 0.6000],
+                [0.0000, 0.2000]])
+        >>> cqp.select(scores.flatten(), 2)
+        tensor([False, False,  True,  True])
+    """
+
+    name: ClassVar[str] = "cqp"
+    granularity: ClassVar[Granularity] = "weight"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"gradients"})
+
+    alpha: float = 1.0
+    tau: float = 0.9
+    unit: Unit = "weight"
+    scope: Scope = "layer"
+
+    def __post_init__(self) -> None:
+        for option, value, most in (("alpha", self.alpha, float("inf")), ("tau", self.tau, 1.0)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise OptionError(f"{self.name}: {option} must be a number from 0 to {most:g}, not {value!r}.")
+        for option, value, choices in (("unit", self.unit, get_args(Unit)), ("scope", self.scope, get_args(Scope))):
+            if value not in choices:
+                raise OptionError(f"{self.name}: {option} must be one of {', '.join(choices)}, not {value!r}.")
+
+    def begin(self, layer: Layer) -> Slopes:
+        """No batches yet."""
+        return Slopes(torch.zeros_like(layer.weight))
+
+    def end_batch(self, layer: Layer, state: Slopes) -> Slopes:
+        """Add this batch's |∂L/∂w|."""
+        if layer.weight_grad is None:
+            raise PluginError(
+                f"{self.name}: layer {layer.name!r} has no gradient: the loss doesn't depend on its weight. Leave the "
+                f"layer out with skip, or give it a ratio of 0."
+            )
+        state.total += layer.weight_grad.abs()
+        state.batches += 1
+        return state
+
+    def score(self, layer: Layer, state: Slopes) -> Tensor:
+        """v / (1 + v), and 1 more where critical, [C, ...]."""
+        if state.batches == 0:
+            raise PluginError(f"{self.name}: no gradient was recorded for layer {layer.name!r}.")
+        size, slope = layer.weight.abs(), state.total
+        if self.unit == "input":
+            size, slope = _per_input(size), _per_input(slope)
+        criticality = slope / slope.max().clamp_min(torch.finfo(slope.dtype).tiny)
+        importance = size * criticality**self.alpha
+        return importance / (1 + importance) + (criticality > self.tau)
+
+
+def _per_input(values: Tensor) -> Tensor:
+    """Each input's mean over the outputs (and the kernel), in the shape of ``values`` [C, I, ...]."""
+    others = [dim for dim in range(values.dim()) if dim != 1]
+    return values.mean(others, keepdim=True).expand_as(values)
