@@ -35,6 +35,8 @@ class Checkpoint:
         self._run = {**json.loads(json.dumps(settings)), "model": _fingerprint(model)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for part in self.path.parent.glob(f".{_FILE}.*"):  # of a run that was killed while it wrote
+                part.unlink()
         except OSError as error:
             raise StorageError(f"checkpoint={str(folder)!r} can't be used as a folder: {error}.") from error
 
@@ -49,7 +51,8 @@ class Checkpoint:
             run, edits = json.loads(kept["run"]), [edit_from_dict(e) for e in json.loads(kept["edits"])]
             step, state, generators = int(kept["step"]), kept["state"], kept["generators"]
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise StorageError(f"{self.path} is damaged: {error}. Delete it to start the run anew.") from error
+            what = type(error).__name__  # torch's own advice, to load it with code and all, is not ours
+            raise StorageError(f"{self.path} is damaged ({what}). Delete it to start the run anew.") from error
         if others := sorted(k for k in run.keys() | self._run.keys() if run.get(k) != self._run.get(k)):
             said = ", ".join(f"{k} ({run.get(k)} there, {self._run.get(k)} here)" for k in others)
             raise OptionError(

@@ -83,9 +83,9 @@ class CQP(Criterion):
         for option, value, most in (("alpha", self.alpha, float("inf")), ("tau", self.tau, 1.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
                 raise OptionError(f"{self.name}: {option} must be a number from 0 to {most:g}, not {value!r}.")
-        for option, value, choices in (("unit", self.unit, get_args(Unit)), ("scope", self.scope, get_args(Scope))):
-            if value not in choices:
-                raise OptionError(f"{self.name}: {option} must be one of {', '.join(choices)}, not {value!r}.")
+        for option, chosen, choices in (("unit", self.unit, get_args(Unit)), ("scope", self.scope, get_args(Scope))):
+            if chosen not in choices:
+                raise OptionError(f"{self.name}: {option} must be one of {', '.join(choices)}, not {chosen!r}.")
 
     def begin(self, layer: Layer) -> Slopes:
         """No batches yet."""

@@ -24,11 +24,12 @@ class ReScaW(Quantizer):
 
     In Brevitas' terms an unsigned b-bit quantizer with scale 2γ/s and zero-point s/2. The zero-point is a
     half-integer: **the grid has no zero**, so a weight that is pruned must be masked after the quantizer. γ
-    is computed from the weight at every forward and is a constant in the backward pass.
+    is computed from the weight at every forward and is a constant in the backward pass. It is a statistic of
+    the weights that exist (≠ 0): pruning single weights doesn't shrink the grid of those that are left.
 
     Args:
-        gamma: "l1_mean" = mean|W|; "max" = max|W|; "percentile" = max(|P_x|, |P_{1-x}|), linearly interpolated,
-            and max|W| where that is 0, as in a sparse weight.
+        gamma: "l1_mean" = mean|W| over the weights that exist; "max" = max|W|; "percentile" = max(|P_x|, |P_{1-x}|)
+            of the weights that exist, linearly interpolated.
         per_channel: one γ per output channel, dimension 0 of the weight, instead of one per layer.
         ste: the straight-through gradient is 1 where |W/γ| ≤ 1 and 0 elsewhere ("clip"), or 1 everywhere ("pass").
             At l1_mean, where about 40 % of normal weights are clamped, the two are equal when only quantizing, and

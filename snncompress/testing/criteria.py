@@ -22,10 +22,10 @@ _GONE = 5  # weights to select
 def check_criterion(criterion: Criterion) -> None:
     """Feeds a criterion made-up activity of convolutions and a linear layer.
 
-    Checked: scores are [C], or of the weight's shape for single weights, and finite, also for a silent layer; they are the same when the timesteps come
-    one by one and all at once, when the fold is repeated under another global seed, and when two layers are
-    folded in turns (so no state sits in the instance); the tensors that the criterion is shown stay as they
-    are; the options are JSON.
+    Checked: scores are [C], or of the weight's shape for single weights, and finite, also for a silent layer;
+    they are the same when the timesteps come one by one and all at once, when the fold is repeated under another
+    global seed, and when two layers are folded in turns (so no state sits in the instance); the tensors that the
+    criterion is shown stay as they are; the options are JSON.
 
     Raises:
         PluginError: the first of these that fails, or an exception in the criterion.

@@ -101,9 +101,7 @@ def test_the_damage_is_what_is_refused(plan: Plan) -> None:
     Plan.from_json(plan.to_json()).apply(network())
 
 
-@pytest.mark.parametrize(
-    "edit", [snncompress.RemoveBlock("0")]
-)
+@pytest.mark.parametrize("edit", [snncompress.RemoveBlock("0")])
 def test_edits_to_come_are_named_not_ignored(edit: snncompress.Edit) -> None:
     text = Plan((edit,)).to_json()
     with pytest.raises(PlanError, match=f"can't replay '{edit.kind}' edits"):

@@ -148,11 +148,34 @@ def test_one_all_zero_channel_does_not_disturb_the_others() -> None:
     assert value.tolist() == [[0.0, 0.0], [2.0, -2.0]]
 
 
-def test_percentile_of_a_sparse_weight_falls_back_to_the_maximum() -> None:
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_gamma_is_a_statistic_of_the_weights_that_exist(gamma: Any, per_channel: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 5, 3, 3, generator=generator, dtype=torch.float64)
+    weight[torch.rand(weight.shape, generator=generator) < 0.7] = 0.0
+    weight[2] = 0.0  # a channel without any
+    scale = ReScaW(gamma=gamma, per_channel=per_channel, percentile=0.1).tensor_quant(1)(weight)[1]
+    for row, found in zip(weight if per_channel else [weight], scale.flatten(), strict=True):
+        left = row[row != 0]
+        expected = 2 * direct_gamma(left, gamma, False, 0.1) if len(left) else torch.finfo(torch.float64).tiny
+        assert found.item() == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_golden_gammas_of_a_sparse_weight() -> None:
+    # Four of eight weights exist, -4 -1 1 2 as in test_golden_gammas: 8/4 = 2 (over all eight 1), 4, 1.75 (over all
+    # eight, -4 -1 0 0 0 0 1 2: P_25 at 1.75 is -0.25, P_75 at 5.25 is 0.25).
+    weight = torch.tensor([[-4.0, 0.0, 1.0, 0.0], [0.0, 2.0, 0.0, -1.0]])
+    for gamma, expected in [("l1_mean", 2.0), ("max", 4.0), ("percentile", 1.75)]:
+        scale = ReScaW(gamma=gamma, percentile=0.25).tensor_quant(1)(weight)[1]  # type: ignore[arg-type]
+        assert scale.item() == 2 * expected
+
+
+def test_a_single_weight_that_exists_is_its_own_range() -> None:
     weight = torch.zeros(10, 100)
     weight[0, 0] = 3.0
-    value = ReScaW(gamma="percentile").tensor_quant(1)(weight)[0]
-    assert value[0, 0] == 3.0
+    for gamma in GAMMAS:
+        assert ReScaW(gamma=gamma).tensor_quant(1)(weight)[0][0, 0] == 3.0  # type: ignore[arg-type]
 
 
 def test_gamma_follows_the_weight_and_leaves_no_state() -> None:
