@@ -182,10 +182,8 @@ def job_robustness(framework: str, criterion: str) -> tuple[dict[str, float], di
     x, y = some(DATA["train"], PAIR_BATCHES * PAIR_SIZE, 0)
     batches = list(zip(x.split(PAIR_SIZE), y.split(PAIR_SIZE), strict=True))
     network = trace(model, adapter, snncompress.Feed(adapter, batches, T).example())
-    runs = [
-        record(model, network, snncompress.Feed(adapter, [batch], T), chosen, network.groups, seed=0)
-        for batch in batches
-    ]
+    layers = {name: group for group in network.groups for name in group.names("out") if name in network.layers}
+    runs = [record(model, network, snncompress.Feed(adapter, [batch], T), chosen, layers, seed=0) for batch in batches]
     cosine, overlap = {}, {}
     for layer in runs[0]:
         scores = [run[layer] for run in runs]

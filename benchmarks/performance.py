@@ -31,6 +31,7 @@ from vgg16 import vgg16
 import snncompress
 from snncompress.adapting import find_adapter
 from snncompress.data import Feed
+from snncompress.pruning import ChannelPruning
 from snncompress.recording import record
 from snncompress.registry import registry
 from snncompress.selection import resolve_skip, targets
@@ -104,8 +105,9 @@ class Bench:
         if not traced:
             return
         self.network = trace(self.model, self.adapter, self.feed.example())
-        skips = resolve_skip(None, self.network, self.network.layers)
-        self.groups = [t.group for t in targets(self.network, RATIOS, skips)[0]]
+        skips = resolve_skip(None, self.network, self.network.layers, "channel")
+        todo, _ = targets(self.network, RATIOS, skips)
+        self.layers = ChannelPruning(self.model, self.adapter, todo, self.network.layers).scored()
 
     def forward(self) -> None:
         with torch.no_grad():
@@ -116,7 +118,7 @@ class Bench:
         criterion = PlainSVS() if name == PlainSVS.name else registry().find("criterion", name)()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            record(self.model, self.network, self.feed, criterion, self.groups, seed=0, progress=False)
+            record(self.model, self.network, self.feed, criterion, self.layers, seed=0, progress=False)
 
 
 def peak_mb(what: str, batches: int, batch_size: int, threads: int) -> float:

@@ -42,6 +42,7 @@ from .profiling import compare, profile
 from .registry import criteria, energy_models, plugins, quantizers, schedulers
 from .reporting import Comparison, LayerProfile, Profile
 from .surgery import patched, remove_along
+from .temporal import TemporalAnalysis, temporal_analysis
 from .training import finetune
 from .version import __version__
 
@@ -81,6 +82,7 @@ __all__ = [
     "SilentNeuronsWarning",
     "StorageError",
     "SyntheticDataWarning",
+    "TemporalAnalysis",
     "TruncateTimesteps",
     "UnknownNameError",
     "__version__",
@@ -98,4 +100,5 @@ __all__ = [
     "remove_along",
     "remove_from_layer",
     "schedulers",
+    "temporal_analysis",
 ]

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -28,8 +28,10 @@ from .pruning import ChannelPruning, Pruning, WeightPruning
 from .recording import record
 from .selection import Skips, check_bits, overruled, per_layer, resolve_skip, targets, weight_ratios
 from .synthetic import synthetic_feed
+from .temporal import analyse
 from .tracing import computed_or_shared, trace
 from .training import train
+from .truncation import truncation
 from .version import __version__
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,6 +55,7 @@ def apply(
     adapter: Adapter | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    truncate: Literal["auto"] | int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> M:
     """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
@@ -84,6 +87,8 @@ def apply(
         adapter: settles the framework by hand.
         seed: seed of everything random; same seed, data and threads give bitwise the same plan.
         progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.
+        truncate: number of timesteps that the result runs, or "auto" for those that matter
+            (:func:`snncompress.temporal_analysis`); None leaves them.
         checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
             the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
             torch's generators or the data loader's, as the built-in trainer's does).
@@ -113,7 +118,7 @@ def apply(
     chosen = None if criterion is None else _registry.registry().resolve("criterion", criterion, Criterion)
     codec: Quantizer = _registry.registry().resolve("quantizer", quantizer, Quantizer)
     schedule: Scheduler = _registry.registry().resolve("scheduler", scheduler, Scheduler)
-    _check_options(chosen, order, finetune, seed)
+    _check_options(chosen, order, finetune, seed, truncate)
 
     if not _weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune or quantize.")
@@ -154,7 +159,7 @@ def apply(
             elif finetune:
                 train(work, feed, finetune, progress=progress, what=what)
 
-        settings = _origin(found, chosen, ratio, bits, codec, schedule, order, finetune, seed, data is None)
+        settings = _origin(found, chosen, ratio, bits, codec, schedule, order, finetune, seed, data is None, truncate)
         steps: list[Callable[[str], list[Edit]]] = [partial(prune, n + 1) for n in range(schedule.n_steps)]
         steps.insert(0 if order == "qp" else len(steps), quantize)
         store = Checkpoint(checkpoint, {**settings, "skip": repr(skip)}, model) if checkpoint is not None else None
@@ -166,6 +171,12 @@ def apply(
                 tune(what)
             if store:
                 store.save(number, edits, work, feed)
+
+        if truncate is not None:
+            t = analyse(work, feed, progress=progress).t_star if truncate == "auto" else truncate
+            if cut := truncation(work, found, feed, t):
+                cut.apply(work, found)
+                edits.append(cut)
 
     if not edits and (any(widths.values()) or (chosen is not None and _positive(ratio))):
         reasons = "; ".join(f"{name!r}: {why}" for name, why in {**skips.quantize, **whole}.items())
@@ -211,11 +222,13 @@ def _joined(edits: list[Edit], new: list[Edit]) -> list[Edit]:
     return [e for e in edits if not (isinstance(e, MaskWeights) and e.layer in masked)] + new
 
 
-def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, seed: int) -> None:
+def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, seed: int, truncate: Any) -> None:
     if order not in ("qp", "pq"):
         raise OptionError(f"order must be 'qp' (quantize, then prune) or 'pq', not {order!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise OptionError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
+    if truncate not in (None, "auto") and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
+        raise OptionError(f"truncate must be None, 'auto' or a number of timesteps, not {truncate!r}.")
     if not (finetune is None or callable(finetune)) and (
         isinstance(finetune, bool) or not isinstance(finetune, int) or finetune < 0
     ):
@@ -285,7 +298,7 @@ def _continued(original: nn.Module, plan: Plan) -> Plan:
 
 def _origin(
     adapter: Adapter, criterion: Criterion | None, ratio: Any, bits: Any, quantizer: Quantizer, scheduler: Scheduler,
-    order: str, finetune: Finetune, seed: int, synthetic: bool,
+    order: str, finetune: Finetune, seed: int, synthetic: bool, truncate: Any,
 ) -> dict[str, Any]:  # fmt: skip
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -308,4 +321,5 @@ def _origin(
         "finetune": finetune if isinstance(finetune, int) else None if finetune is None else "callable",
         "seed": seed,
         "data": "synthetic" if synthetic else "given",
+        "truncate": truncate,
     }

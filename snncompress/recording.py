@@ -38,19 +38,38 @@ def record(
     One pass over the data in eval mode, with a backward pass per batch where the criterion needs gradients. Nothing
     but the criterion's own states is kept from one timestep to the next.
     """
-    watching = bool(criterion.needs & {"spikes", "membrane"})
-    scorers = [
-        _Scorer(model, network, name, neuron, group, criterion, seed)
-        for name, group in layers.items()
-        for neuron in ((watching and network.drives.get(name)) or (None,))
-    ]
-    if criterion.needs:
-        _run(model, feed, criterion, scorers, progress, f"{what}calibrating {criterion.name}")
-    scores: dict[str, Tensor] = {}
-    for name in layers:
-        own = [s.score() for s in scorers if s.layer_name == name]
-        scores[name] = own[0] if len(own) == 1 else torch.stack(own).mean(0)
-    return scores
+    return Recording(model, network, feed, criterion, layers, seed, progress, what).scores(criterion.score)
+
+
+class Recording:
+    """One pass over the data, folded up into a criterion's states; arguments as in :func:`record`."""
+
+    def __init__(
+        self, model: nn.Module, network: Network, feed: Feed, criterion: Criterion,
+        layers: Mapping[str, ChannelGroup | None], seed: int, progress: Progress | None = None, what: str = "",
+    ) -> None:  # fmt: skip
+        watching = bool(criterion.needs & {"spikes", "membrane"})
+        self._scorers = {
+            name: [
+                _Scorer(model, network, name, neuron, group, criterion, seed)
+                for neuron in ((watching and network.drives.get(name)) or (None,))
+            ]
+            for name, group in layers.items()
+        }
+        if criterion.needs:
+            scorers = [s for own in self._scorers.values() for s in own]
+            _run(model, feed, criterion, scorers, progress, f"{what}calibrating {criterion.name}")
+
+    def scores(self, method: Callable[[Layer, Any], Tensor]) -> dict[str, Tensor]:
+        """What ``method(layer, state)``, the criterion's ``score`` or one like it, makes of every layer's state.
+
+        It may be called more than once, and draws from the layers' generators as if each time were the first.
+        """
+        scores: dict[str, Tensor] = {}
+        for name, scorers in self._scorers.items():
+            own = [s.score(method) for s in scorers]
+            scores[name] = own[0] if len(own) == 1 else torch.stack(own).mean(0)
+        return scores
 
 
 def _run(
@@ -156,19 +175,21 @@ class _Scorer:
     def end_batch(self) -> None:
         self._state = self._guarded(self.criterion.end_batch, self.layer(), self._state)
 
-    def score(self) -> Tensor:
+    def score(self, method: Callable[[Layer, Any], Tensor]) -> Tensor:
         layer = self.layer()
+        chance = self._generator.get_state()
         with torch.no_grad():
-            scores = self._guarded(self.criterion.score, layer, self._state)
-        where = f"Criterion {self.criterion.name!r}, layer {layer.name}"
+            scores = self._guarded(method, layer, self._state)
+        self._generator.set_state(chance)
+        where, what = f"Criterion {self.criterion.name!r}, layer {layer.name}", f"{method.__name__}()"
         single = self.criterion.granularity == "weight"
         shape = layer.weight.shape if single else layer.weight.shape[:1]
         if not isinstance(scores, Tensor):
-            raise PluginError(f"{where}: score() must return a tensor {list(shape)}, not {type(scores).__name__}.")
+            raise PluginError(f"{where}: {what} must return a tensor {list(shape)}, not {type(scores).__name__}.")
         if scores.shape != shape:
             per = "weight" if single else "output channel"
             raise PluginError(
-                f"{where}: score() must return one score per {per}, {list(shape)}, not {list(scores.shape)}."
+                f"{where}: {what} must return one score per {per}, {list(shape)}, not {list(scores.shape)}."
             )
         if not bool(torch.isfinite(scores).all()):
             raise PluginError(

@@ -43,6 +43,35 @@ def classification_loss(output: Any, batch: Batch) -> Tensor:
 
     Labels are class indices [N] or class probabilities [N, K]; raises DataError for anything else, or without labels.
     """
+    scores, y = _scores_and_labels(output, batch)
+    return F.cross_entropy(scores, y)
+
+
+def accuracy(model: nn.Module, feed: Feed) -> float:
+    """Share of the samples whose highest class score is that of their label (or of their most probable class).
+
+    One pass over the data in eval mode, without gradients; memory doesn't grow with the number of batches. The
+    train/eval flags are as before afterwards, the neurons reset. Raises DataError as :func:`classification_loss` does.
+    """
+    modes = {module: module.training for module in model.modules()}
+    right = total = 0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in feed:
+                scores, y = _scores_and_labels(feed(model, batch), batch)
+                labels = y.argmax(1) if y.dim() == 2 else y
+                right += int((scores.argmax(1) == labels).sum())
+                total += len(labels)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        feed.adapter.reset(model)
+    return right / total
+
+
+def _scores_and_labels(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Scores [N, K] and the labels that fit them: indices [N] in int64, or probabilities [N, K]."""
     y = batch.y
     if y is None:
         raise DataError("These data have no labels. Pass (x, y) batches, y being class indices [N] in a tensor.")
@@ -60,13 +89,13 @@ def classification_loss(output: Any, batch: Batch) -> Tensor:
             raise DataError(
                 f"Labels {list(y.shape)} in {y.dtype} must be class indices [N] or probabilities [N, {classes}]."
             )
-        return F.cross_entropy(scores, y.to(scores.dtype))
+        return scores, y.to(scores.dtype)
     if y.dim() != 1:
         raise DataError(f"Class indices must have shape [N], not {list(y.shape)}. y.squeeze() may be what is missing.")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise DataError(f"Labels range from {low} to {high}, but the model has {classes} classes (0 … {classes - 1}).")
-    return F.cross_entropy(scores, y.long())
+    return scores, y.long()
 
 
 def finetune(

@@ -104,14 +104,18 @@ class CQP(Criterion):
 
     def score(self, layer: Layer, state: Slopes) -> Tensor:
         """v / (1 + v), and 1 more where critical, [C, ...]."""
-        if state.batches == 0:
-            raise PluginError(f"{self.name}: no gradient was recorded for layer {layer.name!r}.")
-        size, slope = layer.weight.abs(), state.total
+        size, criticality = layer.weight.abs(), self.criticality(layer, state)
         if self.unit == "input":
-            size, slope = _per_input(size), _per_input(slope)
-        criticality = slope / slope.max().clamp_min(torch.finfo(slope.dtype).tiny)
+            size = _per_input(size)
         importance = size * criticality**self.alpha
         return importance / (1 + importance) + (criticality > self.tau)
+
+    def criticality(self, layer: Layer, state: Slopes) -> Tensor:
+        """Mean |∂L/∂w| over the largest in the layer, whatever τ is: [C, ...] in [0, 1]."""
+        if state.batches == 0:
+            raise PluginError(f"{self.name}: no gradient was recorded for layer {layer.name!r}.")
+        slope = _per_input(state.total) if self.unit == "input" else state.total
+        return slope / slope.max().clamp_min(torch.finfo(slope.dtype).tiny)
 
 
 def _per_input(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -290,6 +291,22 @@ def test_the_model_and_the_random_state_stay() -> None:
     assert torch.equal(torch.get_rng_state(), before[2])
     assert net.training
     assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_one_pass_that_keeps_nothing() -> None:
+    """A sample is rehearsed; then every batch runs once, and everything of the batch before is gone."""
+    seen: list[int] = []
+    alive: list[weakref.ref[Tensor]] = []
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        assert all(ref() is None for ref in alive)
+        output = model(batch * 1.0)
+        seen.append(output.shape[1])
+        alive.append(weakref.ref(output))
+        return output
+
+    temporal_analysis(Replay(), [torch.ones(3, n, 2) for n in (4, 2, 1)], forward=forward)
+    assert seen == [4, 4, 2, 1]
 
 
 def test_progress_is_told() -> None:

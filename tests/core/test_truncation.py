@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import hypothesis
 import pytest
 import snntorch as snn
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
@@ -20,7 +23,7 @@ from snncompress.adapting import find_adapter
 from snncompress.copying import private_copy
 from snncompress.temporal import temporal_analysis
 from snncompress.truncation import truncation
-from tests.networks import Case, liven
+from tests.networks import Case, liven, snntorch_cases, spikingjelly_cases
 
 T, KEPT = 6, 4
 
@@ -222,6 +225,27 @@ def test_a_truncated_model_is_compressed_further(name: str) -> None:
     assert plan.removed_channels()
     assert len(setting.output(small)) == KEPT
     assert torch.equal(setting.output(Plan.from_json(plan.to_json()).apply(setting.model())), setting.output(small))
+
+
+@hypothesis.settings(max_examples=15)
+@given(st.one_of(spikingjelly_cases(), snntorch_cases()))
+def test_generated_networks(case: Case) -> None:
+    """Every number of timesteps of every network: the first outputs, at the energy that the analysis gives."""
+    feed, x = case.feed, case.x
+
+    def output(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            found = feed(model, feed.first())
+        return found[0] if isinstance(found, tuple) else found
+
+    result, whole = temporal_analysis(case.model, x, timesteps=case.timesteps), output(case.model)
+    for t in range(1, result.timesteps + 1):
+        edit = truncation(case.model, feed.adapter, feed, t)
+        assert (edit is None) == (t == result.timesteps)
+        short = Plan(() if edit is None else (edit,)).apply(case.model)
+        torch.testing.assert_close(output(short), whole[:t])  # a readout may differ in the last bit
+        energy = profile(short, x, timesteps=case.timesteps).energy_pj
+        assert energy == pytest.approx(result.energy_pj[t - 1], rel=1e-9)
 
 
 def test_keyword_inputs_are_cut() -> None:
