@@ -3,6 +3,7 @@
 compressed = snncompress.apply(model, criterion="svs", ratio=0.6, bits=4)
 """
 
+from .curves import Sensitivity, ThresholdSweep
 from .data import Batch, Feed
 from .edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, TruncateTimesteps
 from .energy import Conventions
@@ -42,6 +43,7 @@ from .profiling import compare, profile
 from .registry import criteria, energy_models, plugins, quantizers, schedulers
 from .reporting import Comparison, LayerProfile, Profile
 from .surgery import patched, remove_along
+from .sweeps import sensitivity, threshold_sweep
 from .temporal import TemporalAnalysis, temporal_analysis
 from .training import finetune
 from .version import __version__
@@ -78,11 +80,13 @@ __all__ = [
     "SNNCompressError",
     "Scheduler",
     "Scope",
+    "Sensitivity",
     "Signal",
     "SilentNeuronsWarning",
     "StorageError",
     "SyntheticDataWarning",
     "TemporalAnalysis",
+    "ThresholdSweep",
     "TruncateTimesteps",
     "UnknownNameError",
     "__version__",
@@ -100,5 +104,7 @@ __all__ = [
     "remove_along",
     "remove_from_layer",
     "schedulers",
+    "sensitivity",
     "temporal_analysis",
+    "threshold_sweep",
 ]

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import OptionError
-from .reporting import _table
+from .display import new_axes, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +32,7 @@ class Sensitivity:
          ───────────────────────────────────
          conv            97.0           50.0
          fc              98.0
+        empty: no channel would be left
     """
 
     dense: float
@@ -53,7 +53,7 @@ class Sensitivity:
         Draws on ``ax``, or on a new figure, and returns the axes; showing or saving them is left to you. Raises
         OptionError where matplotlib isn't installed.
         """
-        ax = _axes() if ax is None else ax
+        ax = new_axes() if ax is None else ax
         for name, row in self.accuracy.items():
             drawn = [(100 * r, 100 * a) for r, a in zip(self.ratios, row, strict=True) if a is not None]
             ax.plot([r for r, _ in drawn], [a for _, a in drawn], marker="o", label=name)
@@ -65,10 +65,11 @@ class Sensitivity:
     def __str__(self) -> str:
         header = ["layer", *(f"{100 * ratio:g} % removed" for ratio in self.ratios)]
         rows = [[name, *map(_percent, row)] for name, row in self.accuracy.items()]
+        note = "\nempty: no channel would be left" if any(None in row for row in self.accuracy.values()) else ""
         left_out = "".join(f"\nleft out: {name}: {why}" for name, why in self.whole.items())
         return (
             f"{self.title}: accuracy (%) with one layer pruned by {self.criterion}; {_percent(self.dense)} before\n"
-            f"{_table(header, rows)}{left_out}"
+            f"{table(header, rows)}{note}{left_out}"
         )
 
 
@@ -116,7 +117,7 @@ class ThresholdSweep:
         Draws on ``ax``, or on a new figure, and returns the axes; showing or saving them is left to you. Raises
         OptionError where matplotlib isn't installed.
         """
-        ax = _axes() if ax is None else ax
+        ax = new_axes() if ax is None else ax
         ax.plot(self.taus, [100 * a for a in self.accuracy], marker="o", label="accuracy")
         ax.plot(self.taus, [100 * p for p in self.protected], marker="s", label="protected weights")
         ax.axhline(100 * self.dense, linestyle="--", color="grey", label="accuracy, dense")
@@ -130,23 +131,12 @@ class ThresholdSweep:
             [f"{tau:g}", *map(_percent, row)]
             for tau, *row in zip(self.taus, self.accuracy, self.protected, self.sparsity, strict=True)
         ]
-        table = _table(["τ", "accuracy", "protected", "sparsity"], rows)
+        header, pruned = ["τ", "accuracy", "protected", "sparsity"], ", ".join(self.ratio)
         return (
             f"{self.title}: accuracy (%) by the threshold of {self.criterion}; {_percent(self.dense)} before\n"
-            f"{table}\nprotected and sparsity in % of the weights of {', '.join(self.ratio)}"
+            f"{table(header, rows)}\nprotected and sparsity in % of the weights of {pruned}"
         )
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
-
-
-def _axes() -> Axes:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise OptionError(
-            'plot() needs matplotlib, which isn\'t installed: pip install "snncompress[plots]".'
-        ) from error
-    ax: Axes = pyplot.subplots()[1]
-    return ax

@@ -185,7 +185,7 @@ class MaskWeights(Edit):
             packed = base64.b64decode(self.kept, validate=True)
         except ValueError as error:
             raise PlanError(f"{self.layer}: its mask isn't base64: {error}.") from error
-        if len(packed) != (size + 7) // 8:
+        if min(self.shape, default=0) < 0 or len(packed) != (size + 7) // 8:
             raise PlanError(f"{self.layer}: a mask of {len(packed)} bytes for a weight of shape {list(self.shape)}.")
         bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=size)
         return torch.from_numpy(bits.astype(bool)).view(self.shape)

@@ -114,6 +114,11 @@ class Network:
         return tuple(name for name in self.layers if name in feeding)
 
 
+def weight_layers(model: nn.Module) -> list[str]:
+    """Names of all convolutions and linear layers, recurrent ones inside neurons included."""
+    return [name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
+
+
 def width(module: nn.Module, side: Side) -> int:
     """Channels of a layer on one side."""
     pruner = _pruner(module)

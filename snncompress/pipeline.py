@@ -15,14 +15,14 @@ from torch import nn
 from . import registry as _registry
 from .adapting import find_adapter
 from .checkpoint import Checkpoint
-from .copying import cuda_devices, private_copy
+from .copying import cuda_devices, private_copy, set_seed
 from .data import Feed
 from .edits import Edit, MaskWeights, QuantizeWeights
-from .errors import DataError, ModelError, NothingToDoWarning, OptionError, PlanError
+from .errors import DataError, ModelError, NothingToDoWarning, OptionError
 from .interfaces import Adapter, Criterion, Forward, Quantizer, Scheduler, Scope
-from .network import WEIGHT_LAYERS, Network
+from .network import Network, weight_layers
 from .parametrizations import quantize_weight
-from .plan import Plan, attach, plan_of
+from .plan import Plan, attach, continued
 from .progress import Progress
 from .pruning import ChannelPruning, Pruning, WeightPruning
 from .recording import record
@@ -111,6 +111,7 @@ def apply(
         >>> small = apply(model, "magnitude", ratio=0.5, bits=4, data=torch.rand(2, 1, 8, 8), timesteps=4)
         >>> small[0].weight.shape, len(small[2].weight.unique()) <= 16
         (torch.Size([4, 1, 3, 3]), True)
+        >>> from snncompress import plan_of
         >>> plan_of(small).whole["2"]
         'it feeds the classifier'
     """
@@ -120,12 +121,12 @@ def apply(
     schedule: Scheduler = _registry.registry().resolve("scheduler", scheduler, Scheduler)
     _check_options(chosen, order, finetune, seed, truncate)
 
-    if not _weight_layers(model):
+    if not weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune or quantize.")
     work = private_copy(model, found)
     devices = cuda_devices(model)
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), found.alone(work):
-        _seed(seed, devices)
+        set_seed(seed, devices)
         if data is None:
             feed = synthetic_feed(work, found, timesteps, forward, needs_labels=_needs_labels(chosen, finetune))
         else:
@@ -134,9 +135,9 @@ def apply(
             if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
                 raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")
         network = trace(work, found, feed.example(), timesteps=feed.timesteps)
-        weight_layers = _weight_layers(work)
-        skips = resolve_skip(skip, network, weight_layers, chosen.granularity if chosen is not None else "channel")
-        widths: dict[str, int | None] = per_layer(bits, weight_layers, "bits", check_bits)
+        names = weight_layers(work)
+        skips = resolve_skip(skip, network, names, chosen.granularity if chosen is not None else "channel")
+        widths: dict[str, int | None] = per_layer(bits, names, "bits", check_bits)
         pruning, whole = _pruning(work, found, network, chosen, ratio, skips)
         _check_quantizable(work, widths, skips)
         _warn_of_overruled("bits", overruled(bits, skips.quantize))
@@ -188,7 +189,7 @@ def apply(
     found.reset(work)
     found.adopt(work)
     _restore_flags(model, work)
-    attach(work, _continued(model, Plan(tuple(edits), whole, settings)))
+    attach(work, continued(model, Plan(tuple(edits), whole, settings)))
     return work
 
 
@@ -212,7 +213,7 @@ def _pruning(
     if criterion.granularity == "channel":
         todo, whole = targets(network, ratio, skips)
         return ChannelPruning(model, adapter, todo, network.layers), whole
-    ratios, whole = weight_ratios(_weight_layers(model), ratio, skips, computed_or_shared(model))
+    ratios, whole = weight_ratios(weight_layers(model), ratio, skips, computed_or_shared(model))
     return WeightPruning(model, adapter, ratios, criterion), whole
 
 
@@ -264,10 +265,6 @@ def _needs_labels(criterion: Criterion | None, finetune: Finetune) -> str:
     return "finetune needs labels" if isinstance(finetune, int) and finetune > 0 else ""
 
 
-def _weight_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
-
-
 def _check_quantizable(model: nn.Module, widths: dict[str, int | None], skips: Skips) -> None:
     for name, bits in widths.items():
         if bits is not None and name not in skips.quantize:
@@ -279,21 +276,6 @@ def _restore_flags(original: nn.Module, result: nn.Module) -> None:
     for name, module in result.named_modules():
         parent = name.split(".parametrizations", 1)[0]
         module.training = modes.get(name, modes.get(parent, result.training))
-
-
-def _seed(seed: int, devices: list[int]) -> None:
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA generators that aren't restored
-    for device in devices:
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-def _continued(original: nn.Module, plan: Plan) -> Plan:
-    try:
-        before = plan_of(original)
-    except PlanError:
-        return plan
-    return Plan(before.edits + plan.edits, plan.whole, {**plan.origin, "before": dict(before.origin)})
 
 
 def _origin(

@@ -137,3 +137,12 @@ def plan_of(model: nn.Module) -> Plan:
     if not isinstance(plan, Plan):
         raise PlanError(f"This {type(model).__name__} holds no plan: it did not come from snncompress.apply.")
     return plan
+
+
+def continued(original: nn.Module, plan: Plan) -> Plan:
+    """The plan of a model that was made from ``original``, with what had been done to that before."""
+    try:
+        before = plan_of(original)
+    except PlanError:
+        return plan
+    return Plan(before.edits + plan.edits, plan.whole, {**plan.origin, "before": dict(before.origin)})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .display import number, table
 from .energy import Conventions
 from .errors import OptionError
 
@@ -141,7 +141,7 @@ class Profile:
         header = ["layer", "kind", *_COLUMNS.values()]
         rows = [[row.name or "(model)", row.kind, *_cells(row)] for row in self.layers]
         total = ["total", "", *_cells(self)]
-        return f"{self.title}: {self._measured()}\n{_table(header, rows, total)}\n{_footer(self)}"
+        return f"{self.title}: {self._measured()}\n{table(header, rows, total)}\n{_footer(self)}"
 
     def _measured(self) -> str:
         samples = "1 sample" if self.n_samples == 1 else f"{self.n_samples:,} samples"
@@ -185,12 +185,12 @@ class Comparison:
         rows = [
             [
                 label,
-                *(_number(getattr(p, metric)) for p in self.profiles.values()),
-                *(_number(self._ratio(name, metric)) for name in names[1:]),
+                *(number(getattr(p, metric)) for p in self.profiles.values()),
+                *(number(self._ratio(name, metric)) for name in names[1:]),
             ]
             for metric, label in METRICS.items()
         ]
-        return f"{_table(header, rows)}\n{_footer(self.profiles[names[0]])}"
+        return f"{table(header, rows)}\n{_footer(self.profiles[names[0]])}"
 
     def _ratio(self, name: str, metric: str) -> float | None:
         reference = getattr(next(iter(self.profiles.values())), metric)
@@ -229,15 +229,7 @@ _COLUMNS = {
 def _cells(row: LayerProfile | Profile) -> list[str]:
     # A zero that can't be anything else is left out.
     moot = {"n_neuron_updates", "state_mb"} if getattr(row, "kind", "neuron") != "neuron" else set()
-    return ["" if column in moot else _number(getattr(row, column, None)) for column in _COLUMNS]
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    if float(value).is_integer():
-        return f"{int(value):,}"
-    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return ["" if column in moot else number(getattr(row, column, None)) for column in _COLUMNS]
 
 
 def _footer(profile: Profile) -> str:
@@ -246,24 +238,3 @@ def _footer(profile: Profile) -> str:
         f"energy model {profile.energy_model}\n"
         f"conventions {profile.conventions.describe()}"
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] | None = None) -> str:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for position, title in enumerate(header):
-        text = position == 0 or title == "kind"
-        table.add_column(title, justify="left" if text else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    if total is not None:
-        table.add_section()
-        table.add_row(*total)
-    # Wide enough for any name, and without markup: names may hold brackets.
-    console = Console(file=io.StringIO(), width=10_000, color_system=None, markup=False, emoji=False, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines() if line.strip())

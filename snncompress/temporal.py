@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .adapting import find_adapter
 from .copying import cuda_devices, private_copy
 from .data import Batch, Feed
+from .display import new_axes, number, table
 from .errors import DataError, OptionError
 from .interfaces import Adapter, EnergyModel, Forward
 from .progress import Progress, tracked
 from .registry import registry
-from .reporting import _number, _table
 from .stepping import Rehearsal, StepMeter
 
 if TYPE_CHECKING:
@@ -78,12 +78,7 @@ class TemporalAnalysis:
         ``ax``, or on a new figure, and returns the axes; showing or saving them is left to you. Raises OptionError
         where matplotlib isn't installed.
         """
-        if ax is None:
-            try:
-                from matplotlib import pyplot
-            except ImportError as error:
-                raise OptionError("plot() needs matplotlib, which isn't installed: pip install matplotlib.") from error
-            ax = pyplot.subplots()[1]
+        ax = new_axes() if ax is None else ax
         steps = range(1, self.timesteps + 1)
         ax.plot(steps, (0.0, *self.cumulative), marker="o", label="cumulative KL")
         if self.accuracy is not None:
@@ -103,13 +98,13 @@ class TemporalAnalysis:
         rows = [
             [
                 f"{'*' if t == self.t_star else ' '}{t}",
-                *(_number(c[t - 1]) if t <= len(c) else "" for c in columns.values()),
+                *(number(c[t - 1]) if t <= len(c) else "" for c in columns.values()),
             ]
             for t in range(1, self.timesteps + 1)
         ]
         return (
             f"{self.title}: {self.t_star} of {self.timesteps} timesteps reach {100 * self.share:g} % of the KL "
-            f"divergence ({self.mode})\n{_table([' t', *columns], rows)}\n"
+            f"divergence ({self.mode})\n{table([' t', *columns], rows)}\n"
             f"energy per sample; n = {self.n_samples:,} samples"
         )
 

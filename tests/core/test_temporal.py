@@ -365,5 +365,5 @@ def test_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(drawn["accuracy"].get_ydata()) == [1, 1, 1]
     assert drawn["t* = 2"].get_xdata()[0] == 2
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(OptionError, match="pip install matplotlib"):
+    with pytest.raises(OptionError, match=r"pip install .snncompress\[plots\]"):
         result.plot()
