@@ -148,10 +148,10 @@ def main() -> None:
     dense, again = found["dense", 0.0, "pruned"], found["dense", 0.0, "fine-tuned"]
     energy = found["energy", 0.9, "fine-tuned"]
     text = [
-        f"N-MNIST, 1,100 recordings in {options.folds} folds, T = {T}; test accuracy in %, mean ± standard "
-        f"deviation over folds. Dense: {mean(dense):.1f} ± {stdev(dense):.1f}, with the fine-tuning that the pruned ones got ({STEPS} "
-        f"steps of {STEP_EPOCHS} epoch at {TUNE_LR}) {mean(again):.1f} ± {stdev(again):.1f}. Energy of cqp at 90 %, "
-        f"fine-tuned: × {mean(energy):.3f}. One thread ({platform.machine()}), torch {torch.__version__}, "
+        f"N-MNIST, 1,100 recordings in {options.folds} folds, T = {T}; test accuracy in %, mean ± standard deviation "
+        f"over folds. Dense: {mean(dense):.1f} ± {stdev(dense):.1f}, with the fine-tuning that the pruned ones got "
+        f"({STEPS} steps of {STEP_EPOCHS} epoch at {TUNE_LR}) {mean(again):.1f} ± {stdev(again):.1f}. Energy of cqp at "
+        f"90 %, fine-tuned: × {mean(energy):.3f}. One thread ({platform.machine()}), torch {torch.__version__}, "
         f"{(time.perf_counter() - began) / 60:.0f} minutes, {datetime.date.today()}.",
         "",
         *table(found),

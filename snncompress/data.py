@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError, SNNCompressError
-from .interfaces import Adapter, Forward
+from .interfaces import Adapter, Forward, Loss
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on an example batch."""
@@ -34,11 +34,17 @@ class Feed:
     """Batches, and the way to run a model on one.
 
     ``timesteps`` = T feeds static samples [N, ...] as constant current for T steps; None feeds a batch as it is;
-    ``forward(model, batch)`` runs anything else and gets the batch as the user's iterable yields it.
+    ``forward(model, batch)`` runs anything else and gets the batch as the user's iterable yields it. Where gradients
+    are needed, ``loss(output, y)`` takes the place of cross-entropy.
     """
 
     def __init__(
-        self, adapter: Adapter, data: Any, timesteps: int | None = None, forward: Forward | None = None
+        self,
+        adapter: Adapter,
+        data: Any,
+        timesteps: int | None = None,
+        forward: Forward | None = None,
+        loss: Loss | None = None,
     ) -> None:
         if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
             raise DataError(f"timesteps must be None or a whole number of at least 1, not {timesteps!r}.")
@@ -46,7 +52,9 @@ class Feed:
             raise DataError("Give timesteps or forward, not both: forward drives the steps itself.")
         if forward is not None and not callable(forward):
             raise DataError(f"forward must be callable as forward(model, batch), not {forward!r}.")
-        self.adapter, self.timesteps, self.forward = adapter, timesteps, forward
+        if loss is not None and not callable(loss):
+            raise DataError(f"loss must be callable as loss(output, y), not {loss!r}.")
+        self.adapter, self.timesteps, self.forward, self.loss = adapter, timesteps, forward, loss
         self._data = _as_iterable(data)
         self._first: Batch | None = None
 

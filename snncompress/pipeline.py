@@ -19,7 +19,7 @@ from .copying import cuda_devices, private_copy, set_seed
 from .data import Feed
 from .edits import Edit, MaskWeights, QuantizeWeights
 from .errors import DataError, ModelError, NothingToDoWarning, OptionError
-from .interfaces import Adapter, Criterion, Forward, Quantizer, Scheduler, Scope
+from .interfaces import Adapter, Criterion, Forward, Loss, Quantizer, Scheduler, Scope
 from .network import Network, weight_layers
 from .parametrizations import quantize_weight
 from .plan import Plan, attach, continued
@@ -47,6 +47,7 @@ def apply(
     data: Any = None,
     timesteps: int | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     quantizer: str | Quantizer = "rescaw",
     scheduler: str | Scheduler = "one_shot",
     order: str = "qp",
@@ -74,12 +75,13 @@ def apply(
         timesteps: T feeds static samples [N, ...] as constant current for T steps; None feeds a batch as it is
             ([T, N, ...] for a multi-step model).
         forward: ``forward(model, batch)`` runs a model that takes anything else.
+        loss: ``loss(output, y)``, for criteria that need gradients and for fine-tuning by epochs; None: cross-entropy
+            on the time-averaged output.
         quantizer: name or instance.
         scheduler: name or instance: in how many steps they go; each step scores what the one before has left.
         order: "qp" quantizes first, then prunes (QP-SNN); "pq" the reverse.
-        finetune: None, a number of epochs for the built-in trainer (cross-entropy on the time-averaged output, labels
-            from ``data``, learning rate 1e-3), or ``callable(model)``, which trains in place. Called after
-            quantization and after each pruning step.
+        finetune: None, a number of epochs for the built-in trainer (labels from ``data``, learning rate 1e-3), or
+            ``callable(model)``, which trains in place. Called after quantization and after each pruning step.
         skip: None: the first weight layer and the classifier stay at 32 bits and the classifier's input layer keeps
             its channels. Names or globs of layers to leave alone altogether take the place of that default; an empty
             list leaves out nothing. ``{"prune": …}`` or ``{"quantize": …}`` replaces one half of it. A classifier's
@@ -130,7 +132,7 @@ def apply(
         if data is None:
             feed = synthetic_feed(work, found, timesteps, forward, needs_labels=_needs_labels(chosen, finetune))
         else:
-            feed = Feed(found, data, timesteps, forward)
+            feed = Feed(found, data, timesteps, forward, loss)
             feed.check(work, feed.first())
             if (why := _needs_labels(chosen, finetune)) and feed.first().y is None:
                 raise DataError(f"The data have no labels, and {why}. Pass (x, y) batches, y being class indices [N].")

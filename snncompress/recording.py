@@ -18,7 +18,7 @@ from .interfaces import Criterion, Layer
 from .network import ChannelGroup, Network
 from .parametrizations import float_weight, stored_weight
 from .progress import Progress, tracked
-from .training import classification_loss
+from .training import loss_of
 
 
 def record(
@@ -97,7 +97,7 @@ def _run(
             output = feed(model, batch)
             if gradients:
                 model.zero_grad()
-                classification_loss(output, batch).backward()  # type: ignore[no-untyped-call]
+                loss_of(feed, output, batch).backward()  # type: ignore[no-untyped-call]
             del output
             for scorer in scorers:
                 scorer.end_batch()

@@ -17,7 +17,7 @@ from .copying import cuda_devices, private_copy, set_seed
 from .curves import Sensitivity, ThresholdSweep
 from .data import Feed
 from .errors import DataError, ModelError, OptionError
-from .interfaces import Adapter, Criterion, Forward, Layer
+from .interfaces import Adapter, Criterion, Forward, Layer, Loss
 from .network import ChannelGroup, Network, weight_layers
 from .parametrizations import stored_weight, weight_mask
 from .progress import Progress, tracked
@@ -41,6 +41,7 @@ def sensitivity(
     layers: str | Iterable[str] | None = None,
     timesteps: int | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     adapter: Adapter | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -64,6 +65,7 @@ def sensitivity(
             classifier where channels go. Naming that layer includes it.
         timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds batches as they are.
         forward: ``forward(model, batch)`` for models with a signature of their own.
+        loss: ``loss(output, y)`` for criteria that need gradients; None: cross-entropy.
         adapter: a framework's name or an Adapter, where the model doesn't tell.
         seed: seed of everything random; each accuracy is measured from the same random state.
         progress: a bar on a terminal, a callable, or False for nothing.
@@ -88,7 +90,7 @@ def sensitivity(
     """
     chosen = _resolved(criterion, seed)
     shares = tuple(check_ratio(ratio, "ratios") for ratio in _listed(ratios, "ratios"))
-    with _bench(model, data, test, timesteps, forward, adapter, seed) as bench:
+    with _bench(model, data, test, timesteps, forward, loss, adapter, seed) as bench:
         units, whole = _units(bench, chosen, layers)
         scored = {name: unit.group for unit in units for name in unit.layers}
         scores = record(bench.model, bench.network, bench.data, chosen, scored, seed + 1, progress)
@@ -120,6 +122,7 @@ def threshold_sweep(
     test: Any = None,
     timesteps: int | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     adapter: Adapter | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -140,7 +143,7 @@ def threshold_sweep(
             method ``criticality(layer, state)`` → Tensor in [0, 1], shaped like ``layer.weight``: those above ``tau``
             are the protected ones. Only ``score`` and ``select`` may depend on ``tau``, as the state is recorded once.
             The instance's own ``tau`` isn't used.
-        model, data, test, timesteps, forward, adapter, seed, progress: as in :func:`sensitivity`.
+        model, data, test, timesteps, forward, loss, adapter, seed, progress: as in :func:`sensitivity`.
 
     Raises:
         OptionError: a threshold or ratio out of range, another kind of criterion, a layer that isn't there or can't
@@ -163,7 +166,7 @@ def threshold_sweep(
     criticality = _criticality(chosen)
     thresholds = tuple(_check_tau(tau) for tau in _listed(taus, "taus"))
     variants: list[Criterion] = [dataclasses.replace(cast(Any, chosen), tau=tau) for tau in thresholds]
-    with _bench(model, data, test, timesteps, forward, adapter, seed) as bench:
+    with _bench(model, data, test, timesteps, forward, loss, adapter, seed) as bench:
         names = weight_layers(bench.model)
         skips = resolve_skip(None, bench.network, names, "weight")
         shares, whole = weight_ratios(names, ratio, skips, computed_or_shared(bench.model))
@@ -210,10 +213,10 @@ class _Bench:
 @contextmanager
 def _bench(
     model: nn.Module, data: Any, test: Any, timesteps: int | None, forward: Forward | None,
-    adapter: Adapter | str | None, seed: int,
+    loss: Loss | None, adapter: Adapter | str | None, seed: int,
 ) -> Iterator[_Bench]:  # fmt: skip
     found = find_adapter(model, adapter)
-    calibration = Feed(found, data, timesteps, forward)
+    calibration = Feed(found, data, timesteps, forward, loss)
     tested = calibration if test is None else Feed(found, test, timesteps, forward)
     if not weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune.")

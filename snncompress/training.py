@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .adapting import find_adapter
 from .data import Batch, Feed
 from .errors import DataError, OptionError
-from .interfaces import Adapter, Forward
+from .interfaces import Adapter, Forward, Loss
 from .progress import Progress, tracked
 
 
@@ -98,6 +98,25 @@ def _scores_and_labels(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return scores, y.long()
 
 
+def loss_of(feed: Feed, output: Any, batch: Batch) -> Tensor:
+    """The loss that the feed was given, or cross-entropy; raises DataError where it can't be a loss."""
+    if feed.loss is None:
+        return classification_loss(output, batch)
+    if batch.y is None:
+        raise DataError("loss(output, y) needs labels, and these data have none. Pass (x, y) batches.")
+    try:
+        loss = feed.loss(output, batch.y)
+    except Exception as error:  # the loss is the user's: anything can come out of it
+        raise DataError(f"loss(output, y) failed: {type(error).__name__}: {error}") from error
+    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+        what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(
+            f"loss(output, y) must return a scalar that depends on the model's weights, not {what}. Likely cause: it "
+            f"isn't averaged over the samples, or was detached."
+        )
+    return loss.reshape(())
+
+
 def finetune(
     model: nn.Module,
     data: Any,
@@ -107,12 +126,15 @@ def finetune(
     weight_decay: float = 0.0,
     timesteps: int | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     adapter: Adapter | str | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Train ``model`` in place: Adam with a cosine schedule, cross-entropy on the time-averaged output.
 
-    Removed channels are gone, so nothing can bring them back; quantized weights are trained through the
+    ``loss(output, y)`` takes the place of cross-entropy, as torch's and snnTorch's losses do.
+
+    Removed channels and weights are gone, so nothing can bring them back; quantized weights are trained through the
     straight-through estimator. ``data`` yields (x, y) batches; ``timesteps`` and ``forward`` as in
     :func:`snncompress.apply`. Batch order comes from torch's global generator: call ``torch.manual_seed`` for a
     repeatable run. The train/eval flags are as before afterwards. Returns the model. Raises DataError without labels
@@ -130,7 +152,7 @@ def finetune(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise OptionError(f"{name} must be a number of at least 0, not {value!r}.")
     found = find_adapter(model, adapter)
-    train(model, Feed(found, data, timesteps, forward), epochs, lr, weight_decay, progress)
+    train(model, Feed(found, data, timesteps, forward, loss), epochs, lr, weight_decay, progress)
     return model
 
 
@@ -158,7 +180,7 @@ def train(
             for epoch in range(epochs):
                 for batch in tracked(feed, progress, f"{what}fine-tuning, epoch {epoch + 1}/{epochs}"):
                     optimizer.zero_grad()
-                    classification_loss(feed(model, batch), batch).backward()  # type: ignore[no-untyped-call]
+                    loss_of(feed, feed(model, batch), batch).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                 schedule.step()
     finally:
