@@ -1,4 +1,4 @@
-"""CQP's network for MNIST: 784-256-128-10 of Leaky neurons (β = 0.9), T = 10, written as snnTorch users write it."""
+"""CQP's network for MNIST: 784-256-128-10 of Leaky neurons (β = 0.9), T = 10, in snnTorch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,22 @@ class MLP(nn.Module):
         self.num_steps = TIMESTEPS
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 784] in [0, 1] → output spikes [T, N, 10]."""
-        mem1, mem2, mem3 = self.lif1.init_leaky(), self.lif2.init_leaky(), self.lif3.init_leaky()
-        spikes = []
-        for _ in range(self.num_steps):
-            current = x + NOISE * torch.randn_like(x) if self.training else x
-            spk1, mem1 = self.lif1(self.fc1(current), mem1)
-            spk2, mem2 = self.lif2(self.fc2(self.dropout(spk1)), mem2)
-            spk3, mem3 = self.lif3(self.fc3(self.dropout(spk2)), mem3)
-            spikes.append(spk3)
-        return torch.stack(spikes)
+        """[N, 784] in [0, 1], the same current at every step → output spikes [T, N, 10]."""
+        x = x.expand(self.num_steps, *x.shape)
+        if self.training:
+            x = x + NOISE * torch.randn_like(x)
+        x = _through_time(self.lif1, self.fc1(x))
+        x = _through_time(self.lif2, self.fc2(self.dropout(x)))
+        return _through_time(self.lif3, self.fc3(self.dropout(x)))
+
+
+def _through_time(neurons: snntorch.Leaky, currents: Tensor) -> Tensor:
+    """Currents [T, N, C] → spikes [T, N, C]. Layer by layer, so that a linear layer sees all steps at once."""
+    membrane, spikes = neurons.init_leaky(), []
+    for current in currents:
+        spike, membrane = neurons(current, membrane)
+        spikes.append(spike)
+    return torch.stack(spikes)
 
 
 def mlp() -> MLP:

@@ -43,6 +43,7 @@ from .plan import Plan, plan_of
 from .profiling import compare, profile
 from .registry import criteria, energy_models, plugins, quantizers, schedulers
 from .reporting import Comparison, LayerProfile, Profile
+from .selection import layer_adaptive
 from .surgery import patched, remove_along
 from .sweeps import sensitivity, threshold_sweep
 from .temporal import TemporalAnalysis, temporal_analysis
@@ -98,6 +99,7 @@ __all__ = [
     "energy_models",
     "finetune",
     "hookimpl",
+    "layer_adaptive",
     "patched",
     "plan_of",
     "plugins",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .errors import DataError, SNNCompressError
 from .interfaces import Adapter, Forward, Loss
@@ -73,9 +74,10 @@ class Feed:
         self.adapter.reset(model)
         self.check(model, batch)
         try:
-            if self.forward is not None:
-                return self.forward(model, batch.raw)
-            return self.adapter.run(model, batch.x, self.steps(model))
+            with parametrize.cached():  # a masked or quantized weight is computed once, not at every timestep
+                if self.forward is not None:
+                    return self.forward(model, batch.raw)
+                return self.adapter.run(model, batch.x, self.steps(model))
         except SNNCompressError:
             raise
         except Exception as error:  # the model is the user's: anything can come out of it

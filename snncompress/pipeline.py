@@ -183,8 +183,11 @@ def apply(
 
     if not edits and (any(widths.values()) or (chosen is not None and _positive(ratio))):
         reasons = "; ".join(f"{name!r}: {why}" for name, why in {**skips.quantize, **whole}.items())
+        remedy = "skip=[] leaves out nothing that can be compressed"
         warnings.warn(
-            f"Nothing was compressed. {reasons}. skip=[] leaves out nothing that can be compressed.",
+            f"Nothing was compressed. {reasons}. {remedy}."
+            if reasons
+            else "Nothing was compressed: no layer has that much left to lose.",
             NothingToDoWarning,
             stacklevel=2,
         )

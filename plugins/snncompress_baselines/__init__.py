@@ -7,12 +7,13 @@ from collections.abc import Callable
 from snncompress import Criterion, hookimpl
 
 from .baselines import BNScale, FiringRate, Magnitude, Random, Taylor
-from .weights import SNIP, WeightGradient, WeightMagnitude, WeightRandom
+from .weights import LAMP, SNIP, WeightGradient, WeightMagnitude, WeightRandom
 
 CHANNELS = (Magnitude, Random, BNScale, FiringRate, Taylor)
-WEIGHTS = (WeightMagnitude, WeightRandom, WeightGradient, SNIP)
+WEIGHTS = (WeightMagnitude, LAMP, WeightRandom, WeightGradient, SNIP)
 
 __all__ = [
+    "LAMP",
     "SNIP",
     "BNScale",
     "FiringRate",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from snncompress import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal
+from snncompress import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal, layer_adaptive
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class _WeightCriterion(Criterion):
 
     granularity: ClassVar[Granularity] = "weight"
 
-    scope: Scope = "layer"
+    scope: Scope = "global"
 
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
@@ -28,7 +28,7 @@ class WeightMagnitude(_WeightCriterion):
     """score(w) = |w|.
 
     Args:
-        scope: "layer" removes the same share of every layer; "global" compares weights across layers.
+        scope: "global" compares weights across all layers that are pruned; "layer" removes the same share of each.
 
     Shapes:
         weight [C, ...] → score [C, ...].
@@ -50,11 +50,39 @@ class WeightMagnitude(_WeightCriterion):
         return layer.weight.abs()
 
 
+class LAMP(_WeightCriterion):
+    """Layer-adaptive magnitude: score(w) = w² / Σ of the squares of all weights of the layer that are no smaller.
+
+    Within a layer the order is that of magnitude; across layers the share of a layer that a weight makes up counts.
+
+    Args:
+        scope: "global" compares weights across all layers that are pruned; with "layer" it is ``weight_magnitude``.
+
+    Shapes:
+        weight [C, ...] → score [C, ...], float64, in [0, 1].
+
+    Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
+
+    Example:
+        >>> import torch
+        >>> from snncompress import Layer
+        >>> layer = Layer("fc", torch.nn.Identity(), torch.tensor([[3.0, -4.0]]), None, None, (), torch.Generator())
+        >>> LAMP().score(layer, None)  # 9 / (9 + 16), 16 / 16
+        tensor([[0.3600, 1.0000]], dtype=torch.float64)
+    """
+
+    name: ClassVar[str] = "lamp"
+
+    def score(self, layer: Layer, state: Any) -> Tensor:
+        """LAMP's score of |w|, [C, ...]."""
+        return layer_adaptive(layer.weight.abs())
+
+
 class WeightRandom(_WeightCriterion):
     """Uniform random scores in [0, 1), from ``layer.generator``: the floor that every criterion has to beat.
 
     Args:
-        scope: "layer" removes the same share of every layer; "global" compares weights across layers.
+        scope: "global" compares weights across all layers that are pruned; "layer" removes the same share of each.
 
     Shapes:
         → score [C, ...].
@@ -112,7 +140,7 @@ class WeightGradient(_GradientCriterion):
     """score(w) = mean over batches of |∂L/∂w|, through the surrogate gradient: criticality alone, without magnitude.
 
     Args:
-        scope: "layer" removes the same share of every layer; "global" compares weights across layers.
+        scope: "global" compares weights across all layers that are pruned; "layer" removes the same share of each.
 
     Shapes:
         weight_grad [C, ...] → score [C, ...], in units of the loss per unit of weight.
@@ -147,7 +175,8 @@ class SNIP(_GradientCriterion):
     network; here the one that is handed in is scored.
 
     Args:
-        scope: "layer" removes the same share of every layer; "global" compares weights across layers, as published.
+        scope: "global", as published, compares weights across all layers that are pruned; "layer" removes the same
+            share of each.
 
     Shapes:
         weight, weight_grad [C, ...] → score [C, ...], in units of the loss.

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from snncompress import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal
+from snncompress import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal, layer_adaptive
 
 Unit = Literal["weight", "input"]
 
@@ -35,17 +35,20 @@ class CQP(Criterion):
     critical is that minimum: sorting is exact (a convex relaxation isn't: ``cqp_relaxed``). Where fewer than k
     weights are uncritical, the sparsity that was asked for counts, and critical weights go too, the lowest v first.
 
+    The defaults are measured (benchmarks/cqp_mnist.py): α = 1, the paper's, lets criticality drown magnitude; a τ that
+    protects many weights takes the choice away from v, one that protects few changes nothing.
+
     Args:
         alpha: α ≥ 0, how much criticality counts; 0 is magnitude pruning.
         tau: τ in [0, 1], above which a weight is critical; 1 protects none.
         unit: "weight" scores each weight by itself; "input" a whole input (column of a linear layer, input channel of
             a convolution) by mean|w| · C^α, C being its mean |∂L/∂w| over the column divided by the largest.
-        scope: "layer" removes the same share of every layer; "global" compares weights across layers, their
-            criticality still relative to their own layer.
+        scope: "global" compares weights across all layers that are pruned, made comparable as in LAMP
+            (:func:`snncompress.layer_adaptive`); "layer" removes the same share of every layer.
 
     Shapes:
-        weight, weight_grad [C, ...] → score [C, ...]: v / (1 + v), which keeps the order, and 1 more for a critical
-        weight.
+        weight, weight_grad [C, ...] → score [C, ...], float64: that of LAMP, in [0, 1], which keeps the order of v, and
+        2 more for a critical weight.
 
     Raises:
         OptionError: an option has a value that can't work.
@@ -61,11 +64,11 @@ class CQP(Criterion):
         >>> from snncompress import Layer
         >>> weight, gradient = torch.tensor([[0.1, -3.0], [2.0, 1.0]]), torch.tensor([[4.0, 2.0], [0.0, -1.0]])
         >>> layer = Layer("fc", torch.nn.Identity(), weight, gradient, None, (), torch.Generator())
-        >>> cqp = CQP(alpha=1.0, tau=0.9)
+        >>> cqp = CQP(alpha=1.0, tau=0.9, scope="layer")
         >>> scores = cqp.score(layer, cqp.end_batch(layer, cqp.begin(layer)))
         >>> scores  # v = [[0.1, 1.5], [0, 0.25]]
-        tensor([[1.0909, 0.6000],
-                [0.0000, 0.2000]])
+        tensor([[2.0043, 1.0000],
+                [0.0000, 0.0270]], dtype=torch.float64)
         >>> cqp.select(scores.flatten(), 2)
         tensor([False, False,  True,  True])
     """
@@ -74,10 +77,10 @@ class CQP(Criterion):
     granularity: ClassVar[Granularity] = "weight"
     needs: ClassVar[frozenset[Signal]] = frozenset({"gradients"})
 
-    alpha: float = 1.0
-    tau: float = 0.9
+    alpha: float = 0.25
+    tau: float = 1.0
     unit: Unit = "weight"
-    scope: Scope = "layer"
+    scope: Scope = "global"
 
     def __post_init__(self) -> None:
         for option, value, most in (("alpha", self.alpha, float("inf")), ("tau", self.tau, 1.0)):
@@ -103,12 +106,14 @@ class CQP(Criterion):
         return state
 
     def score(self, layer: Layer, state: Slopes) -> Tensor:
-        """v / (1 + v), and 1 more where critical, [C, ...]."""
-        size, criticality = layer.weight.abs(), self.criticality(layer, state)
-        if self.unit == "input":
-            size = _per_input(size)
-        importance = size * criticality**self.alpha
-        return importance / (1 + importance) + (criticality > self.tau)
+        """LAMP's score of v, and 2 more where critical, [C, ...]."""
+        critical = self.criticality(layer, state) > self.tau
+        return layer_adaptive(self.importance(layer, state)) + 2 * critical
+
+    def importance(self, layer: Layer, state: Slopes) -> Tensor:
+        """The v of every weight, [C, ...]."""
+        size = _per_input(layer.weight.abs()) if self.unit == "input" else layer.weight.abs()
+        return size * self.criticality(layer, state) ** self.alpha
 
     def criticality(self, layer: Layer, state: Slopes) -> Tensor:
         """Mean |∂L/∂w| over the largest in the layer, whatever τ is: [C, ...] in [0, 1]."""

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from snncompress import OptionError
+from snncompress import Layer, OptionError
 
-from .cqp import CQP
+from .cqp import CQP, Slopes
 
 FLOOR = 0.85  # of a critical weight's mask
 
@@ -31,11 +31,16 @@ class CQPRelaxed(CQP):
 
     name: ClassVar[str] = "cqp_relaxed"
 
+    def score(self, layer: Layer, state: Slopes) -> Tensor:
+        """v / (1 + v), from which ``select`` reads v, and 2 more where critical, [C, ...]."""
+        importance = self.importance(layer, state).double()
+        return importance / (1 + importance) + 2 * (self.criticality(layer, state) > self.tau)
+
     def select(self, scores: Tensor, count: int) -> Tensor:
         """What OSQP's mask, cut at 0.5, leaves out: not exactly ``count`` weights."""
         left = scores.isfinite()
-        critical = scores[left] >= 1
-        squashed = scores[left].double() - critical.double()
+        critical = scores[left] >= 2
+        squashed = scores[left].double() - 2 * critical
         importance = squashed / (1 - squashed).clamp_min(1e-12)
         gone = ~left
         gone[left] = self._removed(importance, critical, count - int(gone.sum())) > 0.5

@@ -32,6 +32,9 @@ from tests.networks import Residual
 # Class 0 once, class 1 twice: a network that always says class 0 is right in 1 of 3.
 DATA = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 1])
 
+# networks of a few weights: where some are protected, other layers may lose all
+pytestmark = pytest.mark.filterwarnings("ignore::snncompress.EmptyLayerWarning")
+
 
 def leaky() -> nn.Module:
     return snn.Leaky(beta=0.5, init_hidden=True)
@@ -204,7 +207,7 @@ def test_each_threshold_is_what_apply_removes(make: Callable[[], Any], criterion
 
 
 def test_protection_as_the_scores_have_it() -> None:
-    """A score of 1 or more is a critical weight's: the shares are of the same comparison."""
+    """A score of 2 or more is a critical weight's: the shares are of the same comparison."""
     seen: list[Tensor] = []
 
     class Spy(CQP):
@@ -213,7 +216,7 @@ def test_protection_as_the_scores_have_it() -> None:
             return seen[-1]
 
     result = threshold_sweep(tiny(), DATA, (0.1, 0.3, 0.5), 0.5, Spy(), timesteps=1)
-    shares = [float(torch.cat([s.flatten() for s in seen[2 * i : 2 * i + 2]]).ge(1).double().mean()) for i in range(3)]
+    shares = [float(torch.cat([s.flatten() for s in seen[2 * i : 2 * i + 2]]).ge(2).double().mean()) for i in range(3)]
     assert list(result.protected) == shares
     assert 0 < shares[0] < 1
 

@@ -27,34 +27,42 @@ def score(criterion: CQP, weight: Tensor, *gradients: Tensor) -> Tensor:
 
 
 def test_golden() -> None:
-    # mean |g| over the two batches: [[(4+2)/2, (1+1)/2], [(0+0)/2, (-3 → 3, 0)/2]] = [[3, 1], [0, 1.5]]; over max 3:
-    # criticality [[1, 1/3], [0, 1/2]]. v = |w| · c: [[0.5, 1], [0, 2]] → v/(1+v) = [[1/3, 1/2], [0, 2/3]].
+    # mean |g| over the two batches: [[(4+2)/2, (1+1)/2], [(0+0)/2, (3+0)/2]] = [[3, 1], [0, 1.5]]; over max 3:
+    # criticality [[1, 1/3], [0, 1/2]]. v = |w| · c: [[0.5, 1], [0, 2]].
+    # LAMP: 0.25 / (0.25 + 1 + 4), 1 / (1 + 4), 0, 4 / 4.
     weight = torch.tensor([[0.5, -3.0], [9.0, 4.0]])
     batches = torch.tensor([[4.0, 1.0], [0.0, -3.0]]), torch.tensor([[-2.0, 1.0], [0.0, 0.0]])
-    expected = torch.tensor([[1 / 3, 1 / 2], [0, 2 / 3]])
-    torch.testing.assert_close(score(CQP(alpha=1.0, tau=1.0), weight, *batches), expected)
+    expected = torch.tensor([[0.25 / 5.25, 0.2], [0, 1]]).double()
+    torch.testing.assert_close(score(CQP(alpha=1.0), weight, *batches), expected)
     # τ = 0.4: two weights are critical, and stand above all others
-    critical = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    critical = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
     torch.testing.assert_close(score(CQP(alpha=1.0, tau=0.4), weight, *batches), expected + critical)
-    # α = 0 is magnitude, α = 0.5 takes the root of the criticality
-    torch.testing.assert_close(score(CQP(alpha=0, tau=1.0), weight, *batches), weight.abs() / (1 + weight.abs()))
-    v = weight.abs() * torch.tensor([[1, 1 / 3], [0, 1 / 2]]).sqrt()
-    torch.testing.assert_close(score(CQP(alpha=0.5, tau=1.0), weight, *batches), v / (1 + v))
+    # α = 0 is magnitude: 81 / 81 for 9, 16 / 97 for 4, 9 / 106 for 3, 0.25 / 106.25 for 0.5
+    by_size = torch.tensor([[0.25 / 106.25, 9 / 106], [1, 16 / 97]]).double()
+    torch.testing.assert_close(score(CQP(alpha=0), weight, *batches), by_size)
+    # α = 1/2: v² = w² · c = [[0.25, 3], [0, 8]]
+    by_root = torch.tensor([[0.25 / 11.25, 3 / 11], [0, 1]]).double()
+    torch.testing.assert_close(score(CQP(alpha=0.5), weight, *batches), by_root)
+
+
+def test_the_defaults_are_the_measured_ones() -> None:
+    assert CQP().options() == {"alpha": 0.25, "tau": 1.0, "unit": "weight", "scope": "global"}
 
 
 def test_golden_by_input() -> None:
     # columns: mean|w| = [(1+3)/2, (2+0)/2] = [2, 1]; mean|g| = [(1+1)/2, (4+0)/2] = [1, 2], criticality [1/2, 1];
-    # v = [2 · 1/2, 1 · 1] = [1, 1] → 1/2 everywhere; column 1 is critical at τ = 0.9
+    # v = [2 · 1/2, 1 · 1] = [1, 1]: LAMP ranks equal ones by position, 1/4, 1/3, 1/2, 1; column 1 is critical
     weight, gradient = torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[1.0, 4.0], [-1.0, 0.0]])
     scores = score(CQP(alpha=1.0, tau=0.9, unit="input"), weight, gradient)
-    torch.testing.assert_close(scores, torch.tensor([[0.5, 1.5], [0.5, 1.5]]))
+    torch.testing.assert_close(scores, torch.tensor([[1 / 4, 2 + 1 / 3], [1 / 2, 3]]).double())
 
 
 def test_an_input_of_a_convolution_is_a_channel() -> None:
     weight = torch.rand(4, 3, 2, 2)
-    scores = score(CQP(unit="input"), weight, torch.rand(4, 3, 2, 2))
-    assert all(len(scores[:, i].unique()) == 1 for i in range(3))
-    assert len(scores.unique()) == 3
+    criterion = CQP(unit="input")
+    scores = score(criterion, weight, torch.rand(4, 3, 2, 2))
+    gone = criterion.select(scores.flatten(), 16).view(4, 3, 2, 2)  # a third
+    assert sorted(int(gone[:, i].sum()) for i in range(3)) == [0, 0, 16]
 
 
 weights = st.lists(st.floats(-2, 2, width=32), min_size=7, max_size=7)
@@ -136,7 +144,7 @@ def test_osqp_finds_the_relaxed_minimum() -> None:
     count = 300
     removed = closed_form(v, torch.where(critical, 0.15, 1.0).double(), count)
     settled = (removed - 0.5).abs() > 0.02  # of the others OSQP's tolerance decides
-    scores = v / (1 + v) + critical.double()
+    scores = v / (1 + v) + 2 * critical.double()
     gone = CQPRelaxed().select(scores, count)
     assert torch.equal(gone[settled], (removed > 0.5)[settled])
     assert not bool((gone & critical).any())
@@ -156,7 +164,7 @@ def test_a_relaxed_program_without_solution_is_an_error() -> None:
     with pytest.raises(
         OptionError, match=r"no mask removes 9 of 10 weights and keeps 0\.85 of each of the 10 critical"
     ):
-        CQPRelaxed().select(torch.linspace(1.1, 1.2, 10), 9)
+        CQPRelaxed().select(torch.linspace(2.1, 2.2, 10), 9)
 
 
 def test_without_osqp_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +181,5 @@ def test_from_apply_both_prune_weights() -> None:
     data = torch.rand(8, 6) * 3, torch.arange(8) % 3
     for criterion in ("cqp", "cqp_relaxed"):
         small = snncompress.apply(net, criterion, 0.5, None, data=data, timesteps=4)
-        asked = [60, 30]
-        got = [int((small[i].weight == 0).sum()) for i in (0, 2)]
-        assert (got == asked) == (criterion == "cqp")
+        got = sum(int((small[i].weight == 0).sum()) for i in (0, 2))
+        assert (got == 90) == (criterion == "cqp")  # half of 6 · 20 + 20 · 3
