@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from snncompress.network import ChannelGroup, Member, without
-from snncompress.selection import Target, lowest
+from snncompress.selection import Target, layer_adaptive, lowest, lowest_scores
 
 
 def group(size: int, blocks: int = 1, layers: int = 1) -> ChannelGroup:
@@ -76,3 +77,38 @@ def test_flattened_columns_are_renumbered() -> None:
     member = Member("fc", "in", torch.tensor([[0, 1], [2, 3], [4, 5]]))
     (left,) = without([ChannelGroup((member,), 3)], 0, torch.tensor([1]))
     assert left.members[0].index.tolist() == [[0, 1], [2, 3]]
+
+
+def exactly_lamp(v: Tensor) -> Tensor:
+    """By the equation: v_u² over the sum of all v_w² no less."""
+    return torch.stack([u**2 / (v[v >= u] ** 2).sum() for u in v])
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12, unique_by=lambda v: round(math.log(v), 1)))
+def test_layer_adaptive_is_lamp(values: list[float]) -> None:
+    v = torch.tensor(values, dtype=torch.float64)  # over 10 % apart, so no two share a bin
+    torch.testing.assert_close(layer_adaptive(v), exactly_lamp(v), rtol=1e-5, atol=0)
+
+
+def test_layer_adaptive_on_many_weights() -> None:
+    v = torch.randn(20_000).abs()
+    got = layer_adaptive(v.view(100, 200)).flatten()
+    assert torch.equal(got.argsort(stable=True), v.argsort(stable=True))
+    ordered = v.double().sort().values ** 2
+    expected = ordered / ordered.flip(0).cumsum(0).flip(0)
+    torch.testing.assert_close(got.sort().values[:19_800], expected[:19_800], rtol=0.05, atol=0)
+    assert float(got.max()) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_layer_adaptive_at_the_edges(dtype: torch.dtype) -> None:
+    assert layer_adaptive(torch.zeros(3, dtype=dtype)).tolist() == [0, 0, 1]  # a dead layer keeps a weight
+    assert layer_adaptive(torch.tensor([-0.0, 2.0], dtype=dtype)).tolist() == [0, 1]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.data())
+def test_lowest_scores_is_a_stable_sort(values: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, len(values)))
+    scores = torch.tensor(values, dtype=torch.float64)
+    gone = lowest_scores(scores, count).nonzero().flatten().tolist()
+    assert gone == sorted(scores.argsort(stable=True)[:count].tolist())

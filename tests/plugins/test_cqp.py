@@ -51,10 +51,10 @@ def test_the_defaults_are_the_measured_ones() -> None:
 
 def test_golden_by_input() -> None:
     # columns: mean|w| = [(1+3)/2, (2+0)/2] = [2, 1]; mean|g| = [(1+1)/2, (4+0)/2] = [1, 2], criticality [1/2, 1];
-    # v = [2 · 1/2, 1 · 1] = [1, 1]: LAMP ranks equal ones by position, 1/4, 1/3, 1/2, 1; column 1 is critical
+    # v = [2 · 1/2, 1 · 1] = [1, 1]: LAMP gives 1 / (1+1+1+1) to all but the last; column 1 is critical
     weight, gradient = torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[1.0, 4.0], [-1.0, 0.0]])
     scores = score(CQP(alpha=1.0, tau=0.9, unit="input"), weight, gradient)
-    torch.testing.assert_close(scores, torch.tensor([[1 / 4, 2 + 1 / 3], [1 / 2, 3]]).double())
+    torch.testing.assert_close(scores, torch.tensor([[0.25, 2.25], [0.25, 3]]).double())
 
 
 def test_an_input_of_a_convolution_is_a_channel() -> None:
