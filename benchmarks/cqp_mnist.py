@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snncompress
+from snncompress.files import write_whole
 
 HERE = Path(__file__).resolve().parent
 CACHE, RESULT = HERE / ".cache", HERE / "results" / "cqp_mnist.md"
@@ -198,7 +199,7 @@ def job_temporal(seed: int) -> dict[str, Any]:
     options = {"scheduler": Gradual(STEPS), "finetune": one_epoch}
     sparse = pruned(dense(seed), CQP(scope="global"), 0.7, SETTINGS["all layers"], seed, **options)
     for name, model in (("dense", dense(seed)), ("70 %", sparse)):
-        for mode in ("cumulative", "step"):
+        for mode in ("cumulative", "smoothed", "step"):
             analysis = snncompress.temporal_analysis(model, test, mode=mode, progress=False)
             found[f"{name} {mode}"] = analysis.to_dict()
         cut = snncompress.apply(model, None, bits=None, data=batches("train", BATCH, CALIBRATION), truncate="auto")
@@ -225,13 +226,10 @@ SCHEDULES = (
 
 def all_jobs(seeds: Sequence[int]) -> Iterator[tuple[Any, ...]]:
     """In the order of what matters most, should time run out."""
-    for sparsity in (0.9, 0.95, 0.8, 0.7, 0.98):
-        for seed in seeds:
-            for setting in SETTINGS:
-                for name in criteria(setting):
-                    yield "criterion", seed, setting, name, sparsity
-            if sparsity == 0.9:
-                yield "temporal", seed
+    for seed in seeds:
+        yield "temporal", seed
+    for sparsity in (0.9, 0.95, 0.8):
+        yield from comparison(seeds, sparsity)
     first = seeds[0]
     for alpha in (CQP().alpha, 1.0):
         yield "taus", first, alpha
@@ -241,6 +239,16 @@ def all_jobs(seeds: Sequence[int]) -> Iterator[tuple[Any, ...]]:
         for schedule in SCHEDULES:
             yield "schedule", first, schedule, name, "global"
         yield "schedule", first, SCHEDULES[2], name, "layer"
+    for sparsity in (0.7, 0.98):
+        yield from comparison(seeds, sparsity)
+
+
+def comparison(seeds: Sequence[int], sparsity: float) -> Iterator[tuple[Any, ...]]:
+    for name in criteria("all layers"):
+        for seed in seeds:
+            for setting in SETTINGS:
+                if name in criteria(setting):
+                    yield "criterion", seed, setting, name, sparsity
 
 
 def run(job: tuple[Any, ...]) -> dict[str, Any]:
@@ -258,7 +266,7 @@ def results(folder: Path, workers: int, seeds: Sequence[int]) -> dict[str, dict[
             waiting = {pool.submit(run, job): job for job in jobs if json.dumps(job) not in found}
             for done in track(as_completed(waiting), "jobs", total=len(waiting)):
                 found[json.dumps(waiting[done])] = done.result()
-                store.write_text(json.dumps(found))
+                write_whole(store, lambda file: file.write(json.dumps(found).encode()))
                 report(found, seeds)
     return found
 
@@ -356,7 +364,7 @@ def report(found: dict[str, dict[str, Any]], seeds: Sequence[int]) -> None:
     stars = {
         f"{name}, {mode}": spread([r["t_star"] for r in over_seeds("temporal", f"{name} {mode}")], 1)
         for name in ("dense", "70 %")
-        for mode in ("cumulative", "step")
+        for mode in ("cumulative", "smoothed", "step")
     }
     lines += ["t* of 10 by network and mode: " + "; ".join(f"{what} {t}" for what, t in stars.items()) + ".", ""]
     curves = over_seeds("temporal", "dense cumulative")[:1]

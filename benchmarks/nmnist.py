@@ -1,6 +1,6 @@
 """N-MNIST study: single weights of a convolutional SpikingJelly network on the events of a camera.
 
-    python benchmarks/nmnist.py [--data ../shared/data] [--folds 5]
+    python benchmarks/nmnist.py [--data ../shared/data] [--folds 3]
 
 The data folder holds 1,000 + 100 recordings and a reader, read.py. A test set of 100 would move by a point with every
 sample, so the 1,100 are split into folds: each is tested once, by a network trained on the others. Every criterion
@@ -140,7 +140,7 @@ def table(found: dict[tuple[str, float, str], list[float]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
-    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--folds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()

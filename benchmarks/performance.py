@@ -107,7 +107,8 @@ class Bench:
         self.network = trace(self.model, self.adapter, self.feed.example())
         skips = resolve_skip(None, self.network, self.network.layers, "channel")
         todo, _ = targets(self.network, RATIOS, skips)
-        self.layers = ChannelPruning(self.model, self.adapter, todo, self.network.layers).scored()
+        criterion = registry().find("criterion", "svs")()
+        self.layers = ChannelPruning(self.model, self.adapter, criterion, self.network, todo).scored()
 
     def forward(self) -> None:
         with torch.no_grad():

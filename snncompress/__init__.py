@@ -4,9 +4,10 @@ compressed = snncompress.apply(model, criterion="svs", ratio=0.6, bits=4)
 """
 
 from .collapse import collapse
+from .converting import convert
 from .curves import Sensitivity, ThresholdSweep
 from .data import Batch, Feed
-from .edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, TruncateTimesteps
+from .edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Repair, TruncateTimesteps
 from .energy import Conventions
 from .errors import (
     DataError,
@@ -25,6 +26,7 @@ from .errors import (
 from .hookspecs import hookimpl
 from .interfaces import (
     Adapter,
+    BlockCriterion,
     Criterion,
     EnergyModel,
     Fire,
@@ -53,6 +55,7 @@ from .version import __version__
 __all__ = [
     "Adapter",
     "Batch",
+    "BlockCriterion",
     "Comparison",
     "Conventions",
     "Criterion",
@@ -79,6 +82,7 @@ __all__ = [
     "Quantizer",
     "RemoveBlock",
     "RemoveChannels",
+    "Repair",
     "SNNCompressError",
     "Scheduler",
     "Scope",
@@ -95,6 +99,7 @@ __all__ = [
     "apply",
     "collapse",
     "compare",
+    "convert",
     "criteria",
     "energy_models",
     "finetune",

@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .copying import cuda_devices
-from .data import Feed
+from .data import Feed, tensors_in
 from .edits import Edit, edit_from_dict
 from .errors import OptionError, StorageError
 from .files import write_whole
@@ -31,14 +32,14 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], model: nn.Module) -> None:
-        self.path = Path(folder) / _FILE
         self._run = {**json.loads(json.dumps(settings)), "model": _fingerprint(model)}
         try:
+            self.path = Path(folder) / _FILE
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for part in self.path.parent.glob(f".{_FILE}.*"):  # of a run that was killed while it wrote
                 part.unlink()
-        except OSError as error:
-            raise StorageError(f"checkpoint={str(folder)!r} can't be used as a folder: {error}.") from error
+        except (OSError, TypeError) as error:
+            raise StorageError(f"checkpoint={folder!r} can't be used as a folder: {error}.") from error
 
     def resume(self, model: nn.Module, feed: Feed, redo: Callable[[Edit], None]) -> tuple[int, list[Edit]]:
         """Bring ``model`` and the random state to the last finished step: (steps done, edits), or (0, [])."""
@@ -59,10 +60,16 @@ class Checkpoint:
                 f"{self.path} is of another run, which differs in {said}. Give the same arguments and the same model "
                 f"to resume that one, or another folder."
             )
+        drawn_from = _generators(model, feed)
+        if len(drawn_from) != len(generators):
+            raise OptionError(
+                f"{self.path} is of a run with {len(generators)} random generators, this one has {len(drawn_from)}: "
+                f"the data loader, or the devices, are others. Give the same to resume it, or another folder."
+            )
         for edit in edits:
             redo(edit)
         model.load_state_dict(state)
-        for generator, saved in zip(_generators(model, feed), generators, strict=True):
+        for generator, saved in zip(drawn_from, generators, strict=True):
             generator.set_state(saved)
         return step, edits
 
@@ -86,11 +93,24 @@ def _generators(model: nn.Module, feed: Feed) -> list[torch.Generator]:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256(type(model).__qualname__.encode())
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
+    for name, module in model.named_modules():
+        if any(module.children()):
+            continue
+        # what neurons don't print: thresholds, decays, resets
+        numbers = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "training"}
+        digest.update(f"{name}{sorted(numbers.items())}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        if isinstance(tensor, Tensor):
-            plain = tensor.detach().cpu().contiguous().flatten()
-            digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+        digest_of(tensor, digest)
     return digest.hexdigest()[:16]
+
+
+def digest_of(value: Any, digest: Any = None) -> str:
+    """A short digest of the tensors in a batch or a state_dict entry."""
+    digest = hashlib.sha256() if digest is None else digest
+    for tensor in tensors_in(value):
+        plain = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return str(digest.hexdigest()[:16])

@@ -116,7 +116,13 @@ class Feed:
 
     def generators(self) -> list[torch.Generator]:
         """The random generators of the user's own data loader, which decide on the order of its batches."""
-        holders = (self._data, getattr(self._data, "sampler", None))
+        batch_sampler = getattr(self._data, "batch_sampler", None)
+        holders = (
+            self._data,
+            getattr(self._data, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        )
         found = (getattr(holder, "generator", None) for holder in holders)
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .data import limit_timesteps
-from .errors import OptionError, PlanError
+from .errors import ModelError, OptionError, PlanError
 from .interfaces import Adapter, Quantizer
-from .network import WEIGHT_LAYERS, ChannelGroup, Side, prunable_type, remove_from_layer, width
-from .parametrizations import computed_weight, mask_weight, quantize_weight, stored_weight, weight_bits
+from .network import WEIGHT_LAYERS, ChannelGroup, Side, prunable_type, remove_from_layer, resize_inputs, width
+from .parametrizations import computed_weight, mask_weight, quantize_weight, stored_weight, weight_bits, weight_mask
 from .registry import registry
+
+REPAIRS = ("project", "slice", "reinit")
 
 
 @dataclass(frozen=True)
@@ -211,11 +214,49 @@ class MaskWeights(Edit):
 
 
 @dataclass(frozen=True)
+class Repair:
+    """A weight layer whose inputs change from ``before`` to ``after`` channels (features of a linear layer)."""
+
+    layer: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class RemoveBlock(Edit):
-    """Remove a whole block of layers."""
+    """Put a wire in the place of module ``name``, and mend the widths of the layers that read it.
+
+    ``repair`` says how their weights came about: "slice" keeps the first input channels (zeros where there are more
+    than before), "reinit" draws new ones, "project" fits them to calibration data. A replay can't know the data, so
+    it slices; loading the state_dict brings the weights.
+    """
 
     name: str
+    repairs: tuple[Repair, ...]
+    repair: str
     kind: ClassVar[str] = "remove_block"
+
+    def check(self, model: nn.Module) -> None:
+        """The block must be there, and the layers behind it have the widths that the edit expects."""
+        _find(model, self.name, "the plan removes it")
+        for piece in self.repairs:
+            module = _find(model, piece.layer, "the plan changes its inputs")
+            if not isinstance(module, WEIGHT_LAYERS):
+                raise PlanError(f"{piece.layer} is a {type(module).__name__}, whose inputs can't be changed.")
+            if (found := width(module, "in")) != piece.before:
+                raise PlanError(f"{piece.layer} has {found} inputs, the plan expects {piece.before}.")
+            if piece.after < 1 or getattr(module, "groups", 1) != 1 or weight_mask(module) is not None:
+                raise PlanError(
+                    f"{piece.layer} can't be given {piece.after} inputs: it is a grouped convolution, or weights of it "
+                    f"are masked. Remove blocks first, then single weights."
+                )
+
+    def apply(self, model: nn.Module, adapter: Adapter) -> None:
+        """Replace the block, resize what reads it."""
+        self.check(model)
+        model.set_submodule(self.name, nn.Identity())
+        for piece in self.repairs:
+            resize_inputs(model.get_submodule(piece.layer), piece.after, fresh=self.repair == "reinit")
 
 
 @dataclass(frozen=True)
@@ -268,12 +309,16 @@ class TruncateTimesteps(Edit):
             limit_timesteps(model, self.timesteps)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FirstSteps:
-    """A forward pre-hook that keeps the first ``timesteps`` along ``axis`` of a model's first tensor."""
+    """A forward pre-hook that keeps the first ``timesteps`` along ``axis`` of a model's first tensor.
+
+    It expects the number of dimensions that it met first: in another step mode it would cut samples instead.
+    """
 
     timesteps: int
     axis: int
+    dims: int | None = None
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
@@ -282,6 +327,12 @@ class FirstSteps:
         values = [*args, *named.values()]
         for position, x in enumerate(values):
             if isinstance(x, Tensor):
+                self.dims = x.dim() if self.dims is None else self.dims
+                if x.dim() != self.dims:
+                    raise ModelError(
+                        f"{type(module).__name__} was truncated to {self.timesteps} timesteps for inputs of "
+                        f"{self.dims} dimensions, and got {list(x.shape)}. Use it in the step mode of then."
+                    )
                 if x.dim() > self.axis:
                     values[position] = x.narrow(self.axis, 0, min(self.timesteps, x.shape[self.axis]))
                 break
@@ -304,7 +355,10 @@ def edit_from_dict(data: Any) -> Edit:
             return QuantizeWeights(str(fields["layer"]), str(fields["quantizer"]), bits, options)
         if data["edit"] == MaskWeights.kind:
             return MaskWeights(str(fields["layer"]), _integers(fields["shape"]), str(fields["kept"]))
-        others: dict[str, type[Edit]] = {c.kind: c for c in (RemoveBlock, TruncateTimesteps)}
+        if data["edit"] == RemoveBlock.kind:
+            repairs = tuple(Repair(str(r["layer"]), *_integers([r["before"], r["after"]])) for r in fields["repairs"])
+            return RemoveBlock(str(fields["name"]), repairs, _choice(fields["repair"], REPAIRS))
+        others: dict[str, type[Edit]] = {c.kind: c for c in (TruncateTimesteps,)}
         return others[data["edit"]](**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"Damaged edit {str(data)[:80]!r}: {type(error).__name__} {error}") from error
@@ -315,6 +369,12 @@ def _slice(data: dict[str, Any]) -> Slice:
         raise ValueError(f"side {data['side']!r}")
     width_, axis = _integers([data["width"], data["axis"]])
     return Slice(str(data["module"]), data["side"], _integers(data["indices"]), width_, axis)
+
+
+def _choice(value: Any, choices: Collection[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+    return str(value)
 
 
 def _integers(values: Any) -> tuple[int, ...]:

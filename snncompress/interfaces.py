@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .errors import ModelError
 
 Granularity = Literal["channel", "weight", "block"]
 Scope = Literal["layer", "global"]
@@ -74,7 +76,7 @@ class Criterion(_Plugin):
     ``"gradients"`` (one backward pass per batch through the surrogate gradient: ``layer.weight_grad`` is that batch's
     gradient in ``end_batch``; labels are then required).
 
-    Single weights are compared within their layer, or with ``scope`` "global" across all layers that are pruned.
+    Single weights are compared within their layer, or with ``scope`` "global" across all layers of the same ratio.
     """
 
     granularity: ClassVar[Granularity] = "channel"
@@ -111,6 +113,33 @@ class Criterion(_Plugin):
         from .selection import lowest_scores
 
         return lowest_scores(scores, count)
+
+
+class BlockCriterion(Criterion):
+    """Scores whole blocks of layers; higher = keep.
+
+    ``blocks`` are the names or globs of the modules that may go, None those found by structure, of the ``kinds``
+    "fire" (one layer squeezes, others expand side by side) and "residual" (the input plus something). ``repair`` says
+    how the layers behind a removed block are fitted to their new input: "project", "slice" or "reinit" (see
+    :class:`snncompress.RemoveBlock`).
+    """
+
+    granularity: ClassVar[Granularity] = "block"
+    kinds: ClassVar[frozenset[str]] = frozenset({"fire", "residual"})
+    blocks: tuple[str, ...] | None = None
+    repair: str = "project"
+
+    @abstractmethod
+    def score_blocks(self, blocks: Sequence[str], loss_without: Callable[[Collection[str]], float]) -> Sequence[float]:
+        """One score per block, which come in order of execution.
+
+        ``loss_without(names)`` is the mean calibration loss with these blocks bypassed: one pass over the data, for
+        which labels are required if it is called.
+        """
+
+    def score(self, layer: Layer, state: Any) -> Tensor:
+        """Blocks aren't scored layer by layer."""
+        raise NotImplementedError
 
 
 class Quantizer(_Plugin):
@@ -171,7 +200,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def reset(self, model: nn.Module) -> None:
-        """Put every neuron back to its state before the first timestep, and cut it from any graph."""
+        """Put every neuron back to its state before the first timestep, and cut it from any graph.
+
+        ``self.reset_pools(model)`` does so for what :func:`snncompress.convert` gives a memory.
+        """
 
     @abstractmethod
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
@@ -208,6 +240,22 @@ class Adapter(ABC):
 
     def adopt(self, model: nn.Module) -> None:  # noqa: B027 - most frameworks keep no books
         """Called with a finished copy of a model, for frameworks that keep a list of their modules."""
+
+    def reset_pools(self, model: nn.Module) -> None:
+        """Make every :class:`snncompress.rate_coding.RateMaxPool` forget; to be called by ``reset``."""
+        from .rate_coding import RateMaxPool
+
+        for module in model.modules():
+            if isinstance(module, RateMaxPool):
+                module.reset()
+
+    def make_neuron(self, kind: Literal["lif", "if"]) -> nn.Module:
+        """A new neuron with threshold 1 that keeps its own state, for :func:`snncompress.convert`.
+
+        "lif" leaks with τ = 2.0 and is reset to 0; "if" doesn't leak, and its reset subtracts the threshold. Surrogate
+        gradient: ATan. Raises ModelError where the framework isn't installed, or the adapter makes no neurons.
+        """
+        raise ModelError(f"The adapter of {self.framework} makes no neurons. Pass neuron=, a callable that makes one.")
 
     def neurons(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's spiking neurons by name."""

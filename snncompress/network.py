@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
 
@@ -133,6 +133,31 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
     resize_weight(module, lambda layer: prune(layer, indices))
     for name, parameter in module.named_parameters():  # torch-pruning makes every new parameter trainable
         parameter.requires_grad_(name not in frozen)
+
+
+def resize_inputs(module: nn.Module, channels: int, *, fresh: bool) -> None:
+    """Give a layer another number of input channels, in place: the first ones stay, further ones are zero.
+
+    With ``fresh`` all weights are drawn anew, uniform within ±1/√(fan-in) as torch does, always the same ones.
+    """
+
+    def resize(layer: nn.Module) -> None:
+        old = cast(nn.Parameter, layer.weight)
+        dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
+        shape = list(old.shape)
+        shape[dim] = channels
+        new = old.detach().new_zeros(shape)
+        if fresh:
+            bound = new.movedim(dim, 0)[:, 0].numel() ** -0.5
+            draws = torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
+            new.copy_(draws)
+        else:
+            kept = min(channels, old.shape[dim])
+            new.narrow(dim, 0, kept).copy_(old.detach().narrow(dim, 0, kept))
+        layer.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", channels)
+
+    resize_weight(module, resize)
 
 
 def prunable_type(module: nn.Module) -> bool:

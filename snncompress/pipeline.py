@@ -14,19 +14,19 @@ from torch import nn
 
 from . import registry as _registry
 from .adapting import find_adapter
-from .checkpoint import Checkpoint
+from .block_pruning import BlockPruning
+from .checkpoint import Checkpoint, digest_of
 from .copying import cuda_devices, private_copy, set_seed
 from .data import Feed
 from .edits import Edit, MaskWeights, QuantizeWeights
 from .errors import DataError, ModelError, NothingToDoWarning, OptionError
-from .interfaces import Adapter, Criterion, Forward, Loss, Quantizer, Scheduler, Scope
+from .interfaces import Adapter, BlockCriterion, Criterion, Forward, Loss, Quantizer, Scheduler, Scope
 from .network import Network, weight_layers
 from .parametrizations import quantize_weight
 from .plan import Plan, attach, continued
 from .progress import Progress
 from .pruning import ChannelPruning, Pruning, WeightPruning
-from .recording import record
-from .selection import Skips, check_bits, overruled, per_layer, resolve_skip, targets, weight_ratios
+from .selection import Skips, check_bits, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
 from .synthetic import synthetic_feed
 from .temporal import analyse
 from .tracing import computed_or_shared, trace
@@ -140,7 +140,7 @@ def apply(
         names = weight_layers(work)
         skips = resolve_skip(skip, network, names, chosen.granularity if chosen is not None else "channel")
         widths: dict[str, int | None] = per_layer(bits, names, "bits", check_bits)
-        pruning, whole = _pruning(work, found, network, chosen, ratio, skips)
+        pruning, whole = _pruning(work, feed, network, chosen, ratio, skips)
         _check_quantizable(work, widths, skips)
         _warn_of_overruled("bits", overruled(bits, skips.quantize))
         if chosen is not None:
@@ -150,14 +150,21 @@ def apply(
             return _quantize(work, codec, widths, skips)
 
         def prune(step: int, what: str) -> list[Edit]:
-            if chosen is None or not (layers := pruning.scored()):
+            if pruning is None or not (scores := pruning.score(feed, seed + step, progress, what)):
                 return []
-            scores = record(work, network, feed, chosen, layers, seed + step, progress, what)
             return pruning.step(scores, lambda target: schedule.ratio(target, step, schedule.n_steps))
+
+        def redo(edit: Edit) -> None:
+            if pruning is not None:
+                pruning.redo(edit)
+            else:
+                edit.apply(work, found)
 
         def tune(what: str) -> None:
             if callable(finetune):
-                finetune(work)
+                result = finetune(work)
+                if isinstance(result, nn.Module) and result is not work:
+                    raise OptionError("finetune= must train the model that it is handed in place, not return another.")
                 found.reset(work)
             elif finetune:
                 train(work, feed, finetune, progress=progress, what=what)
@@ -165,8 +172,18 @@ def apply(
         settings = _origin(found, chosen, ratio, bits, codec, schedule, order, finetune, seed, data is None, truncate)
         steps: list[Callable[[str], list[Edit]]] = [partial(prune, n + 1) for n in range(schedule.n_steps)]
         steps.insert(0 if order == "qp" else len(steps), quantize)
-        store = Checkpoint(checkpoint, {**settings, "skip": repr(skip)}, model) if checkpoint is not None else None
-        done, edits = store.resume(work, feed, pruning.redo) if store else (0, [])
+        store = None
+        if checkpoint is not None:
+            functions = {"forward": forward, "loss": loss, "finetune": finetune if callable(finetune) else None}
+            asked = {
+                "timesteps": timesteps,
+                "skip": [dict(skips.prune), dict(skips.quantize)],
+                "order of keys": [list(value) if isinstance(value, Mapping) else [] for value in (ratio, bits)],
+                "first batch": digest_of(feed.first().raw),
+            }
+            named = {key: getattr(value, "__qualname__", type(value).__name__) for key, value in functions.items()}
+            store = Checkpoint(checkpoint, {**settings, **asked, "functions": named}, model)
+        done, edits = store.resume(work, feed, redo) if store else (0, [])
         for number, step in enumerate(steps[done:], done + 1):
             what = f"step {number}/{len(steps)}: "
             if new := step(what):
@@ -182,7 +199,8 @@ def apply(
                 edits.append(cut)
 
     if not edits and (any(widths.values()) or (chosen is not None and _positive(ratio))):
-        reasons = "; ".join(f"{name!r}: {why}" for name, why in {**skips.quantize, **whole}.items())
+        left = {**(skips.quantize if any(widths.values()) else {}), **whole}
+        reasons = "; ".join(f"{name!r}: {why}" for name, why in left.items())
         remedy = "skip=[] leaves out nothing that can be compressed"
         warnings.warn(
             f"Nothing was compressed. {reasons}. {remedy}."
@@ -210,16 +228,20 @@ def _quantize(model: nn.Module, quantizer: Quantizer, widths: dict[str, int | No
 
 
 def _pruning(
-    model: nn.Module, adapter: Adapter, network: Network, criterion: Criterion | None, ratio: Any, skips: Skips
-) -> tuple[Pruning, dict[str, str]]:
-    """What removes channels or weights, and why which layers stay whole."""
+    model: nn.Module, feed: Feed, network: Network, criterion: Criterion | None, ratio: Any, skips: Skips
+) -> tuple[Pruning | None, dict[str, str]]:
+    """What removes channels, weights or blocks, and why which layers stay whole."""
     if criterion is None:
-        return ChannelPruning(model, adapter, [], ()), {}
+        return None, {}
+    if isinstance(criterion, BlockCriterion):
+        blocks = BlockPruning(model, feed.adapter, criterion, feed, check_ratio(ratio, "ratio"))
+        return blocks, blocks.whole
     if criterion.granularity == "channel":
         todo, whole = targets(network, ratio, skips)
-        return ChannelPruning(model, adapter, todo, network.layers), whole
-    ratios, whole = weight_ratios(weight_layers(model), ratio, skips, computed_or_shared(model))
-    return WeightPruning(model, adapter, ratios, criterion), whole
+        return ChannelPruning(model, feed.adapter, criterion, network, todo), whole
+    unused = {name: why for name, why in network.whole.items() if name not in network.layers}
+    ratios, whole = weight_ratios(weight_layers(model), ratio, skips, unused | computed_or_shared(model))
+    return WeightPruning(model, feed.adapter, criterion, network, ratios), whole
 
 
 def _joined(edits: list[Edit], new: list[Edit]) -> list[Edit]:
@@ -239,9 +261,11 @@ def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, 
         isinstance(finetune, bool) or not isinstance(finetune, int) or finetune < 0
     ):
         raise OptionError(f"finetune must be None, a number of epochs or callable(model), not {finetune!r}.")
-    if criterion is not None and criterion.granularity not in ("channel", "weight"):
+    known = ("block",) if isinstance(criterion, BlockCriterion) else ("channel", "weight")
+    if criterion is not None and criterion.granularity not in known:
         raise OptionError(
-            f"Criterion {criterion.name!r} scores {criterion.granularity}s; apply() removes channels and weights."
+            f"Criterion {criterion.name!r} has granularity {criterion.granularity!r}; a Criterion scores a 'channel' "
+            f"or a 'weight', a BlockCriterion a 'block'."
         )
     if criterion is not None and criterion.scope not in get_args(Scope):
         raise OptionError(f"Criterion {criterion.name!r}: scope must be 'layer' or 'global', not {criterion.scope!r}.")

@@ -1,20 +1,23 @@
-"""What one call of apply() removes, step by step: coupled channels or single weights."""
+"""What one call of apply() removes, step by step: coupled channels, single weights or whole blocks."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from .data import Feed
 from .edits import Edit, MaskWeights, RemoveChannels
 from .errors import EmptyLayerWarning, PluginError
 from .interfaces import Adapter, Criterion
-from .network import ChannelGroup, without
+from .network import ChannelGroup, Network, without
 from .parametrizations import stored_weight, weight_mask
+from .progress import Progress
+from .recording import record
 from .selection import Target, lowest
 
 Share = Callable[[float], float]
@@ -24,41 +27,62 @@ Share = Callable[[float], float]
 class Pruning(ABC):
     """Removes from ``model``, in place, what scores lowest, and keeps the books that the next step needs."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
-        self.model, self.adapter = model, adapter
+    def __init__(self, model: nn.Module, adapter: Adapter, criterion: Criterion) -> None:
+        self.model, self.adapter, self.criterion = model, adapter, criterion
 
     @abstractmethod
-    def scored(self) -> Mapping[str, ChannelGroup | None]:
-        """The layers to score, each with the coupled group that it stands in, where channels are scored."""
+    def score(self, feed: Feed, seed: int, progress: Progress | None = None, what: str = "") -> Mapping[str, Tensor]:
+        """The scores of what may go, from one pass over the data; empty where nothing may."""
 
     @abstractmethod
     def step(self, scores: Mapping[str, Tensor], share: Share) -> list[Edit]:
-        """Remove up to the share of every layer, and return what was done."""
+        """Remove up to the share of everything, and return what was done."""
 
     def redo(self, edit: Edit) -> None:
         """Apply one edit and note what it changed; a resumed run goes through its earlier edits with it."""
         edit.apply(self.model, self.adapter)
 
 
-class ChannelPruning(Pruning):
+class LayerPruning(Pruning):
+    """Pruning by scores of layers."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, criterion: Criterion, network: Network) -> None:
+        super().__init__(model, adapter, criterion)
+        self.network = network
+
+    @abstractmethod
+    def scored(self) -> Mapping[str, ChannelGroup | None]:
+        """The layers to score, each with the coupled group that it stands in, where channels are scored."""
+
+    def score(self, feed: Feed, seed: int, progress: Progress | None = None, what: str = "") -> dict[str, Tensor]:
+        """{layer: scores}, see :func:`recording.record`."""
+        layers = self.scored()
+        return record(self.model, self.network, feed, self.criterion, layers, seed, progress, what) if layers else {}
+
+
+class ChannelPruning(LayerPruning):
     """Removes coupled output channels, group by group."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, targets: list[Target], layers: Collection[str]) -> None:
-        super().__init__(model, adapter)
-        self._targets, self._layers = targets, layers
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, criterion: Criterion, network: Network, targets: list[Target]
+    ) -> None:
+        super().__init__(model, adapter, criterion, network)
+        self._targets = targets
 
     def scored(self) -> dict[str, ChannelGroup | None]:
         """Every weight layer of every group, in the group's present size."""
-        return {name: t.group for t in self._targets for name in t.group.names("out") if name in self._layers}
+        return {name: t.group for t in self._targets for name in t.group.names("out") if name in self.network.layers}
 
     def step(self, scores: Mapping[str, Tensor], share: Share) -> list[Edit]:
         """One edit per group that has channels to lose."""
         edits: list[Edit] = []
-        for target in self._targets:
-            if count := target.count(share(target.ratio)):
-                edit = RemoveChannels.of(self.model, target.group, lowest(target.group, scores, count))
-                self.redo(edit)
-                edits.append(edit)
+        counts = [(target, target.count(share(target.ratio))) for target in self._targets]
+        # all are chosen before any goes: groups may share a layer, whose scores keep their places
+        chosen = [(target, lowest(target.group, scores, count)) for target, count in counts if count]
+        for target, removed in chosen:
+            edit = RemoveChannels.of(self.model, target.group, removed)
+            self.redo(edit)
+            edits.append(edit)
         return edits
 
     def redo(self, edit: Edit) -> None:
@@ -74,14 +98,17 @@ class ChannelPruning(Pruning):
             target.group = group
 
 
-class WeightPruning(Pruning):
-    """Removes single weights: ⌊ratio · n⌋ of a layer's n in all, or of all layers' where the scope is global."""
+class WeightPruning(LayerPruning):
+    """Removes single weights: ⌊ratio · n⌋ of a layer's n, or, with a global scope, of all layers of that ratio."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, ratios: dict[str, float], criterion: Criterion) -> None:
-        super().__init__(model, adapter)
-        self._ratios, self._criterion = ratios, criterion
-        together = criterion.scope == "global"
-        self._pools = ([list(ratios)] if together else [[name] for name in ratios]) if ratios else []
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, criterion: Criterion, network: Network, ratios: dict[str, float]
+    ) -> None:
+        super().__init__(model, adapter, criterion, network)
+        self._ratios = ratios
+        self._pools = [[name] for name in ratios]
+        if criterion.scope == "global":
+            self._pools = [[n for n in ratios if ratios[n] == ratio] for ratio in dict.fromkeys(ratios.values())]
 
     def scored(self) -> dict[str, ChannelGroup | None]:
         """The layers that have a ratio."""
@@ -103,7 +130,7 @@ class WeightPruning(Pruning):
                     edits.append(MaskWeights.of(name, kept))
                     self.redo(edits[-1])
                     if not kept.any():
-                        _warn_of_empty(name, self._criterion)
+                        _warn_of_empty(name, self.criterion)
         return edits
 
     def _mask(self, name: str) -> Tensor:
@@ -112,12 +139,11 @@ class WeightPruning(Pruning):
         return torch.ones_like(stored_weight(module), dtype=torch.bool) if mask is None else mask
 
     def _select(self, flat: Tensor, count: int, masks: Mapping[str, Tensor]) -> list[Tensor]:
-        gone = self._criterion.select(flat, count)
+        gone = self.criterion.select(flat, count)
         if not (isinstance(gone, Tensor) and gone.dtype == torch.bool and gone.shape == flat.shape):
             what = f"{gone.dtype} {list(gone.shape)}" if isinstance(gone, Tensor) else type(gone).__name__
             raise PluginError(
-                f"Criterion {self._criterion.name!r}: select() must return a bool tensor {list(flat.shape)}, "
-                f"not {what}."
+                f"Criterion {self.criterion.name!r}: select() must return a bool tensor {list(flat.shape)}, not {what}."
             )
         parts = torch.split_with_sizes(gone, [mask.numel() for mask in masks.values()])
         return [part.view(mask.shape) for part, mask in zip(parts, masks.values(), strict=True)]

@@ -18,6 +18,7 @@ from .interfaces import Criterion, Layer
 from .network import ChannelGroup, Network
 from .parametrizations import float_weight, stored_weight
 from .progress import Progress, tracked
+from .surgery import mode
 from .training import loss_of
 
 
@@ -77,7 +78,6 @@ def _run(
 ) -> None:
     gradients = "gradients" in criterion.needs
     fired: dict[str, bool] = {}
-    modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.callback(feed.adapter.reset, model)
         if criterion.needs & {"spikes", "membrane"}:
@@ -86,8 +86,7 @@ def _run(
                 observer = _observer(neuron, listening, fired)
                 module = model.get_submodule(neuron)
                 stack.callback(feed.adapter.observe(module, observer, membrane="membrane" in criterion.needs))
-        stack.callback(_restore, modes)
-        model.eval()
+        stack.enter_context(mode(model, training=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         if gradients:
             for weight in {stored_weight(model.get_submodule(s.layer_name)) for s in scorers}:
@@ -112,11 +111,14 @@ def _run(
                 SilentNeuronsWarning,
                 stacklevel=2,
             )
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, mode in modes.items():
-        module.training = mode
+    if unreached := [s.layer_name for s in scorers if gradients and not s.any_gradient]:
+        warnings.warn(
+            f"No gradient but 0 reached {', '.join(map(repr, unreached))} in calibration, so the {criterion.name!r} "
+            f"scores there carry no information. Likely cause: neurons behind them never fire. Check the scale of the "
+            f"data, the threshold and whether the model is trained.",
+            SilentNeuronsWarning,
+            stacklevel=2,
+        )
 
 
 def _observer(neuron: str, scorers: list[_Scorer], fired: dict[str, bool]) -> Callable[[Tensor, Tensor | None], None]:
@@ -147,6 +149,7 @@ class _Scorer:
         self._weight = weight.transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else weight
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self.any_gradient = False
         self._state = self._guarded(criterion.begin, self.layer())
 
     def layer(self) -> Layer:
@@ -173,6 +176,8 @@ class _Scorer:
             raise PluginError(f"Criterion {self.criterion.name!r}: observe() returned None; it must return the state.")
 
     def end_batch(self) -> None:
+        gradient = stored_weight(self._module).grad
+        self.any_gradient = self.any_gradient or (gradient is not None and bool(gradient.any()))
         self._state = self._guarded(self.criterion.end_batch, self.layer(), self._state)
 
     def score(self, method: Callable[[Layer, Any], Tensor]) -> Tensor:

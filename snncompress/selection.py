@@ -40,6 +40,8 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], gran
         return default
     if isinstance(skip, str):
         skip = [skip]
+    elif isinstance(skip, Iterable) and not isinstance(skip, Mapping):
+        skip = list(skip)  # looked through twice
     if isinstance(skip, Mapping):
         unknown = set(skip) - {"prune", "quantize"}
         if unknown:
@@ -196,7 +198,7 @@ def layer_adaptive(importance: Tensor) -> Tensor:
     bins = flat.view(torch.int32) >> 15  # bits of floats ≥ 0 are in their order: exponent, then upper mantissa
     square = importance.detach().double().flatten() ** 2
     at_least = torch.bincount(bins, square, minlength=1 << 16).flip(0).cumsum(0).flip(0)
-    share = torch.where(square > 0, square / at_least[bins], 0.0)
+    share = torch.where(square == 0, 0.0, square / at_least[bins])  # and NaN stays NaN, to be seen
     share[-1 - flat.flip(0).argmax()] = 1.0  # of equal ones the last, since the first go first
     return share.view(importance.shape)
 

@@ -1,4 +1,4 @@
-"""Small operations on modules that adapters share."""
+"""Small operations on modules, for the core and adapters."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ def patched(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             del attributes[name]
         else:
             attributes[name] = before
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside, all modules are in train or eval mode; afterwards each is in its own again."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
 
 
 def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int) -> None:

@@ -180,7 +180,9 @@ def threshold_sweep(
 
         def measured(variant: Criterion) -> tuple[float, float]:
             copy = private_copy(bench.model, bench.adapter)
-            WeightPruning(copy, bench.adapter, shares, variant).step(recording.scores(variant.score), _fully)
+            WeightPruning(copy, bench.adapter, variant, bench.network, shares).step(
+                recording.scores(variant.score), _fully
+            )
             return bench.accuracy(copy), _sparsity(copy, shares)
 
         found = [measured(variant) for variant in tracked(variants, progress, "measuring accuracy")]
@@ -246,9 +248,9 @@ class _Unit:
 
     def pruning(self, model: nn.Module, bench: _Bench, criterion: Criterion, ratio: float) -> Pruning:
         if self.group is None:
-            return WeightPruning(model, bench.adapter, dict.fromkeys(self.layers, ratio), criterion)
+            return WeightPruning(model, bench.adapter, criterion, bench.network, dict.fromkeys(self.layers, ratio))
         todo = [Target(self.group, self.group.size, ratio)]
-        return ChannelPruning(model, bench.adapter, todo, bench.network.layers)
+        return ChannelPruning(model, bench.adapter, criterion, bench.network, todo)
 
 
 def _units(

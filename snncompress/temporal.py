@@ -24,7 +24,7 @@ from .stepping import Rehearsal, StepMeter
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Mode = Literal["cumulative", "step"]
+Mode = Literal["cumulative", "smoothed", "step"]
 _EPSILON = 1e-6
 
 
@@ -125,13 +125,16 @@ def temporal_analysis(
 
     From outputs S [T, N, K] of T timesteps, N samples and K classes, for each sample
 
-        p_t = (c_t / Σ_k c_t + ε) / (1 + K·ε),   c_t = Σ_{s≤t} S[s],   ε = 1e-6        (uniform while c_t = 0)
+        p_t = (c_t / Σ_k c_t + ε) / (1 + K·ε),   c_t = Σ_{s≤t} S[s],   ε = 1e-6
         KL_t = KL(p_t ‖ p_{t+1}), averaged over samples,   t = 1 … T-1
 
     and t* = t + 1 for the first t at which Σ_{s≤t} KL_s reaches ``share`` of its total: KL_t compares steps t and
     t+1, so the distribution has settled at t+1. Where the total is 0, t* = 1. Outputs that aren't spikes (a negative
     or fractional value anywhere: membranes, a linear readout) give p_t = softmax(c_t / t) instead.
 
+    While c_t = 0, a sample has no distribution yet: its KL_t counts as 0, and t* comes no earlier than ``share`` of the
+    samples that ever put out a spike have done so. ``mode="smoothed"`` takes p_t as uniform then. That one step from
+    nothing to the first spikes holds nearly all of the total, because of ε: t* falls on it whatever comes later.
     ``mode="step"`` is what the paper's author computes: one distribution per step, of that step's output alone,
     averaged over all samples; it doesn't see samples that change their minds in opposite directions.
 
@@ -144,7 +147,7 @@ def temporal_analysis(
         data: a tensor, an (x, y) batch, a DataLoader, or an iterable of either; labels y [N] give accuracy.
         timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds batches as they are.
         forward: ``forward(model, batch)`` for models with a signature of their own.
-        mode: ``"cumulative"`` (default) or ``"step"``.
+        mode: ``"cumulative"`` (default), ``"smoothed"`` or ``"step"``.
         share: of the total KL that makes t*, above 0 and at most 1.
         energy_model: name or instance; operations are counted as :func:`snncompress.profile` does by default.
         adapter: a framework's name or an Adapter, where the model doesn't tell.
@@ -181,7 +184,7 @@ def analyse(
 ) -> TemporalAnalysis:
     """The pass behind :func:`temporal_analysis`."""
     if mode not in get_args(Mode):
-        raise OptionError(f"mode must be 'cumulative' or 'step', not {mode!r}.")
+        raise OptionError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}.")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise OptionError(f"share must be a number above 0 and at most 1, such as 0.95, not {share!r}.")
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
@@ -205,7 +208,7 @@ def analyse(
         cumulative=tuple(cumulative.tolist()),
         accuracy=outputs.accuracy(),
         energy_pj=tuple(meter.energy_pj(energy, outputs.n_samples, outputs.steps)),
-        t_star=int((cumulative < share).sum()) + 2 if total else 1,
+        t_star=max(int((cumulative < share).sum()) + 2 if total else 1, outputs.begun(mode, share)),
         timesteps=outputs.steps,
         mode=mode,
         share=float(share),
@@ -222,8 +225,9 @@ class _Outputs:
         self._spiking = self._labelled = True
         self._correct = torch.zeros(steps, dtype=torch.long)
         self._by_step = torch.zeros(steps, classes, dtype=torch.float64)
+        self._begun = torch.zeros(steps, dtype=torch.long)  # samples that have put out a spike
         # What the outputs are is known at the end only: one later value may still turn spikes into potentials.
-        self._kl = {spiking: torch.zeros(steps - 1, dtype=torch.float64) for spiking in (True, False)}
+        self._kl = {what: torch.zeros(steps - 1, dtype=torch.float64) for what in ("cumulative", "smoothed", "values")}
 
     def add(self, output: Tensor, batch: Batch) -> None:
         """One batch."""
@@ -235,8 +239,12 @@ class _Outputs:
         self._spiking = self._spiking and bool((output.ge(0) & output.frac().eq(0)).all())
         counts = output.cumsum(0)
         if self._spiking:
-            self._kl[True] += _kl(_distribution(counts, True))
-        self._kl[False] += _kl(_distribution(counts / torch.arange(1, self.steps + 1)[:, None, None], False))
+            begun, kl = counts.sum(2) > 0, _kl(_distribution(counts, True))
+            self._begun += begun.sum(1)
+            self._kl["smoothed"] += kl.sum(1)
+            self._kl["cumulative"] += (kl * begun[:-1]).sum(1)
+        means = counts / torch.arange(1, self.steps + 1)[:, None, None]
+        self._kl["values"] += _kl(_distribution(means, False)).sum(1)
         self._by_step += output.sum(1)
         self.n_samples += output.shape[1]
         self._labelled = self._labelled and batch.y is not None
@@ -246,8 +254,14 @@ class _Outputs:
     def divergences(self, mode: Mode) -> Tensor:
         """KL_t [T-1]."""
         if mode == "step":
-            return _kl(_distribution(self._by_step / self.n_samples, self._spiking)[:, None])
-        return self._kl[self._spiking] / self.n_samples
+            return _kl(_distribution(self._by_step / self.n_samples, self._spiking)[:, None]).sum(1)
+        return self._kl[mode if self._spiking else "values"] / self.n_samples
+
+    def begun(self, mode: Mode, share: float) -> int:
+        """The first step at which this share of the samples that ever put out a spike have done so."""
+        if mode != "cumulative" or not self._spiking or not self._begun.any():
+            return 1
+        return int((self._begun < share * self._begun[-1]).sum()) + 1
 
     def accuracy(self) -> tuple[float, ...] | None:
         """Share of right answers after t steps; None unless every batch has labels."""
@@ -266,8 +280,8 @@ def _distribution(values: Tensor, spiking: bool) -> Tensor:
 
 
 def _kl(p: Tensor) -> Tensor:
-    """Σ over samples of KL(p_t ‖ p_{t+1}): [T, N, K] → [T-1]."""
-    return (p[:-1] * (p[:-1].log() - p[1:].log())).sum(-1).clamp_min(0).sum(1)
+    """KL(p_t ‖ p_{t+1}) of every sample: [T, N, K] → [T-1, N]."""
+    return (p[:-1] * (p[:-1].log() - p[1:].log())).sum(-1).clamp_min(0)
 
 
 def _over_time(output: Any) -> Tensor:

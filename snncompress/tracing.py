@@ -5,7 +5,6 @@ What torch-pruning concludes is not believed but tested: see :mod:`snncompress.v
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,15 +18,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch_pruning import ops
 from torch_pruning.dependency import shape_infer
-from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 from torch_pruning.pruner.function import BasePruningFunc
 
 from .copying import private_copy
 from .data import Run, tensors_in, time_as_samples
 from .errors import DataError, ModelError
 from .interfaces import Adapter
-from .network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type
+from .network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type, width
 from .parametrizations import computed_weight, stored_weight
+from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, in_runs, offset
 from .surgery import patched
 from .verifying import leave_out_what_breaks
 
@@ -225,7 +224,7 @@ def _build(
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
-    """torch-pruning's graph, told which reshape is the flatten and where concatenated channels start.
+    """torch-pruning's graph, told which reshape is the flatten, where concatenated channels start, what shuffles do.
 
     It guesses the flatten from the layers before and after, and so takes every reshape on the way for a flatten: in
     multi-step mode, where [T, N] is folded and unfolded, indices would be multiplied again and again.
@@ -234,8 +233,13 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
         self._2d_4d = True
+        self._reshapings = dict(find_reshapings(nodes.values()))
         for node in nodes.values():
-            if node.type == ops.OPTYPE.RESHAPE and not self._flattens(node):
+            if node.type == ops.OPTYPE.CONCAT:
+                node.module.concat_sizes = concatenated(node)
+            elif node.type == ops.OPTYPE.RESHAPE and self._flattens(node) and (reshaping := flatten(node)):
+                self._reshapings[node] = reshaping
+            if node in self._reshapings or node.type == ops.OPTYPE.RESHAPE:
                 node.type = ops.OPTYPE.ELEMENTWISE
         return nodes
 
@@ -243,21 +247,15 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         super().build_dependency(*args, **kwargs)
         for node in self.module2node.values():
             if node.type == ops.OPTYPE.CONCAT and node.module.offsets is None:
-                self._offset(node)
+                offset(self, node)
+        for node, reshaping in self._reshapings.items():
+            reshaping.attach(node)
         return self
 
-    def _offset(self, node: Any) -> None:
-        """Index offsets of a concatenation that torch-pruning passed over: in [T, N, C, …], or before a flatten."""
-        sizes = [shape_infer.infer_channels_between(self, n, node) for n in node.inputs]
-        if None in sizes or sum(sizes) not in node.grad_fn._input_metadata[0].shape:
-            return
-        ends = list(itertools.accumulate(sizes, initial=0))
-        node.module.concat_sizes, node.module.offsets = sizes, ends
-        for i, source in enumerate(node.inputs):
-            for one, other, reverse in ((node, source, True), (source, node, False)):
-                link = next((d for d in one.dependencies if d.target is other and d.index_mapping[1] is None), None)
-                if link is not None:
-                    link.index_mapping[1] = _ConcatIndexMapping(ends[i : i + 2], reverse=reverse)
+    def get_pruning_group(self, *args: Any, **kwargs: Any) -> Any:
+        for reshaping in self._reshapings.values():
+            reshaping.restart()
+        return super().get_pruning_group(*args, **kwargs)
 
     def _flattens(self, node: Any) -> bool:
         before = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
@@ -284,7 +282,7 @@ class _NeuronPruner(BasePruningFunc):  # type: ignore[misc]
 
 
 def _add_groups(
-    network: Network, graph: tp.DependencyGraph, model: nn.Module, neurons: dict[str, torch.Size], whole: dict[str, str]
+    network: Network, graph: _Graph, model: nn.Module, neurons: dict[str, torch.Size], whole: dict[str, str]
 ) -> None:
     names = {m: n for n, m in model.named_modules()}
     done: set[str] = set()
@@ -293,7 +291,7 @@ def _add_groups(
             continue
         try:
             group = _group(graph, model.get_submodule(layer), names, neurons)
-        except _UnfitError as error:
+        except UnfitError as error:
             network.whole[layer] = str(error)
             continue
         except Exception as error:  # torch-pruning gives up in many ways; each means: don't touch this layer
@@ -327,53 +325,66 @@ def _why_whole(network: Network, group: ChannelGroup, outs: list[str], whole: di
     return ""
 
 
-class _UnfitError(Exception):
-    """Why a group can't be pruned."""
-
-
 def _group(
-    graph: tp.DependencyGraph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, torch.Size]
+    graph: _Graph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, torch.Size]
 ) -> ChannelGroup:
     """torch-pruning's group of all output channels of ``module``; ``neurons`` maps names to input shapes."""
     pruner = graph.get_pruner_of_module(module)
     size = int(pruner.get_out_channels(module))
-    group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(size)))
-    members: dict[tuple[str, Side], Member] = {}
-    blocks = {1}
+
+    def touched(channels: list[int]) -> Touched:
+        group = graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+        return _touched(graph, group, names, neurons)
+
+    own: Key = (names[module], "out")
+    try:
+        everything = touched(list(range(size)))
+    except TiedError:
+        indices, runs = in_runs(touched, own, size)
+    else:
+        indices, runs = {key: _index(idxs, roots, size) for key, (idxs, roots) in everything.items()}, 1
+        if any(touched([probe])[own][0] != [probe] for probe in {0, size // 2}):
+            raise UnfitError("its channels are tied to one another")
+    members, blocks = [], {1, runs}
+    for (name, side), index in indices.items():
+        member, target = Member(name, side, index), graph.model.get_submodule(name)
+        if name in neurons:  # [N, C, ...]
+            member = replace(member, width=neurons[name][1], axis=1 - len(neurons[name]))
+        elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.shape != (width(target, side), 1):
+            raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
+        members.append(member)
+        blocks.add(_blocks(target, member))
+    if len(blocks) > 2:
+        raise UnfitError(f"it is coupled with convolutions of different group counts ({sorted(blocks - {1})})")
+    return ChannelGroup(tuple(members), size, max(blocks))
+
+
+def _touched(graph: _Graph, group: Any, names: dict[nn.Module, str], neurons: Iterable[str]) -> Touched:
+    found: Touched = {}
     for item in group:
         target, handler = item.dep.target.module, item.dep.handler
         if isinstance(target, nn.Parameter):
-            raise _UnfitError("a parameter that belongs to no layer depends on its channels")
+            raise UnfitError("a parameter that belongs to no layer depends on its channels")
         name = names.get(target)
         if name is None:  # torch-pruning's stand-in for an addition, a reshape, a concatenation
             continue
         if name not in neurons and not prunable_type(target):
             continue
         side: Side = "neuron" if name in neurons else "out" if graph.is_out_channel_pruning_fn(handler) else "in"
-        member = Member(name, side, _index(item.idxs, item.root_idxs, size))
-        if name in neurons:  # [N, C, ...]
-            member = replace(member, width=neurons[name][1], axis=1 - len(neurons[name]))
-        if members.setdefault((name, side), member) is not member:
-            raise _UnfitError(f"{name} takes its channels in twice")
-        blocks.add(_blocks(target, member))
-    if len(blocks) > 2:
-        raise _UnfitError(f"it is coupled with convolutions of different group counts ({sorted(blocks - {1})})")
-    for probe in {0, size // 2}:  # channels of one layer that are tied to each other
-        alone = graph.get_pruning_group(module, pruner.prune_out_channels, [probe])
-        own = next(i.idxs for i in alone if i.dep.target.module is module and i.dep.handler == group[0].dep.handler)
-        if sorted(set(own)) != [probe]:
-            raise _UnfitError("its channels are tied to one another")
-    return ChannelGroup(tuple(members.values()), size, max(blocks))
+        if (name, side) in found:
+            raise UnfitError(f"{name} takes its channels in twice")
+        found[name, side] = (item.idxs, item.root_idxs)
+    return found
 
 
 def _index(idxs: list[int], roots: list[int], size: int) -> Tensor:
     if None in roots or len(idxs) % size or len(idxs) == 0:
-        raise _UnfitError("its channels don't map evenly onto what follows")
+        raise UnfitError("its channels don't map evenly onto what follows")
     root, index = torch.tensor(roots), torch.tensor(idxs)
     order = torch.argsort(root * (int(index.max()) + 1) + index)
     rows = root[order].view(size, -1)
     if not torch.equal(rows, torch.arange(size)[:, None].expand_as(rows)):
-        raise _UnfitError("its channels don't map evenly onto what follows")
+        raise UnfitError("its channels don't map evenly onto what follows")
     return index[order].view(size, -1)
 
 
@@ -383,5 +394,5 @@ def _blocks(module: nn.Module, member: Member) -> int:
     if groups == 1 or depthwise:
         return 1
     if not torch.equal(member.index.flatten(), torch.arange(len(member.index))):
-        raise _UnfitError(f"the {groups} groups of {member.module} don't match its channels one to one")
+        raise UnfitError(f"the {groups} groups of {member.module} don't match its channels one to one")
     return int(groups)

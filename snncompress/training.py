@@ -14,6 +14,7 @@ from .data import Batch, Feed
 from .errors import DataError, OptionError
 from .interfaces import Adapter, Forward, Loss
 from .progress import Progress, tracked
+from .surgery import mode
 
 
 def class_scores(output: Any) -> Tensor:
@@ -53,19 +54,15 @@ def accuracy(model: nn.Module, feed: Feed) -> float:
     One pass over the data in eval mode, without gradients; memory doesn't grow with the number of batches. The
     train/eval flags are as before afterwards, the neurons reset. Raises DataError as :func:`classification_loss` does.
     """
-    modes = {module: module.training for module in model.modules()}
     right = total = 0
-    model.eval()
     try:
-        with torch.no_grad():
+        with mode(model, training=False), torch.no_grad():
             for batch in feed:
                 scores, y = _scores_and_labels(feed(model, batch), batch)
                 labels = y.argmax(1) if y.dim() == 2 else y
                 right += int((scores.argmax(1) == labels).sum())
                 total += len(labels)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         feed.adapter.reset(model)
     return right / total
 
@@ -108,7 +105,7 @@ def loss_of(feed: Feed, output: Any, batch: Batch) -> Tensor:
         loss = feed.loss(output, batch.y)
     except Exception as error:  # the loss is the user's: anything can come out of it
         raise DataError(f"loss(output, y) failed: {type(error).__name__}: {error}") from error
-    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad == torch.is_grad_enabled()):
         what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise DataError(
             f"loss(output, y) must return a scalar that depends on the model's weights, not {what}. Likely cause: it "
@@ -173,10 +170,8 @@ def train(
         raise OptionError("Nothing to train: no parameter of this model requires a gradient.")
     optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    modes = {module: module.training for module in model.modules()}
-    model.train()
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with mode(model, training=True), torch.inference_mode(False), torch.enable_grad():
             for epoch in range(epochs):
                 for batch in tracked(feed, progress, f"{what}fine-tuning, epoch {epoch + 1}/{epochs}"):
                     optimizer.zero_grad()
@@ -184,7 +179,5 @@ def train(
                     optimizer.step()
                 schedule.step()
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         optimizer.zero_grad()
         feed.adapter.reset(model)

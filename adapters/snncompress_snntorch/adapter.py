@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class SNNTorchAdapter(Adapter):
                 if isinstance(state, Tensor):
                     setattr(neuron, name, state.detach().new_zeros(0))
             vars(neuron).pop("reset", None)  # the reset signal of the last step
+        self.reset_pools(model)
 
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
         """Loops over T where the neurons keep their state, else leaves the loop to the model."""
@@ -98,6 +99,18 @@ class SNNTorchAdapter(Adapter):
             vars(neuron)["linear_features"] = recurrent.out_features
         else:
             vars(neuron)["conv2d_channels"] = recurrent.out_channels
+
+    def make_neuron(self, kind: Literal["lif", "if"]) -> nn.Module:
+        """Leaky with hidden state: β = 1 - 1/τ = 0.5, or 1. Its input comes in whole, not divided by τ."""
+        try:
+            from snntorch import Leaky, surrogate
+        except ImportError as error:
+            raise ModelError(f"snnTorch can't be imported ({error}): pip install 'snntorch>=1.0'.") from error
+        beta, reset = (0.5, "zero") if kind == "lif" else (1.0, "subtract")
+        made: nn.Module = Leaky(
+            beta=beta, threshold=1.0, reset_mechanism=reset, spike_grad=surrogate.atan(), init_hidden=True
+        )
+        return made
 
     @contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class SpikingJellyAdapter(Adapter):
         for module in model.modules():
             if _is_memory(module):
                 module.reset()
+        self.reset_pools(model)
 
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
         """[T, N, ...] at once in multi-step mode, else step by step, the outputs stacked to [T, N, ...]."""
@@ -96,6 +97,18 @@ class SpikingJellyAdapter(Adapter):
                 f"{type(neuron).__name__} holds layers of its own ({', '.join(layers)}), so its channels stay."
             )
         remove_along(neuron, indices, width=width, axis=axis)
+
+    def make_neuron(self, kind: Literal["lif", "if"]) -> nn.Module:
+        """LIFNode, whose input leaks too (``decay_input``), or IFNode; single-step."""
+        try:
+            from spikingjelly.activation_based import neuron, surrogate
+        except ImportError as error:
+            raise ModelError(f"SpikingJelly can't be imported ({error}): pip install 'spikingjelly>=2.0'.") from error
+        options: dict[str, Any] = {"v_threshold": 1.0, "surrogate_function": surrogate.ATan()}
+        made: nn.Module = (
+            neuron.LIFNode(tau=2.0, v_reset=0.0, **options) if kind == "lif" else neuron.IFNode(v_reset=None, **options)
+        )
+        return made
 
 
 class _Tap(nn.Module):

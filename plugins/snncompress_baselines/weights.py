@@ -28,7 +28,7 @@ class WeightMagnitude(_WeightCriterion):
     """score(w) = |w|.
 
     Args:
-        scope: "global" compares weights across all layers that are pruned; "layer" removes the same share of each.
+        scope: "global" compares weights across all layers of the same ratio; "layer" removes the same share of each.
 
     Shapes:
         weight [C, ...] → score [C, ...].
@@ -56,7 +56,7 @@ class LAMP(_WeightCriterion):
     Within a layer the order is that of magnitude; across layers the share of a layer that a weight makes up counts.
 
     Args:
-        scope: "global" compares weights across all layers that are pruned; with "layer" it is ``weight_magnitude``.
+        scope: "global" compares weights across all layers of the same ratio; with "layer" it is ``weight_magnitude``.
 
     Shapes:
         weight [C, ...] → score [C, ...], float64, in [0, 1].
@@ -82,7 +82,7 @@ class WeightRandom(_WeightCriterion):
     """Uniform random scores in [0, 1), from ``layer.generator``: the floor that every criterion has to beat.
 
     Args:
-        scope: "global" compares weights across all layers that are pruned; "layer" removes the same share of each.
+        scope: "global" compares weights across all layers of the same ratio; "layer" removes the same share of each.
 
     Shapes:
         → score [C, ...].
@@ -114,7 +114,7 @@ class _GradientCriterion(_WeightCriterion):
 
     def begin(self, layer: Layer) -> _Slopes:
         """No batches yet."""
-        return _Slopes(torch.zeros_like(layer.weight))
+        return _Slopes(torch.zeros_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32)))
 
     def end_batch(self, layer: Layer, state: _Slopes) -> _Slopes:
         """Add this batch's gradient."""
@@ -140,7 +140,7 @@ class WeightGradient(_GradientCriterion):
     """score(w) = mean over batches of |∂L/∂w|, through the surrogate gradient: criticality alone, without magnitude.
 
     Args:
-        scope: "global" compares weights across all layers that are pruned; "layer" removes the same share of each.
+        scope: "global" compares weights across all layers of the same ratio; "layer" removes the same share of each.
 
     Shapes:
         weight_grad [C, ...] → score [C, ...], in units of the loss per unit of weight.
@@ -175,7 +175,7 @@ class SNIP(_GradientCriterion):
     network; here the one that is handed in is scored.
 
     Args:
-        scope: "global", as published, compares weights across all layers that are pruned; "layer" removes the same
+        scope: "global", as published, compares weights across all layers of the same ratio; "layer" removes the same
             share of each.
 
     Shapes:

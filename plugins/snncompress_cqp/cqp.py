@@ -43,7 +43,7 @@ class CQP(Criterion):
         tau: τ in [0, 1], above which a weight is critical; 1 protects none.
         unit: "weight" scores each weight by itself; "input" a whole input (column of a linear layer, input channel of
             a convolution) by mean|w| · C^α, C being its mean |∂L/∂w| over the column divided by the largest.
-        scope: "global" compares weights across all layers that are pruned, made comparable as in LAMP
+        scope: "global" compares weights across all layers of the same ratio, made comparable as in LAMP
             (:func:`snncompress.layer_adaptive`); "layer" removes the same share of every layer.
 
     Shapes:
@@ -83,7 +83,7 @@ class CQP(Criterion):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        for option, value, most in (("alpha", self.alpha, float("inf")), ("tau", self.tau, 1.0)):
+        for option, value, most in (("alpha", self.alpha, 100.0), ("tau", self.tau, 1.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
                 raise OptionError(f"{self.name}: {option} must be a number from 0 to {most:g}, not {value!r}.")
         for option, chosen, choices in (("unit", self.unit, get_args(Unit)), ("scope", self.scope, get_args(Scope))):
@@ -92,7 +92,7 @@ class CQP(Criterion):
 
     def begin(self, layer: Layer) -> Slopes:
         """No batches yet."""
-        return Slopes(torch.zeros_like(layer.weight))
+        return Slopes(torch.zeros_like(layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32)))
 
     def end_batch(self, layer: Layer, state: Slopes) -> Slopes:
         """Add this batch's |∂L/∂w|."""

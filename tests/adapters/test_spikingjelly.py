@@ -282,7 +282,7 @@ def test_contexts_around_the_call(context: str) -> None:
         "no_grad": torch.no_grad,
         "inference_mode": torch.inference_mode,
     }
-    model, x, y = convolutional().float(), X.float(), torch.arange(3)
+    model, x, y = convolutional().float(), 4 * X.float(), torch.arange(3)
     with contexts[context]():
         small = snncompress.apply(model, "taylor", 0.5, 4, data=(x, y), timesteps=2, finetune=1)
     assert small[0].out_channels == 4
@@ -293,7 +293,7 @@ def test_frozen_layers_are_scored_and_stay_frozen() -> None:
     model = convolutional().float()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    small = snncompress.apply(model, "taylor", 0.5, 4, data=(X.float(), torch.arange(3)), timesteps=2)
+    small = snncompress.apply(model, "taylor", 0.5, 4, data=(4 * X.float(), torch.arange(3)), timesteps=2)
     assert small[0].out_channels == 4
     assert not any(p.requires_grad for p in small.parameters())
 

@@ -283,7 +283,9 @@ def test_criterion_of_another_granularity_or_need(case: Case) -> None:
     class Needs(Returning):
         needs = frozenset({"spike"})
 
-    with pytest.raises(OptionError, match=r"scores blocks; apply\(\) removes channels and weights"):
+    with pytest.raises(
+        OptionError, match=r"granularity 'block'; a Criterion scores a 'channel' or a 'weight', a BlockCriterion"
+    ):
         apply(case, Blocks(None))
     with pytest.raises(OptionError, match=r"needs \['spike'\]; known are 'spikes', 'membrane', 'gradients'"):
         apply(case, Needs(None))

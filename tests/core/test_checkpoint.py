@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import snncompress
 from snncompress import OptionError, SilentNeuronsWarning, StorageError
@@ -92,11 +93,69 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         with_checkpoint(tmp_path, ratio=0.6)
     with pytest.raises(OptionError, match="differs in skip"):
         with_checkpoint(tmp_path, skip=["0"])
+    with pytest.raises(OptionError, match="differs in functions"):
+        with_checkpoint(tmp_path, loss=print)
+    with pytest.raises(OptionError, match="differs in first batch"):
+        snncompress.apply(
+            network("spikingjelly"), "weight_magnitude", 0.5, None, data=torch.zeros(2, 16), timesteps=2,
+            checkpoint=tmp_path,
+        )  # fmt: skip
+    other = network("spikingjelly")
+    other[1].v_threshold = 0.5
+    with pytest.raises(OptionError, match="differs in model"):
+        with_checkpoint(tmp_path, other)
     other = network("spikingjelly")
     with torch.no_grad():
         other[0].weight[0, 0] += 1
     with pytest.raises(OptionError, match="differs in model"):
         with_checkpoint(tmp_path, other)
+
+
+def test_the_order_of_keys_matters_since_the_last_match_counts(tmp_path: Path) -> None:
+    with_checkpoint(tmp_path, ratio={"0": 0.5, "*": 0.2})
+    with pytest.raises(OptionError, match="differs in order of keys"):
+        with_checkpoint(tmp_path, ratio={"*": 0.2, "0": 0.5})
+
+
+@pytest.mark.parametrize("seeded", ["sampler", "batch_sampler"])
+def test_the_loaders_own_generator_finds_its_place(tmp_path: Path, seeded: str) -> None:
+    class StopError(Exception):
+        pass
+
+    def apply(folder: Path | None, stop: bool = False) -> nn.Module:
+        x, y = torch.rand(48, 16, generator=torch.Generator().manual_seed(1)), torch.arange(48) % 4
+        samples, order = TensorDataset(x, y), torch.Generator().manual_seed(2)
+        sampler = RandomSampler(samples, generator=order)
+        data = (
+            DataLoader(samples, 16, sampler=sampler)
+            if seeded == "sampler"
+            else DataLoader(samples, batch_sampler=BatchSampler(sampler, 16, False))
+        )
+
+        def progress(what: str, done: int, total: int | None) -> None:
+            if stop and what.startswith("step 3/"):
+                raise StopError
+
+        return snncompress.apply(
+            network("spikingjelly"), "cqp", 0.6, None, data=data, timesteps=3, scheduler="iterative", finetune=1,
+            progress=progress, checkpoint=folder,
+        )  # fmt: skip
+
+    with pytest.raises(StopError):
+        apply(tmp_path, stop=True)
+    assert result(apply(tmp_path)) == result(apply(None))
+
+
+def test_another_number_of_generators_is_named(tmp_path: Path) -> None:
+    def apply(generator: torch.Generator | None) -> None:
+        data = DataLoader(TensorDataset(torch.ones(4, 16)), 2, generator=generator)
+        snncompress.apply(
+            network("spikingjelly"), "weight_magnitude", 0.5, None, data=data, timesteps=2, checkpoint=tmp_path
+        )
+
+    apply(torch.Generator())
+    with pytest.raises(OptionError, match="2 random generators, this one has 1"):
+        apply(None)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1])
@@ -123,6 +182,8 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"checkpoint='.*file' can't be used as a folder"):
         with_checkpoint(str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="checkpoint=True can't be used as a folder"):
+        with_checkpoint(True)
 
 
 def test_write_whole_leaves_the_old_file_where_writing_fails(tmp_path: Path) -> None:

@@ -67,12 +67,28 @@ def test_two_classes_three_steps() -> None:
 def test_the_mean_is_over_samples_and_silence_is_uniform() -> None:
     # Sample 0 is silent, then says class 1; sample 1 says class 0, then class 1 twice.
     # Distributions: (1/2, 1/2), (0, 1), (0, 1) and (1, 0), (1/2, 1/2), (1/3, 2/3).
-    result = analysed([[[0, 0], [1, 0]], [[0, 1], [0, 1]], [[0, 0], [0, 1]]], labels=[1, 1])
+    spikes = [[[0, 0], [1, 0]], [[0, 1], [0, 1]], [[0, 0], [0, 1]]]
+    result = analysed(spikes, labels=[1, 1], mode="smoothed")
     first = (divergence([0.5, 0.5], [0, 1]) + divergence([1, 0], [0.5, 0.5])) / 2
     second = divergence([0.5, 0.5], [1 / 3, 2 / 3]) / 2
     assert result.kl == pytest.approx((first, second), rel=1e-9)
     assert result.cumulative == pytest.approx((first / (first + second), 1), rel=1e-9)
     assert result.accuracy == (0, 0.5, 1)  # argmax of a tie is class 0
+    # By default what sample 0 does from silence to its first spike says nothing, ε aside.
+    alone = divergence([1, 0], [0.5, 0.5]) / 2
+    assert analysed(spikes).kl == pytest.approx((alone, second), rel=1e-9)
+
+
+def test_no_answer_before_most_samples_have_spoken() -> None:
+    # Four samples say class 1 once, at steps 1, 1, 2 and 3: nobody changes his mind, so all KL is 0. Half have spoken
+    # after step 1, three quarters after step 2, all after step 3 of 4.
+    spikes = [[[0, 0]] * 4 for _ in range(4)]
+    for sample, step in enumerate((0, 0, 1, 2)):
+        spikes[step] = [list(s) for s in spikes[step]]
+        spikes[step][sample] = [0, 1]
+    assert not any(analysed(spikes).kl)
+    assert [analysed(spikes, share=share).t_star for share in (0.5, 0.75, 0.95, 1.0)] == [1, 2, 3, 3]
+    assert analysed([[[0, 0]]] * 3).t_star == 1  # who never speaks isn't waited for
 
 
 def test_single_steps_of_the_mean_sample() -> None:
@@ -137,12 +153,13 @@ def test_nothing_changes_after_the_first_step() -> None:
 def test_cumulative_shares_rise_to_one(steps: int, samples: int, classes: int, unit: float, seed: int) -> None:
     torch.manual_seed(seed)
     outputs = unit * torch.randint(0, 3, (steps, samples, classes))
-    for mode in ("cumulative", "step"):
+    for mode in ("cumulative", "smoothed", "step"):
         result = analysed(outputs, mode=mode)
         assert all(v >= 0 for v in result.kl)
         assert list(result.cumulative) == sorted(result.cumulative)
         assert 1 <= result.t_star <= steps
-        assert result.cumulative[-1:] in ((1,), ()) if sum(result.kl) else result.t_star == 1
+        assert result.cumulative[-1:] in (((1,), ()) if sum(result.kl) else ((0,), ()))
+        assert mode == "cumulative" or sum(result.kl) or result.t_star == 1
 
 
 # ------------------------------------------------------------------------------------------

@@ -397,3 +397,14 @@ def test_the_last_truncation_counts() -> None:
     assert Plan((TruncateTimesteps(5), quantize, TruncateTimesteps(3), quantize)).timesteps == 3
     assert Plan((quantize,)).timesteps is None
     assert "timesteps=5" in str(Plan((TruncateTimesteps(5),)))
+
+
+def test_another_step_mode_is_refused_rather_than_samples_cut() -> None:
+    net = nn.Sequential(layer.Linear(3, 4), neuron.IFNode(), layer.Linear(4, 2), neuron.IFNode())
+    functional.set_step_mode(net, "m")
+    small = snncompress.apply(net, None, bits=None, data=torch.rand(T, 5, 3), truncate=KEPT)
+    assert len(small(torch.rand(T, 5, 3))) == KEPT
+    functional.reset_net(small)
+    functional.set_step_mode(small, "s")
+    with pytest.raises(ModelError, match=r"truncated to 4 timesteps for inputs of 3 dimensions, and got \[5, 3\]"):
+        small(torch.rand(5, 3))

@@ -96,9 +96,10 @@ def test_a_weight_that_is_gone_stays_gone() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"alpha": -1}, "alpha must be a number from 0 to inf, not -1"),
+        ({"alpha": -1}, "alpha must be a number from 0 to 100, not -1"),
         ({"alpha": float("nan")}, "alpha"),
         ({"alpha": True}, "alpha"),
+        ({"alpha": float("inf")}, "alpha"),
         ({"tau": 1.5}, "tau must be a number from 0 to 1, not 1.5"),
         ({"unit": "neuron"}, "unit must be one of weight, input, not 'neuron'"),
         ({"scope": "network"}, "scope must be one of layer, global"),

@@ -1,0 +1,18 @@
+"""Plugin: the block criteria ``ablation`` and ``fire``, and the schedules of SNN SqueezeNet-P."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from snncompress import Criterion, hookimpl
+
+from .fire import SCHEDULES, Ablation, Fire, Keep, schedule
+
+__all__ = ["SCHEDULES", "Ablation", "Fire", "Keep", "schedule"]
+
+
+@hookimpl
+def register_criteria(register: Callable[[type[Criterion]], None]) -> None:
+    """Offer what is found by measuring; a schedule is made with :func:`schedule`."""
+    register(Ablation)
+    register(Fire)
