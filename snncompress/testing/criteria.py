@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.errors import PluginError
-from snncompress.interfaces import Criterion, Layer, Scope, Signal
+from snncompress.interfaces import BlockCriterion, Criterion, Layer, Scope, Signal
 
 from .common import broken, calling, check_name, check_options
 
@@ -25,7 +25,8 @@ def check_criterion(criterion: Criterion) -> None:
     Checked: scores are [C], or of the weight's shape for single weights, and finite, also for a silent layer;
     they are the same when the timesteps come one by one and all at once, when the fold is repeated under another
     global seed, and when two layers are folded in turns (so no state sits in the instance); the tensors that the
-    criterion is shown stay as they are; the options are JSON.
+    criterion is shown stay as they are; the options are JSON. A block criterion is given made-up losses instead: its
+    scores are finite, one per block, and the same every time.
 
     Raises:
         PluginError: the first of these that fails, or an exception in the criterion.
@@ -42,6 +43,9 @@ def check_criterion(criterion: Criterion) -> None:
     """
     check_name(criterion)
     check_options(criterion)
+    if isinstance(criterion, BlockCriterion):
+        _check_blocks(criterion)
+        return
     if criterion.granularity not in ("channel", "weight"):
         raise broken(criterion, f"granularity must be 'channel' or 'weight', not {criterion.granularity!r}.")
     if criterion.scope not in get_args(Scope):
@@ -55,6 +59,21 @@ def check_criterion(criterion: Criterion) -> None:
                 _check_scores(criterion, _Activity.random(maps, seed=0), _Activity.random(maps, seed=1))
             except PluginError as error:
                 raise PluginError(f"{kind}: {error}") from error
+
+
+def _check_blocks(criterion: BlockCriterion) -> None:
+    """Five blocks, the loss without some of which is made up."""
+    losses = {"a": 0.5, "b": 0.1, "c": 0.9, "d": 0.1, "e": 0.3}
+    with calling(criterion, "score_blocks()"):
+        scores = [
+            torch.as_tensor(criterion.score_blocks(list(losses), lambda names: 1 + sum(losses[n] for n in names)))
+            for _ in range(2)
+        ]
+    for found in scores:
+        if found.shape != (len(losses),) or not bool(torch.isfinite(found.double()).all()):
+            raise broken(criterion, f"score_blocks() must return {len(losses)} finite numbers, not {found.tolist()}.")
+    if not torch.equal(*scores):
+        raise broken(criterion, "the same blocks got other scores the second time.")
 
 
 def _check_scores(criterion: Criterion, activity: _Activity, other: _Activity) -> None:

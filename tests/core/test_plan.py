@@ -12,7 +12,7 @@ from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 import snncompress
-from snncompress import Plan, PlanError, QuantizeWeights, RemoveChannels
+from snncompress import Plan, QuantizeWeights, RemoveChannels
 from snncompress.edits import Slice
 
 
@@ -99,13 +99,6 @@ def test_the_damage_is_what_is_refused(plan: Plan) -> None:
     """The same route without damage works."""
     assert [e.kind for e in plan.edits] == ["quantize_weights"] * 3 + ["remove_channels"] * 2
     Plan.from_json(plan.to_json()).apply(network())
-
-
-@pytest.mark.parametrize("edit", [snncompress.RemoveBlock("0")])
-def test_edits_to_come_are_named_not_ignored(edit: snncompress.Edit) -> None:
-    text = Plan((edit,)).to_json()
-    with pytest.raises(PlanError, match=f"can't replay '{edit.kind}' edits"):
-        Plan.from_json(text).apply(network())
 
 
 def test_prints_what_was_done(plan: Plan) -> None:
