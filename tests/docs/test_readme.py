@@ -38,7 +38,7 @@ def test_code_parses_and_names_what_exists(block: str) -> None:
             assert hasattr(snncompress, node.attr), node.attr
 
 
-@pytest.mark.parametrize("result", ["mnist.md", "performance.md"])
+@pytest.mark.parametrize("result", ["mnist.md", "performance.md", "cqp_mnist.md", "nmnist.md", "unstructured.md"])
 def test_tables_are_what_the_benchmarks_wrote(result: str) -> None:
     """Every table row of the README's measured section stands in a result file."""
     measured = README.split("## What it is worth, measured")[1].split("\n## ")[0]
