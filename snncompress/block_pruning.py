@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from .blocks import Block, find_blocks
 from .copying import private_copy
-from .data import Feed
+from .data import Batch, Feed
 from .edits import REPAIRS, Edit, RemoveBlock, Repair
 from .errors import DataError, ModelError, OptionError, PlanError, PluginError
 from .interfaces import Adapter, BlockCriterion
@@ -199,13 +199,13 @@ def _project(model: nn.Module, trial: nn.Module, block: Block, consumer: str, fe
     _fold(old, new, torch.linalg.solve(gram + ridge, cross))
 
 
-def _inputs(net: nn.Module, layer: nn.Module, feed: Feed, batch: object) -> list[Tensor]:
+def _inputs(net: nn.Module, layer: nn.Module, feed: Feed, batch: Batch) -> list[Tensor]:
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     with ExitStack() as stack, torch.no_grad():
         stack.callback(handle.remove)
         stack.callback(feed.adapter.reset, net)
-        feed(net, batch)  # type: ignore[arg-type]
+        feed(net, batch)
     return seen
 
 
@@ -214,7 +214,7 @@ def _by_channel(x: Tensor, layer: nn.Module, channels: int) -> Tensor:
     if isinstance(layer, nn.Linear):  # features [channels · k], as flattening leaves them
         flat = x.reshape(-1, channels, x.shape[-1] // channels).movedim(1, -1)
     else:
-        flat = x.movedim(1 - layer.weight.dim(), -1)  # type: ignore[operator]
+        flat = x.movedim(1 - stored_weight(layer).dim(), -1)
     return flat.reshape(-1, channels).double().cpu()
 
 

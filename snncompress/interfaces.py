@@ -138,8 +138,8 @@ class BlockCriterion(Criterion):
         """
 
     def score(self, layer: Layer, state: Any) -> Tensor:
-        """Blocks aren't scored layer by layer."""
-        raise NotImplementedError
+        """Blocks aren't scored layer by layer: the core calls ``score_blocks`` instead."""
+        raise NotImplementedError(f"{self.name} scores blocks, not layers: call score_blocks().")
 
 
 class Quantizer(_Plugin):
