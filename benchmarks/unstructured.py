@@ -33,7 +33,7 @@ from snncompress.recording import record
 from snncompress.registry import registry
 from snncompress.selection import lowest_scores
 from snncompress.tracing import trace
-from snncompress.training import classification_loss
+from snncompress.training import cross_entropy
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITY = 0.9
@@ -65,12 +65,12 @@ class Bench:
         self.model.eval()
         for batch in self.feed:
             self.model.zero_grad()
-            classification_loss(self.feed(self.model, batch), batch).backward()
+            cross_entropy(self.feed(self.model, batch), batch.y).backward()
 
     def train_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         batch = self.feed.first()
         optimizer.zero_grad()
-        classification_loss(self.feed(model, batch), batch).backward()
+        cross_entropy(self.feed(model, batch), batch.y).backward()
         optimizer.step()
 
     def own_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -78,7 +78,7 @@ class Bench:
         batch = self.feed.first()
         self.adapter.reset(model)
         optimizer.zero_grad()
-        classification_loss(torch.stack([model(batch.x) for _ in range(self.timesteps)]), batch).backward()
+        cross_entropy(torch.stack([model(batch.x) for _ in range(self.timesteps)]), batch.y).backward()
         optimizer.step()
 
     def optimized(self) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:

@@ -23,6 +23,8 @@ from .errors import (
     SyntheticDataWarning,
     UnknownNameError,
 )
+from .evaluation import Evaluation, evaluate
+from .gradients import GradientAwareLoss, GradientFlow, gradient_flow
 from .hookspecs import hookimpl
 from .interfaces import (
     Adapter,
@@ -45,17 +47,20 @@ from .plan import Plan, plan_of
 from .profiling import compare, profile
 from .registry import criteria, energy_models, plugins, quantizers, schedulers
 from .reporting import Comparison, LayerProfile, Profile
+from .searching import BlockSearch, Candidate, block_search
 from .selection import layer_adaptive
 from .surgery import patched, remove_along
 from .sweeps import sensitivity, threshold_sweep
 from .temporal import TemporalAnalysis, temporal_analysis
-from .training import finetune
+from .training import cross_entropy, finetune
 from .version import __version__
 
 __all__ = [
     "Adapter",
     "Batch",
     "BlockCriterion",
+    "BlockSearch",
+    "Candidate",
     "Comparison",
     "Conventions",
     "Criterion",
@@ -63,8 +68,11 @@ __all__ = [
     "Edit",
     "EmptyLayerWarning",
     "EnergyModel",
+    "Evaluation",
     "Feed",
     "Fire",
+    "GradientAwareLoss",
+    "GradientFlow",
     "Granularity",
     "Layer",
     "LayerProfile",
@@ -97,12 +105,16 @@ __all__ = [
     "UnknownNameError",
     "__version__",
     "apply",
+    "block_search",
     "collapse",
     "compare",
     "convert",
     "criteria",
+    "cross_entropy",
     "energy_models",
+    "evaluate",
     "finetune",
+    "gradient_flow",
     "hookimpl",
     "layer_adaptive",
     "patched",

@@ -7,12 +7,14 @@ from torch.nn.parameter import is_lazy
 
 from .errors import ModelError, OptionError
 from .interfaces import Adapter
+from .plain import PlainAdapter
 from .registry import adapters, registry
 
 
-def find_adapter(model: nn.Module, adapter: Adapter | str | None = None) -> Adapter:
+def find_adapter(model: nn.Module, adapter: Adapter | str | None = None, *, plain: bool = False) -> Adapter:
     """The adapter that knows the model's neurons; ``adapter`` names one, or is one, to settle it by hand.
 
+    With ``plain``, a network in which no adapter knows a neuron is an ordinary one and gets a :class:`PlainAdapter`.
     Raises ModelError where the model has no spiking neuron, neurons of two frameworks, or uninitialised layers.
     """
     if not isinstance(model, nn.Module):
@@ -35,6 +37,8 @@ def find_adapter(model: nn.Module, adapter: Adapter | str | None = None) -> Adap
             f"{type(model).__name__} mixes neurons of several frameworks: {examples}. Compress the parts one by one, "
             f"or pass adapter= to treat it as one framework's model."
         )
+    if plain:
+        return PlainAdapter()
     names = ", ".join(a.framework for a in candidates) or "none installed"
     raise ModelError(
         f"{type(model).__name__} has no spiking neuron of a known framework ({names}). An ordinary network must be "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -59,6 +60,12 @@ class BlockPruning(Pruning):
             self.whole = {name: str(why) for name, b in blocks.items() if (why := self._refusal(b))}
         return {name: b for name, b in blocks.items() if name not in self.whole}
 
+    def on(self, model: nn.Module) -> BlockPruning:
+        """The same for a copy of the model."""
+        twin = copy.copy(self)
+        twin.model = model
+        return twin
+
     def _is_gone(self, name: str) -> bool:
         try:
             return isinstance(self.model.get_submodule(name), nn.Identity)
@@ -86,13 +93,11 @@ class BlockPruning(Pruning):
         gone = len(self._all or ()) - len(scores)
         count = max(0, math.floor(round(share(self._ratio) * len(self._all or ()), 9)) - gone)
         chosen = self.criterion.select(torch.stack(list(scores.values())), count) if scores else torch.zeros(0)
-        edits: list[Edit] = []
-        for name, go in zip(scores, chosen.tolist(), strict=True):
-            if go:
-                edits.append(self._remove(self.blocks()[name]))
-        return edits
+        return [self.remove(name) for name, go in zip(scores, chosen.tolist(), strict=True) if go]
 
-    def _remove(self, block: Block) -> Edit:
+    def remove(self, name: str) -> Edit:
+        """Remove one block, and fit what follows it."""
+        block = self.blocks()[name]
         edit, trial = self._tried(block)
         if self.criterion.repair == "project":
             whole = private_copy(self.model, self.adapter).eval()

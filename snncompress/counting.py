@@ -125,11 +125,14 @@ def count_operations(layer: nn.Module, x: Tensor, conventions: Conventions | str
 
 
 class WeightCounter:
-    """Running operation counts of one weight layer: :meth:`add` once per call, then :meth:`totals`."""
+    """Running operation counts of one weight layer: :meth:`add` once per call, then :meth:`totals`.
 
-    def __init__(self, layer: nn.Module, conventions: Conventions) -> None:
-        self.layer, self.conventions = layer, conventions
-        self.spiking = True
+    In an ``analog`` network no input is taken for spikes, whatever its values.
+    """
+
+    def __init__(self, layer: nn.Module, conventions: Conventions, analog: bool = False) -> None:
+        self.layer, self.conventions, self.analog = layer, conventions, analog
+        self.spiking = not analog
         """Whether every input so far was spikes."""
         self.input_sum, self.input_elements = 0.0, 0
         self._ac: float = 0
@@ -141,7 +144,8 @@ class WeightCounter:
         """Count one call of the layer: input ``x`` [..., C, *spatial], the shape of its output."""
         c, x = self.conventions, x.detach()
         # Decided per run, a layer that was analog once stays so and needs no further look.
-        spiking = (self.spiking or c.spike_scope == "call") and is_spikes(x, c.spike_values)
+        undecided = not self.analog and (self.spiking or c.spike_scope == "call")
+        spiking = undecided and is_spikes(x, c.spike_values)
         self.spiking = self.spiking and spiking
         has_bias = getattr(self.layer, "bias", None) is not None
         bias = math.prod(output_shape) if c.bias and has_bias else 0
@@ -208,8 +212,8 @@ class WeightCounter:
 class PlainCounter:
     """Running operation counts of a normalization or pooling layer, for conventions that count them."""
 
-    def __init__(self, layer: nn.Module, conventions: Conventions) -> None:
-        self.conventions = conventions
+    def __init__(self, layer: nn.Module, conventions: Conventions, analog: bool = False) -> None:
+        self.conventions, self.analog = conventions, analog
         # A normalization without an affine part saves one operation per element.
         affine = getattr(layer, "weight", None) is not None
         self.is_pool = isinstance(layer, POOLS)
@@ -221,7 +225,7 @@ class PlainCounter:
     def add(self, x: Tensor) -> None:
         """Count one call on input ``x``."""
         c = self.conventions
-        if (self.is_pool or c.counting == "rate") and is_spikes(x, c.spike_values):
+        if not self.analog and (self.is_pool or c.counting == "rate") and is_spikes(x, c.spike_values):
             self.n_ac += self.per_element * float(spike_sum(x))
         else:
             self.n_mac += self.per_element * x.numel()

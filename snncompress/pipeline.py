@@ -234,7 +234,8 @@ def _pruning(
     if criterion is None:
         return None, {}
     if isinstance(criterion, BlockCriterion):
-        blocks = BlockPruning(model, feed.adapter, criterion, feed, check_ratio(ratio, "ratio"))
+        share = check_ratio(ratio, "ratio", all_may_go=True)
+        blocks = BlockPruning(model, feed.adapter, criterion, feed, share)
         return blocks, blocks.whole
     if criterion.granularity == "channel":
         todo, whole = targets(network, ratio, skips)

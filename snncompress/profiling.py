@@ -37,7 +37,10 @@ def profile(
     energy_model: EnergyModel | str = "horowitz_45nm",
     conventions: Conventions | str | None = None,
 ) -> Profile:
-    """Measure a spiking network on data: parameters, megabytes, operations, energy, firing rates.
+    """Measure a network on data: parameters, megabytes, operations, energy, firing rates.
+
+    A network without spiking neurons is an ordinary one: each sample goes through once, whatever ``timesteps``, and all
+    that it does is multiply-accumulates.
 
     Size is Eq. 16 of QP-SNN (ICLR 2025), Σ P_q·B_q + Σ P_fp·32 bits, in MB = 10⁶ bytes: a quantized weight
     counts its bit width, every other parameter (biases, normalization, learnable decays) 32 bits, also where
@@ -63,7 +66,7 @@ def profile(
             first dimension.
 
     Raises:
-        ModelError: no spiking neuron that an adapter knows, or an uninitialised layer.
+        ModelError: neurons of two frameworks, or an uninitialised layer.
         DataError: the data don't fit the model, or don't tell how many samples they hold.
         UnknownNameError: no energy model, adapter or conventions of that name.
         OptionError: an argument of a wrong type.
@@ -81,19 +84,31 @@ def profile(
         >>> round(result.energy_pj, 9), result.firing_rate   # 24 AC · 0.9 pJ
         (21.6, 1.0)
     """
-    found = find_adapter(model, adapter)
     rules = resolve_conventions(conventions)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
-    feed = Feed(found, data, timesteps, forward)
-    copy = private_copy(model, found).eval()
-    meter = _Meter(copy, found, rules)
-    with torch.random.fork_rng(cuda_devices(copy)), torch.no_grad(), found.alone(copy), meter.recording():
+    feed = Feed(find_adapter(model, adapter, plain=True), data, timesteps, forward)
+    return measure(model, feed, energy, rules)
+
+
+def measure(
+    model: nn.Module,
+    feed: Feed,
+    energy: EnergyModel,
+    rules: Conventions,
+    watch: Callable[[Any, Batch], None] | None = None,
+) -> Profile:
+    """What :func:`profile` does; ``watch`` is handed every output and its batch on the way."""
+    copy = private_copy(model, feed.adapter).eval()
+    meter = _Meter(copy, feed.adapter, rules)
+    with torch.random.fork_rng(cuda_devices(copy)), torch.no_grad(), feed.adapter.alone(copy), meter.recording():
         for batch in feed:
             output = feed(copy, batch)
-            if timesteps is not None and timesteps != len(batch.x):
-                meter.check_rows(timesteps)
+            if feed.timesteps is not None and feed.timesteps != len(batch.x):
+                meter.check_rows(feed.timesteps)
             meter.n_samples += _samples(output, batch)
             meter.n_batches += 1
+            if watch:
+                watch(output, batch)
     return Profile(
         layers=tuple(meter.rows(energy)),
         conventions=rules,
@@ -119,6 +134,9 @@ def compare(
     ``models`` maps names to networks, or to profiles made before: one that needs other arguments than the
     rest (fewer timesteps, say) is profiled on its own and handed in. Other arguments and errors:
     :func:`profile`.
+
+    A CNN and the spiking network that it became go in together; the ratio of energies is then
+    ``compare({"cnn": cnn, "snn": snn}, data, timesteps=T).ratios["snn"]["energy_pj"]``.
 
     Raises:
         OptionError: ``models`` is empty or no mapping, or the profiles were made under different conventions
@@ -168,13 +186,14 @@ class _Meter:
         self.neurons = {name: _NeuronCounter() for name in adapter.neurons(model)}
         self.weights: dict[str, WeightCounter] = {}
         self.plain: dict[str, PlainCounter] = {}
+        analog = not self.neurons
         for name, module in model.named_modules():
             if name in self.neurons:
                 continue
             if isinstance(module, WEIGHT_LAYERS):
-                self.weights[name] = WeightCounter(module, conventions)
+                self.weights[name] = WeightCounter(module, conventions, analog)
             elif isinstance(module, NORMS) or (conventions.pooling and isinstance(module, POOLS)):
-                self.plain[name] = PlainCounter(module, conventions)
+                self.plain[name] = PlainCounter(module, conventions, analog)
 
     def check_rows(self, timesteps: int) -> None:
         """Neurons that saw T rows, and not one for each sample, took time for samples."""

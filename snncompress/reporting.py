@@ -111,6 +111,11 @@ class Profile:
         return sum(rate * n for rate, n in rated) / updates if updates else None
 
     @property
+    def is_spiking(self) -> bool:
+        """Has the network spiking neurons that its adapter knows? Without, all operations are MACs of a single pass."""
+        return any(row.kind == "neuron" for row in self.layers)
+
+    @property
     def sparsity(self) -> float:
         """Share of weights (of weight layers) that are exactly 0."""
         weights = sum(row.n_weights for row in self.layers)
@@ -141,7 +146,8 @@ class Profile:
         header = ["layer", "kind", *_COLUMNS.values()]
         rows = [[row.name or "(model)", row.kind, *_cells(row)] for row in self.layers]
         total = ["total", "", *_cells(self)]
-        return f"{self.title}: {self._measured()}\n{table(header, rows, total)}\n{_footer(self)}"
+        note = "" if self.is_spiking else f"\n{_PLAIN.format(self.title)}"
+        return f"{self.title}: {self._measured()}\n{table(header, rows, total)}\n{_footer(self)}{note}"
 
     def _measured(self) -> str:
         samples = "1 sample" if self.n_samples == 1 else f"{self.n_samples:,} samples"
@@ -190,7 +196,9 @@ class Comparison:
             ]
             for metric, label in METRICS.items()
         ]
-        return f"{table(header, rows)}\n{_footer(self.profiles[names[0]])}"
+        plain = [name for name, p in self.profiles.items() if not p.is_spiking]
+        note = f"\n{_PLAIN.format(', '.join(plain))}" if plain else ""
+        return f"{table(header, rows)}\n{_footer(self.profiles[names[0]])}{note}"
 
     def _ratio(self, name: str, metric: str) -> float | None:
         reference = getattr(next(iter(self.profiles.values())), metric)
@@ -210,6 +218,8 @@ METRICS: dict[str, str] = {
     "state_mb": "neuron state (MB)",
 }
 """Totals of a profile, and how tables call them."""
+
+_PLAIN = "no spiking neurons in {}: an ordinary network, run once, all multiply-accumulates"
 
 _COLUMNS = {
     "n_params": "params",

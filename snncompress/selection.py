@@ -84,11 +84,13 @@ def _matching(pattern: str, names: Collection[str], what: str) -> list[str]:
     return matches
 
 
-def check_ratio(value: Any, what: str) -> float:
-    """A share in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
-        raise OptionError(f"{what} must be a number in [0, 1), the share to remove; not {value!r}.")
-    return float(value)
+def check_ratio(value: Any, what: str, *, all_may_go: bool = False) -> float:
+    """A share in [0, 1), or [0, 1]."""
+    share = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (0 <= share < 1 or (all_may_go and share == 1)):
+        bounds = "[0, 1]" if all_may_go else "[0, 1)"
+        raise OptionError(f"{what} must be a number in {bounds}, the share to remove; not {value!r}.")
+    return share
 
 
 def check_bits(value: Any, what: str) -> int | None:

@@ -17,6 +17,7 @@ from .copying import cuda_devices, private_copy, set_seed
 from .curves import Sensitivity, ThresholdSweep
 from .data import Feed
 from .errors import DataError, ModelError, OptionError
+from .evaluation import accuracy
 from .interfaces import Adapter, Criterion, Forward, Layer, Loss
 from .network import ChannelGroup, Network, weight_layers
 from .parametrizations import stored_weight, weight_mask
@@ -26,7 +27,6 @@ from .recording import Recording, record
 from .registry import registry
 from .selection import Target, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
 from .tracing import computed_or_shared, trace
-from .training import accuracy
 
 _ANY = 1e-12  # a ratio that every layer can bear: which layers could be pruned, not by how much
 

@@ -39,37 +39,19 @@ def class_scores(output: Any) -> Tensor:
     return output
 
 
-def classification_loss(output: Any, batch: Batch) -> Tensor:
-    """Cross-entropy of the time-averaged output against the batch's labels.
+def cross_entropy(output: Any, y: Tensor | None) -> Tensor:
+    """Cross-entropy of the time-averaged output [T, N, K], or of [N, K], against labels: what ``finetune`` minimizes.
 
     Labels are class indices [N] or class probabilities [N, K]; raises DataError for anything else, or without labels.
+
+    >>> cross_entropy(torch.zeros(4, 2, 2), torch.tensor([0, 1]))  # ln 2
+    tensor(0.6931)
     """
-    scores, y = _scores_and_labels(output, batch)
-    return F.cross_entropy(scores, y)
+    return F.cross_entropy(*scores_and_labels(output, y))
 
 
-def accuracy(model: nn.Module, feed: Feed) -> float:
-    """Share of the samples whose highest class score is that of their label (or of their most probable class).
-
-    One pass over the data in eval mode, without gradients; memory doesn't grow with the number of batches. The
-    train/eval flags are as before afterwards, the neurons reset. Raises DataError as :func:`classification_loss` does.
-    """
-    right = total = 0
-    try:
-        with mode(model, training=False), torch.no_grad():
-            for batch in feed:
-                scores, y = _scores_and_labels(feed(model, batch), batch)
-                labels = y.argmax(1) if y.dim() == 2 else y
-                right += int((scores.argmax(1) == labels).sum())
-                total += len(labels)
-    finally:
-        feed.adapter.reset(model)
-    return right / total
-
-
-def _scores_and_labels(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def scores_and_labels(output: Any, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scores [N, K] and the labels that fit them: indices [N] in int64, or probabilities [N, K]."""
-    y = batch.y
     if y is None:
         raise DataError("These data have no labels. Pass (x, y) batches, y being class indices [N] in a tensor.")
     scores = class_scores(output)
@@ -98,7 +80,7 @@ def _scores_and_labels(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def loss_of(feed: Feed, output: Any, batch: Batch) -> Tensor:
     """The loss that the feed was given, or cross-entropy; raises DataError where it can't be a loss."""
     if feed.loss is None:
-        return classification_loss(output, batch)
+        return cross_entropy(output, batch.y)
     if batch.y is None:
         raise DataError("loss(output, y) needs labels, and these data have none. Pass (x, y) batches.")
     try:
@@ -127,7 +109,7 @@ def finetune(
     adapter: Adapter | str | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Train ``model`` in place: Adam with a cosine schedule, cross-entropy on the time-averaged output.
+    """Train a network, spiking or not, in place: Adam, a cosine schedule, cross-entropy on the time-averaged output.
 
     ``loss(output, y)`` takes the place of cross-entropy, as torch's and snnTorch's losses do.
 
@@ -143,14 +125,19 @@ def finetune(
     >>> finetune(model, (x, y), epochs=2, timesteps=4) is model
     True
     """
+    check_training(epochs, lr, weight_decay)
+    found = find_adapter(model, adapter, plain=True)
+    train(model, Feed(found, data, timesteps, forward, loss), epochs, lr, weight_decay, progress)
+    return model
+
+
+def check_training(epochs: Any, lr: Any, weight_decay: Any = 0.0) -> None:
+    """Raise OptionError for what :func:`finetune` can't train with."""
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise OptionError(f"epochs must be a whole number of at least 0, not {epochs!r}.")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise OptionError(f"{name} must be a number of at least 0, not {value!r}.")
-    found = find_adapter(model, adapter)
-    train(model, Feed(found, data, timesteps, forward, loss), epochs, lr, weight_decay, progress)
-    return model
 
 
 def train(

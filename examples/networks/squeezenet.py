@@ -10,8 +10,12 @@ from .blocks import CHANNELS, lif
 
 
 def after(channels: int, norm: bool) -> nn.Module:
-    """What follows a convolution."""
-    return nn.Sequential(layer.BatchNorm2d(channels), lif()) if norm else lif()
+    """What follows a convolution. LIF neurons with τ = 2 take in half of their input, so a norm starts at scale 2."""
+    if not norm:
+        return lif()
+    bn = layer.BatchNorm2d(channels)
+    nn.init.constant_(bn.weight, 2.0)
+    return nn.Sequential(bn, lif())
 
 
 class Fire(nn.Module):

@@ -22,8 +22,9 @@ import snncompress
 from snncompress import Feed
 from snncompress.adapting import find_adapter
 from snncompress.converting import convert
+from snncompress.evaluation import accuracy
 from snncompress.rate_coding import CalibratedNeuron, RateMaxPool
-from snncompress.training import accuracy, class_scores
+from snncompress.training import class_scores
 from tests.equivalence import largest_difference, same, snapshot
 
 FRAMEWORKS = pytest.mark.parametrize("framework", ["spikingjelly", "snntorch"])

@@ -372,8 +372,8 @@ def test_samples_come_from_output_labels_or_first_dimension():
 
 
 def test_errors():
-    with pytest.raises(ModelError, match="no spiking neuron"):
-        profile(nn.Linear(3, 2), torch.ones(1, 3))
+    with pytest.raises(ModelError, match="not initialised yet"):
+        profile(nn.LazyLinear(2), torch.ones(1, 3))
     with pytest.raises(UnknownNameError, match="energy model 'joule'"):
         profile(tiny(), torch.ones(1, 3), adapter=TOY, energy_model="joule")
     with pytest.raises(UnknownNameError, match="conventions 'syop'"):

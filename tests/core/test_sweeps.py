@@ -22,9 +22,10 @@ from snncompress import Criterion, DataError, Layer, ModelError, OptionError, Pl
 from snncompress.adapting import find_adapter
 from snncompress.curves import Sensitivity, ThresholdSweep
 from snncompress.data import Feed
+from snncompress.evaluation import accuracy
 from snncompress.network import WEIGHT_LAYERS
 from snncompress.sweeps import sensitivity, threshold_sweep
-from snncompress.training import accuracy, class_scores
+from snncompress.training import class_scores
 from tests.core.test_truths import snntorch_case, spikingjelly_case
 from tests.equivalence import same, snapshot
 from tests.networks import Residual

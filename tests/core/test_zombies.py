@@ -28,7 +28,7 @@ from snncompress import MaskWeights
 from snncompress.adapting import find_adapter
 from snncompress.data import Feed
 from snncompress.network import WEIGHT_LAYERS
-from snncompress.training import classification_loss
+from snncompress.training import cross_entropy
 from tests.equivalence import outputs
 
 T = 3
@@ -78,7 +78,7 @@ REMEMBERING = [name for name in OPTIMIZERS if name not in ("adagrad", "adadelta"
 
 def loss_of(model: nn.Module) -> Tensor:
     feed = Feed(find_adapter(model), DATA, T)
-    return classification_loss(feed(model, feed.first()), feed.first())
+    return cross_entropy(feed(model, feed.first()), feed.first().y)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
