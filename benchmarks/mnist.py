@@ -38,7 +38,6 @@ from snncompress.profiling import Profile, profile
 from snncompress.recording import record
 from snncompress.registry import registry
 from snncompress.tracing import trace
-from snncompress.training import class_scores
 
 HERE = Path(__file__).resolve().parent
 CACHE, RESULT = HERE / ".cache", HERE / "results" / "mnist.md"
@@ -84,15 +83,7 @@ def some(split: Split, count: int, seed: int) -> Split:
 
 def accuracy(model: nn.Module, split: Split) -> float:
     """Percent right on a split."""
-    feed = snncompress.Feed(find_adapter(model, None), loader(*split, shuffle=False), timesteps=T)
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    with torch.no_grad():
-        right = sum(int((class_scores(feed(model, b)).argmax(1) == b.y).sum()) for b in feed)
-    for module, mode in modes.items():
-        module.training = mode
-    feed.adapter.reset(model)
-    return 100 * right / len(split[1])
+    return 100 * snncompress.evaluate(model, loader(*split, shuffle=False), timesteps=T).accuracy
 
 
 def tune(model: nn.Module, split: Split, epochs: int, seed: int, lr: float = 1e-3) -> None:

@@ -23,8 +23,6 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 import snncompress
-from snncompress.adapting import find_adapter
-from snncompress.training import class_scores
 
 HERE = Path(__file__).resolve().parent
 T = 10
@@ -75,16 +73,6 @@ class Batches:
             yield self.x[:, part], self.y[part]
 
 
-def right(model: nn.Module, data: Batches) -> int:
-    """Number of samples classified right."""
-    feed = snncompress.Feed(find_adapter(model), data)
-    model.eval()
-    with torch.no_grad():
-        found = sum(int((class_scores(feed(model, b)).argmax(1) == b.y).sum()) for b in feed)
-    feed.adapter.reset(model)
-    return found
-
-
 def study(x: Tensor, y: Tensor, folds: int) -> dict[tuple[str, float, str], list[float]]:
     """(criterion, sparsity, "pruned" or "fine-tuned") → accuracy in % of each fold; sparsity 0 is the dense network."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
@@ -98,7 +86,7 @@ def study(x: Tensor, y: Tensor, folds: int) -> dict[tuple[str, float, str], list
         snncompress.finetune(dense, train, epochs=TRAIN_EPOCHS, lr=TRAIN_LR, progress=False)
 
         def note(criterion: str, sparsity: float, how: str, model: nn.Module, test: Batches = test) -> None:
-            share = 100 * right(model, test) / len(test.samples)
+            share = 100 * snncompress.evaluate(model, test).accuracy
             found.setdefault((criterion, sparsity, how), []).append(share)
 
         def tune(model: nn.Module, train: Batches = train) -> None:

@@ -24,6 +24,7 @@ from .errors import (
     UnknownNameError,
 )
 from .evaluation import Evaluation, evaluate
+from .freezing import freeze
 from .gradients import GradientAwareLoss, GradientFlow, gradient_flow
 from .hookspecs import hookimpl
 from .interfaces import (
@@ -114,6 +115,7 @@ __all__ = [
     "energy_models",
     "evaluate",
     "finetune",
+    "freeze",
     "gradient_flow",
     "hookimpl",
     "layer_adaptive",

@@ -131,6 +131,11 @@ def attach(model: nn.Module, plan: Plan) -> None:
     setattr(model, _ATTRIBUTE, plan)
 
 
+def detach(model: nn.Module) -> None:
+    """Forget the plan, where there is one."""
+    vars(model).pop(_ATTRIBUTE, None)
+
+
 def plan_of(model: nn.Module) -> Plan:
     """The plan that compressed this model; raises PlanError for a model that isn't compressed."""
     plan = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
