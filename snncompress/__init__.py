@@ -50,6 +50,7 @@ from .registry import criteria, energy_models, plugins, quantizers, schedulers
 from .reporting import Comparison, LayerProfile, Profile
 from .searching import BlockSearch, Candidate, block_search
 from .selection import layer_adaptive
+from .storage import load, save
 from .surgery import patched, remove_along
 from .sweeps import sensitivity, threshold_sweep
 from .temporal import TemporalAnalysis, temporal_analysis
@@ -119,6 +120,7 @@ __all__ = [
     "gradient_flow",
     "hookimpl",
     "layer_adaptive",
+    "load",
     "patched",
     "plan_of",
     "plugins",
@@ -126,6 +128,7 @@ __all__ = [
     "quantizers",
     "remove_along",
     "remove_from_layer",
+    "save",
     "schedulers",
     "sensitivity",
     "temporal_analysis",

@@ -346,7 +346,7 @@ def edit_from_dict(data: Any) -> Edit:
     fields = {k: v for k, v in data.items() if k != "edit"}
     try:
         if data["edit"] == RemoveChannels.kind:
-            slices = tuple(_slice(s) for s in fields["slices"])
+            slices = tuple(slice_from_dict(s) for s in fields["slices"])
             return RemoveChannels(str(fields["layer"]), _integers(fields["indices"]), slices)
         if data["edit"] == QuantizeWeights.kind:
             bits, options = fields["bits"], dict(fields["options"])
@@ -364,7 +364,8 @@ def edit_from_dict(data: Any) -> Edit:
         raise PlanError(f"Damaged edit {str(data)[:80]!r}: {type(error).__name__} {error}") from error
 
 
-def _slice(data: dict[str, Any]) -> Slice:
+def slice_from_dict(data: dict[str, Any]) -> Slice:
+    """A slice from its fields; raises KeyError, TypeError or ValueError for anything else."""
     if data["side"] not in ("out", "in", "neuron"):
         raise ValueError(f"side {data['side']!r}")
     width_, axis = _integers([data["width"], data["axis"]])

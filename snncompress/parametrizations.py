@@ -40,14 +40,18 @@ class CompressedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """[C, ...] → [C, ...]; for the quantizer a transposed convolution's weight is turned: output channels first."""
-        weight = self._masked(weight)
+        weight = self.masked(weight)
         if self.tensor_quant is None:
             return weight
-        turned = weight.transpose(0, 1) if self.transposed else weight
-        value = cast(Tensor, self.tensor_quant(turned)[0])
-        return self._masked(value.transpose(0, 1) if self.transposed else value)
+        value = cast(Tensor, self.tensor_quant(self.turned(weight))[0])
+        return self.masked(self.turned(value))
 
-    def _masked(self, weight: Tensor) -> Tensor:
+    def turned(self, weight: Tensor) -> Tensor:
+        """Output channels first, or back again."""
+        return weight.transpose(0, 1) if self.transposed else weight
+
+    def masked(self, weight: Tensor) -> Tensor:
+        """The weights that exist, 0 elsewhere."""
         return weight if self.mask is None else torch.where(self.mask, weight, 0.0)  # exact also for NaN and inf
 
     def __repr__(self) -> str:  # Brevitas' insides would fill the screen when a model is printed
@@ -60,14 +64,14 @@ class CompressedWeight(nn.Module):
 def quantize_weight(module: nn.Module, quantizer: Quantizer, bits: int) -> None:
     """Quantize ``module.weight`` to ``bits`` bits, in place."""
     tensor_quant = quantizer.tensor_quant(bits)
-    compression = _compression(module) or _attach(module)
+    compression = compression_of(module) or _attach(module)
     compression.quantizer, compression.bits = quantizer, bits
     compression.tensor_quant = tensor_quant.train(module.training)
 
 
 def mask_weight(module: nn.Module, kept: Tensor) -> None:
     """Hold the weights where ``kept`` (bool, the weight's shape) is False at zero, in place and for good."""
-    compression = _compression(module) or _attach(module)
+    compression = compression_of(module) or _attach(module)
     stored = stored_weight(module)
     kept = kept.to(stored.device)
     compression.mask = kept if compression.mask is None else compression.mask & kept
@@ -77,13 +81,13 @@ def mask_weight(module: nn.Module, kept: Tensor) -> None:
 
 def weight_mask(module: nn.Module) -> Tensor | None:
     """Which weights of this layer exist, bool, or None where none was removed one by one."""
-    found = _compression(module)
+    found = compression_of(module)
     return None if found is None else found.mask
 
 
 def weight_bits(module: nn.Module) -> int | None:
     """Bit width of this layer's weight, or None where it is not quantized."""
-    found = _compression(module)
+    found = compression_of(module)
     return None if found is None else found.bits
 
 
@@ -124,7 +128,7 @@ def resize_weight(module: nn.Module, resize: Callable[[nn.Module], None]) -> Non
 @contextmanager
 def bare(module: nn.Module) -> Iterator[CompressedWeight | None]:
     """Inside, ``module.weight`` is the plain float parameter; its compression comes back on leaving."""
-    found = _compression(module)
+    found = compression_of(module)
     if found is not None:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     try:
@@ -152,7 +156,8 @@ def _attach(module: nn.Module) -> CompressedWeight:
     return compression
 
 
-def _compression(module: nn.Module) -> CompressedWeight | None:
+def compression_of(module: nn.Module) -> CompressedWeight | None:
+    """What stands before this layer's weight, or None."""
     return next((p for p in _chain(module) if isinstance(p, CompressedWeight)), None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from .errors import PlanError
 from .interfaces import Adapter
 
 FORMAT = 1
+M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_snncompress_plan"
 
 
@@ -41,11 +42,14 @@ class Plan:
 
         The given model stays as it was. Raises PlanError where the architecture differs.
         """
-        found = find_adapter(model, adapter)
-        result = private_copy(model, found)
+        return self.replayed(model, find_adapter(model, adapter))
+
+    def replayed(self, model: M, adapter: Adapter) -> M:
+        """:meth:`apply`, for those who know the adapter."""
+        result = private_copy(model, adapter)
         for edit in self.edits:
-            edit.apply(result, found)
-        found.adopt(result)
+            edit.apply(result, adapter)
+        adapter.adopt(result)
         attach(result, self)
         return result
 

@@ -1,0 +1,353 @@
+"""Save and load: bitwise the same network from a small file, whatever was done to it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from snncompress_baselines import WeightMagnitude
+from snncompress_fire import Ablation
+from snncompress_rescaw import ReScaW, Uniform
+from spikingjelly.activation_based import layer, neuron
+from torch import nn
+
+import snncompress
+from snncompress import (
+    Feed,
+    ModelError,
+    OptionError,
+    PlanError,
+    StorageError,
+    load,
+    plan_of,
+    profile,
+    save,
+)
+from snncompress.adapting import find_adapter
+from snncompress.container import Container
+from snncompress.parametrizations import weight_bits, weight_mask
+from tests.core.test_blocks import DATA, network
+from tests.equivalence import same, snapshot
+
+OPTIONS: dict[str, Any] = {"data": DATA, "timesteps": 4, "progress": False}
+
+
+def channels(net: nn.Module) -> nn.Module:
+    return snncompress.apply(net, "magnitude", 0.4, None, **OPTIONS)
+
+
+def weights(net: nn.Module, ratio: float = 0.7) -> nn.Module:
+    return snncompress.apply(net, WeightMagnitude(scope="layer"), ratio, None, **OPTIONS)
+
+
+def sparse(net: nn.Module) -> nn.Module:
+    return weights(net, 0.97)
+
+
+def sparser(net: nn.Module) -> nn.Module:
+    return weights(net, 0.8)
+
+
+WIDE = ReScaW(gamma="max")  # so that quantized networks of random weights still fire
+
+
+def bits(count: int, quantizer: Any = WIDE) -> Callable[[nn.Module], nn.Module]:
+    return lambda net: snncompress.apply(net, None, bits=count, skip=[], quantizer=quantizer, **OPTIONS)
+
+
+def blocks(net: nn.Module) -> nn.Module:
+    return snncompress.apply(net, Ablation(), 0.4, None, **OPTIONS)
+
+
+def truncated(net: nn.Module) -> nn.Module:
+    return snncompress.apply(net, None, bits=None, truncate=2, **OPTIONS)
+
+
+def chain(*steps: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def all_of_them(net: nn.Module) -> nn.Module:
+        for step in steps:
+            net = step(net)
+        return net
+
+    return all_of_them
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "nothing": lambda net: net,
+    "channels": channels,
+    "weights": weights,
+    "sparse": sparse,
+    "1 bit": bits(1),
+    "3 bits": bits(3),
+    "8 bits": bits(8),
+    "16 bits": bits(16),
+    "uniform": bits(4, "uniform"),
+    "per channel": bits(4, ReScaW(gamma="max", per_channel=True)),
+    "blocks": blocks,
+    "timesteps": truncated,
+    "mix": chain(blocks, channels, weights, bits(4)),
+    "other mix": chain(weights, channels, bits(2), sparser, truncated),
+}
+BUILDS = {
+    "spikingjelly": lambda: network("spikingjelly"),
+    "multi-step": lambda: network("spikingjelly", multi_step=True),
+    "snntorch": lambda: network("snntorch"),
+}
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    adapter = find_adapter(model)
+    feed = Feed(adapter, DATA, 4)
+    try:
+        with torch.no_grad():
+            return feed(model.eval(), feed.first())
+    finally:
+        adapter.reset(model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("framework", BUILDS)
+def test_bitwise_the_same(framework: str, way: str, tmp_path: Path) -> None:
+    small = WAYS[way](BUILDS[framework]())
+    before, path = snapshot(small), tmp_path / "small.safetensors"
+    save(small, path)
+    assert same(before, snapshot(small))
+    fresh = BUILDS[framework]()
+    for parameter in fresh.parameters():
+        nn.init.uniform_(parameter)
+    untouched, state = snapshot(fresh), torch.get_rng_state()
+    again = load(path, into=fresh)
+    assert same(untouched, snapshot(fresh))
+    assert torch.equal(state, torch.get_rng_state())
+    for name, module in again.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor):
+            assert torch.equal(module.weight, small.get_submodule(name).weight), name
+            assert weight_bits(module) == weight_bits(small.get_submodule(name))
+            assert (weight_mask(module) is None) == (weight_mask(small.get_submodule(name)) is None)
+    assert torch.equal(output(again), output(small))
+    if way != "nothing":
+        assert plan_of(again) == plan_of(small)
+    save(again, tmp_path / "again.safetensors")
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 20), neuron.IFNode(), nn.Linear(20, 9), neuron.IFNode()).to(dtype)
+
+    x = torch.rand(4, 6).to(dtype)
+    small = snncompress.apply(build(), "weight_magnitude", 0.5, 4, data=x, timesteps=2, skip=[])
+    save(small, tmp_path / "small")
+    again = load(tmp_path / "small", into=build())
+    assert again[0].weight.dtype == dtype
+    assert torch.equal(again[0].weight, small[0].weight)
+    assert torch.equal(again[2].weight, small[2].weight)
+    with pytest.raises(StorageError, match=f"0.bias is {str(dtype)[6:]}.*and float32"):
+        load(tmp_path / "small", into=build().float())
+
+
+def test_a_weight_takes_its_bits(tmp_path: Path) -> None:
+    """100 × 200 weights at 3 bits: 7,500 bytes of codes. Of 0.9 masked: 2,000 · 3 / 8 = 750 and a bitmap of 2,500.
+
+    Of 0.99 masked: 200 · 3 / 8 = 75, and gaps, whose mean is 99: a byte each, 255 seldom exceeded twice.
+    """
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(200, 100, bias=False), neuron.IFNode())
+
+    def sizes(ratio: float) -> dict[str, int]:
+        options: dict[str, Any] = {"data": torch.rand(4, 200), "timesteps": 2, "skip": []}
+        save(snncompress.apply(build(), "weight_magnitude", ratio, 3, **options), tmp_path / "small")
+        return {
+            name: tensor.numel() * tensor.element_size()
+            for name, tensor in Container.read(tmp_path / "small").tensors.items()
+        }
+
+    assert sizes(0.0) == {"0.weight.codes": 7500, "0.weight.scale": 4}
+    assert sizes(0.9) == {"0.weight.codes": 750, "0.weight.scale": 4, "plan.1": 2000 + 0}
+    third = sizes(0.99)
+    assert (third["0.weight.codes"], third["0.weight.scale"]) == (75, 4)
+    assert 200 <= third["plan.1"] <= 300
+
+
+def test_what_is_trained_on_stays_on_its_grid(tmp_path: Path) -> None:
+    """The same gradients as before, and 4-bit weights that move from one of the sixteen values to another."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 30), neuron.LIFNode(), nn.Linear(30, 4))
+
+    data = 4 * torch.rand(12, 6), torch.arange(12) % 4
+    small = snncompress.apply(build(), None, bits=4, skip=[], data=data, timesteps=4)
+    save(small, tmp_path / "small")
+    again = load(tmp_path / "small", into=build())
+    flows = [snncompress.gradient_flow(model, data, timesteps=4).norms for model in (small, again)]
+    assert flows[0] == flows[1]
+    assert all(flows[0].values())
+    before = again[2].weight.detach().clone()
+    snncompress.finetune(again, [data] * 3, epochs=3, lr=0.05, timesteps=4)
+    assert not torch.equal(before, again[2].weight)
+    assert set(again[2].weight.unique().tolist()) <= set(small[2].weight.unique().tolist())
+
+
+class Uneven(Uniform):
+    """Values that come from no uniform grid."""
+
+    name = "uneven"
+
+    def tensor_quant(self, bits: int) -> nn.Module:
+        class Sign(nn.Module):
+            def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                return x + (x.sign() * x.abs().sqrt() - x).detach(), x.new_ones(()), x.new_zeros(()), x.new_tensor(2.0)
+
+        return Sign()
+
+
+def test_values_from_no_grid_are_kept_as_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snncompress.registry.Registry.find", _find_uneven(snncompress.registry.Registry.find))
+    small = chain(weights, bits(4, Uneven()))(network("spikingjelly"))
+    save(small, tmp_path / "small")
+    assert "7.weight.values" in Container.read(tmp_path / "small").tensors
+    again = load(tmp_path / "small", into=network("spikingjelly"))
+    assert torch.equal(again[7].weight, small[7].weight)
+
+
+def _find_uneven(find: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, kind, name: Uneven if name == "uneven" else find(self, kind, name)
+
+
+def test_tied_weights_are_kept_once(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 5), neuron.IFNode(), nn.Linear(5, 5), neuron.IFNode(), nn.Linear(5, 3))
+        net[2].weight = net[0].weight
+        return net
+
+    net = build()
+    nn.init.constant_(net[0].weight, 0.25)
+    save(net, tmp_path / "tied")
+    assert "2.weight" not in Container.read(tmp_path / "tied").tensors
+    again = load(tmp_path / "tied", into=build())
+    assert again[0].weight is again[2].weight
+    assert torch.equal(again[2].weight, net[2].weight)
+
+
+def test_an_ordinary_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+    save(net, tmp_path / "cnn")
+    again = load(tmp_path / "cnn", into=nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()))
+    assert torch.equal(again[0].weight, net[0].weight)
+
+
+def test_a_loaded_network_goes_on(tmp_path: Path) -> None:
+    """Compressed further, profiled: as the one that was saved."""
+    small = chain(channels, bits(4))(network("snntorch"))
+    save(small, tmp_path / "small")
+    again = load(tmp_path / "small", into=network("snntorch"))
+    a, b = (profile(m, DATA, timesteps=4) for m in (small, again))
+    assert a == b
+    more = weights(again)
+    assert len(plan_of(more).edits) == len(plan_of(weights(small)).edits)
+    save(more, tmp_path / "more")
+    assert torch.equal(load(tmp_path / "more", into=network("snntorch"))[7].weight, more[7].weight)
+
+
+# -- what can't be saved, and where --
+
+
+def test_folders_full_disks_and_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, small = tmp_path / "small", bits(4)(network("spikingjelly"))
+    with pytest.raises(StorageError, match=r"is a folder. Give the name of a file"):
+        save(small, tmp_path)
+    with pytest.raises(StorageError, match="can't be written"):
+        save(small, tmp_path / "nowhere" / "small")
+    save(small, path)
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"No space left on device. What was there before is still there"):
+            save(channels(network("spikingjelly")), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
+def test_nan_and_state_that_is_no_tensor(tmp_path: Path) -> None:
+    net = network("spikingjelly")
+    with torch.no_grad():
+        net[7].weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"7.weight of this Sequential holds NaN"):
+        save(net, tmp_path / "net")
+
+    class Secret(nn.Module):
+        def get_extra_state(self) -> str:
+            return "secret"
+
+        def set_extra_state(self, state: str) -> None:
+            pass
+
+    with pytest.raises(ModelError, match=r"0._extra_state of this Sequential isn't a tensor"):
+        save(nn.Sequential(Secret(), layer.Linear(2, 2), neuron.IFNode()), tmp_path / "net")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_model_it_says_which(tmp_path: Path) -> None:
+    save(channels(network("spikingjelly")), tmp_path / "small")
+    with pytest.raises(OptionError, match=r"Sequential of spikingjelly.*0.weight \[4, 3, 3, 3\].*into=model"):
+        load(tmp_path / "small")
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    net = network("spikingjelly")
+    with pytest.raises(StorageError, match="can't be read: FileNotFoundError"):
+        load(tmp_path / "nothing", into=net)
+    with pytest.raises(StorageError, match="can't be read"):
+        load(tmp_path, into=net)
+    torch.save(net.state_dict(), tmp_path / "pickle")
+    with pytest.raises(StorageError, match="can't be read: SafetensorError"):
+        load(tmp_path / "pickle", into=net)
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "plain")
+    with pytest.raises(StorageError, match=r"wasn't written by snncompress.save"):
+        load(tmp_path / "plain", into=net)
+    for text, says in (
+        ('{"format": 2}', r"has format 2; this version reads format 1. Upgrade"),
+        ('{"format": 1, "plan": ' + "[" * 100_000, "can't be read: RecursionError"),
+        ("[]", "can't be read: TypeError"),
+        ("{", "can't be read: JSONDecodeError"),
+    ):
+        safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "new", {"snncompress": text})
+        with pytest.raises(StorageError, match=says):
+            load(tmp_path / "new", into=net)
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    save(channels(network("spikingjelly")), tmp_path / "small")
+    other = nn.Sequential(nn.Linear(3, 3), neuron.IFNode())
+    before = snapshot(other)
+    with pytest.raises(PlanError, match="architecture"):
+        load(tmp_path / "small", into=other)
+    assert same(before, snapshot(other))
+    save(network("spikingjelly"), tmp_path / "whole")
+    with pytest.raises(
+        StorageError, match=r"doesn't fit this Sequential: (The file|The model) has no .*test_blocks|Sequential"
+    ):
+        load(tmp_path / "whole", into=other)
+    wider = nn.Sequential(nn.Linear(3, 4), neuron.IFNode())
+    save(other, tmp_path / "other")
+    with pytest.raises(
+        StorageError, match=r"0.weight is float32 \[3, 3\] in the file and float32 \[4, 3\] in the model"
+    ):
+        load(tmp_path / "other", into=wider)
