@@ -24,6 +24,7 @@ from .errors import (
     UnknownNameError,
 )
 from .evaluation import Evaluation, evaluate
+from .exporting import export
 from .freezing import freeze
 from .gradients import GradientAwareLoss, GradientFlow, gradient_flow
 from .hookspecs import hookimpl
@@ -31,6 +32,7 @@ from .interfaces import (
     Adapter,
     BlockCriterion,
     Criterion,
+    Dynamics,
     EnergyModel,
     Fire,
     Granularity,
@@ -67,6 +69,7 @@ __all__ = [
     "Conventions",
     "Criterion",
     "DataError",
+    "Dynamics",
     "Edit",
     "EmptyLayerWarning",
     "EnergyModel",
@@ -115,6 +118,7 @@ __all__ = [
     "cross_entropy",
     "energy_models",
     "evaluate",
+    "export",
     "finetune",
     "freeze",
     "gradient_flow",

@@ -44,7 +44,7 @@ def trace_forward(module: nn.Module, *, deep: bool = False, training: bool = Fal
     """
     clone = copy.copy(module)
     clone.training = training
-    return clone, _Tracer(deep).trace(clone)
+    return clone, Tracer(deep).trace(clone)
 
 
 def operation(node: fx.Node) -> str:
@@ -119,7 +119,9 @@ def called(model: nn.Module, name: str) -> str:
     return f"{name} ({kind})" if name else kind
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Goes into modules as torch.fx does, or, unless ``deep``, into none."""
+
     def __init__(self, deep: bool) -> None:
         super().__init__()
         self._deep = deep

@@ -186,6 +186,23 @@ class EnergyModel(_Plugin):
         """Energy of these operations in picojoules."""
 
 
+@dataclass(frozen=True)
+class Dynamics:
+    """One timestep of a leaky neuron with input x, threshold θ and state v, which starts at ``reset``, else at 0.
+
+        v ← v + leak · (rest - v) + gain · x;   it fires where v > θ, or v ≥ θ if ``inclusive``;   there v ← ``reset``
+
+    ``reset`` None subtracts θ instead. The tensors broadcast against x [N, C, ...]; a leak of 0 integrates.
+    """
+
+    leak: Tensor
+    gain: Tensor
+    threshold: Tensor
+    rest: float
+    reset: float | None
+    inclusive: bool
+
+
 class Adapter(ABC):
     """Everything the core must know of one framework. The core never imports the framework itself.
 
@@ -256,6 +273,32 @@ class Adapter(ABC):
         gradient: ATan. Raises ModelError where the framework isn't installed, or the adapter makes no neurons.
         """
         raise ModelError(f"The adapter of {self.framework} makes no neurons. Pass neuron=, a callable that makes one.")
+
+    def make_traceable(self, model: nn.Module) -> None:
+        """Let the neurons of a private copy fire by a plain comparison, in any dtype, so that exporters can follow."""
+        raise ModelError(f"The adapter of {self.framework} can't prepare a model for export.")
+
+    def single_step(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Tensor:
+        """Make a private copy one that is called once per timestep, in place; return the first step's input.
+
+        ``x`` and ``timesteps`` are what ``run`` gets. Raises ModelError where the model loops over time itself.
+        """
+        raise ModelError(f"The adapter of {self.framework} can't take a model apart into timesteps.")
+
+    def states(self, neuron: nn.Module) -> dict[str, Tensor]:
+        """What the neuron remembers from step to step, by name: [N, C, ...], or [] before the first step.
+
+        Raises ModelError for a neuron that remembers anything else.
+        """
+        raise ModelError(f"The adapter of {self.framework} can't read a neuron's state.")
+
+    def set_states(self, neuron: nn.Module, states: dict[str, Tensor]) -> None:
+        """Put what ``states`` returned, or tensors like it, in the place of what the neuron remembers."""
+        raise ModelError(f"The adapter of {self.framework} can't set a neuron's state.")
+
+    def dynamics(self, neuron: nn.Module) -> Dynamics:
+        """The neuron's equation; raises ModelError, with the reason, for a neuron that follows another one."""
+        raise ModelError(f"the adapter of {self.framework} doesn't know its equation")
 
     def neurons(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's spiking neurons by name."""

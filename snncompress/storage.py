@@ -96,14 +96,14 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
         OptionError: no model given; the message says which one the file needs.
     """
     file = Container.read(path)
-    described = _part(file, "model")
+    described = part(file, "model")
     if into is None:
         raise OptionError(
             f"{path} holds {_needs(described)}. Build one and pass it: snncompress.load(path, into=model)."
         )
     found = find_adapter(into, adapter, plain=True)
     largest = max((p.numel() for p in into.parameters()), default=0)
-    plan = expanded(_part(file, "plan"), file.tensors, largest)
+    plan = expanded(part(file, "plan"), file.tensors, largest)
     with torch.random.fork_rng(cuda_devices(into)), torch.no_grad():
         model = plan.replayed(into, found)
         try:
@@ -149,8 +149,8 @@ def _kept(compression: CompressedWeight, stored: Tensor) -> Tensor:
 
 def _fill(model: nn.Module, file: Container) -> None:
     """Put the file's tensors in; raises StorageError, the model may then be half filled."""
-    packed = {name: how for name, how in _part(file, "packed").items() if isinstance(how, dict)}
-    aliases = {name: str(other) for name, other in _part(file, "aliases").items()}
+    packed = {name: how for name, how in part(file, "packed").items() if isinstance(how, dict)}
+    aliases = {name: str(other) for name, other in part(file, "aliases").items()}
     left = {name: tensor for name, tensor in file.tensors.items() if not name.startswith("plan.")}
     state = _state(model)
     found: dict[str, Tensor] = {}
@@ -227,7 +227,8 @@ def _needs(described: Mapping[str, Any]) -> str:
     return f"a compressed {kind} of {framework}, {len(weights)} weights: {shapes} …"
 
 
-def _part(file: Container, key: str) -> dict[str, Any]:
+def part(file: Container, key: str) -> dict[str, Any]:
+    """An object of the file's JSON; raises StorageError where it is none."""
     found = file.data.get(key)
     if not isinstance(found, dict):
         raise StorageError(f"The file's {key!r} is a {type(found).__name__}, not an object.")

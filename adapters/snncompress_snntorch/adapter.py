@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snncompress import Adapter, Fire, ModelError, Observer, patched, remove_along, remove_from_layer
+from snncompress import Adapter, Dynamics, Fire, ModelError, Observer, patched, remove_along, remove_from_layer
 
 _STATES = {"mem", "syn", "spk", "syn_exc", "syn_inh"}
 
@@ -112,6 +112,54 @@ class SNNTorchAdapter(Adapter):
         )
         return made
 
+    def make_traceable(self, model: nn.Module) -> None:
+        """Ũ - θ > 0, as the surrogate functions have it; the kind of reset, which is asked for, as a plain number."""
+        neuron: Any
+        for neuron in self.neurons(model).values():
+            neuron.spike_grad = _above_zero
+            vars(neuron)["reset_mechanism_val"] = int(neuron._buffers.pop("reset_mechanism_val"))
+
+    def single_step(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Tensor:
+        """A model whose neurons keep their state is called step by step anyway; others loop over time themselves."""
+        for name, neuron in self.neurons(model).items():
+            if not neuron.init_hidden:
+                raise ModelError(
+                    f"{name} ({type(neuron).__name__}) gets its state from {type(model).__name__}.forward, which loops "
+                    f"over time itself, so there is no single timestep to export. Build the neurons with "
+                    f"init_hidden=True and loop outside the model."
+                )
+        return x
+
+    def states(self, neuron: nn.Module) -> dict[str, Tensor]:
+        """The hidden states; empty tensors mean zeros."""
+        names = sorted(_STATES & neuron._non_persistent_buffers_set)
+        states = {name: getattr(neuron, name) for name in names}
+        return {name: state if state.numel() else state.new_zeros(()) for name, state in states.items()}
+
+    def set_states(self, neuron: nn.Module, states: dict[str, Tensor]) -> None:
+        """As buffers."""
+        for name, state in states.items():
+            setattr(neuron, name, state)
+
+    def dynamics(self, neuron: nn.Module) -> Dynamics:
+        """Leaky: β·v + x, its reset either at the end of the step or at the start of the next."""
+        node: Any = neuron
+        if (type(node).__module__, type(node).__name__) != ("snntorch._neurons.leaky", "Leaky"):
+            raise ModelError("of snnTorch's neurons only Leaky is known by equation")
+        unlike = {
+            "inhibition=True": node.inhibition,
+            "state_quant": node.state_quant,
+            "graded_spikes_factor": bool((node.graded_spikes_factor != 1).any()),
+            "reset_mechanism='none'": node.reset_mechanism == "none",
+            "a negative threshold": not node.reset_delay and bool((node.threshold < 0).any()),
+        }
+        if odd := [what for what, found in unlike.items() if found]:
+            raise ModelError(f"{odd[0]} isn't part of the leaky neuron's equation")
+        leak = 1 - node.beta.detach().double().clamp(0, 1)
+        reset = None if node.reset_mechanism == "subtract" else 0.0
+        threshold = node.threshold.detach().double()
+        return Dynamics(leak, torch.ones_like(leak), threshold, 0.0, reset, inclusive=False)
+
     @contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
         """``utils.reset`` in a user's code then resets this model, and not the one that it was copied from."""
@@ -130,6 +178,10 @@ class SNNTorchAdapter(Adapter):
         instances = sys.modules["snntorch._neurons.neurons"].SpikingNeuron.instances
         known = {id(n) for n in instances}
         instances.extend(n for n in self.neurons(model).values() if id(n) not in known)
+
+
+def _above_zero(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype)
 
 
 def _stack(outputs: list[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snncompress import Adapter, Fire, ModelError, Observer, patched, remove_along
+from snncompress import Adapter, Dynamics, Fire, ModelError, Observer, patched, remove_along
 
 _CONTAINERS = (
     "MultiStepContainer", "SeqToANNContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer", "StepModeContainer",
@@ -109,6 +109,61 @@ class SpikingJellyAdapter(Adapter):
             neuron.LIFNode(tau=2.0, v_reset=0.0, **options) if kind == "lif" else neuron.IFNode(v_reset=None, **options)
         )
         return made
+
+    def make_traceable(self, model: nn.Module) -> None:
+        """Ũ - θ ≥ 0, as the surrogate functions have it."""
+        neuron: Any
+        for neuron in self.neurons(model).values():
+            neuron.surrogate_function = _AtLeastZero()
+            neuron.store_v_seq = False
+
+    def single_step(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Tensor:
+        """Step mode "s" everywhere; containers that loop over time become plain nn.Sequential."""
+        modules: list[Any] = list(model.modules())
+        first = x[0] if timesteps is None and any(_is_multi_step(module) for module in modules) else x
+        for module in modules:
+            if _is_container(module):
+                vars(module)["forward"] = partial(nn.Sequential.forward, module)
+            elif hasattr(module, "supported_step_mode"):
+                if "s" not in module.supported_step_mode():
+                    raise ModelError(
+                        f"{type(module).__name__} needs all timesteps at once, so it can't be exported as one step. "
+                        f"Use a neuron or layer with step mode 's'."
+                    )
+                module.step_mode = "s"
+        return first
+
+    def states(self, neuron: nn.Module) -> dict[str, Tensor]:
+        """The neuron's memories."""
+        memories: dict[str, Any] = vars(neuron)["_memories"]
+        for name, value in memories.items():
+            if not isinstance(value, (Tensor, float, int)):
+                raise ModelError(f"its memory {name!r} is a {type(value).__name__}, not a tensor")
+        return {name: torch.as_tensor(value) for name, value in memories.items()}
+
+    def set_states(self, neuron: nn.Module, states: dict[str, Tensor]) -> None:
+        """Number or tensor, as the neuron takes it."""
+        vars(neuron)["_memories"].update(states)
+
+    def dynamics(self, neuron: nn.Module) -> Dynamics:
+        """IFNode, LIFNode and ParametricLIFNode: v + (v_reset - v)/τ + x, or x/τ with ``decay_input``."""
+        node: Any = neuron
+        kind = type(node).__name__ if type(node).__module__.startswith("spikingjelly.activation_based.neuron.") else ""
+        if kind == "IFNode":
+            leak, gain = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        elif kind in ("LIFNode", "ParametricLIFNode"):
+            plif = kind == "ParametricLIFNode"
+            leak = node.w.detach().double().sigmoid() if plif else torch.tensor(1 / node.tau, dtype=torch.float64)
+            gain = leak if node.decay_input else torch.ones_like(leak)
+        else:
+            raise ModelError("of SpikingJelly's neurons IFNode, LIFNode and ParametricLIFNode are known by equation")
+        threshold = torch.as_tensor(node.v_threshold, dtype=torch.float64)
+        return Dynamics(leak, gain, threshold, node.v_reset or 0.0, node.v_reset, inclusive=True)
+
+
+class _AtLeastZero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x >= 0).to(x.dtype)
 
 
 class _Tap(nn.Module):
