@@ -127,11 +127,13 @@ class Tracer(fx.Tracer):
         self._deep = deep
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Is this module not gone into?"""
         return not self._deep or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
+        """Placeholders for the arguments without a default alone."""
         args: list[Any] = [self.root]
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
             if parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD:

@@ -1,0 +1,110 @@
+"""The file format: what this version wrote is read by every later one, and by other programs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from snncompress_baselines import WeightMagnitude
+from snncompress_rescaw import ReScaW
+from spikingjelly.activation_based import layer, neuron
+from torch import Tensor, nn
+
+import snncompress
+from snncompress import load, plan_of, save
+from snncompress.__main__ import main
+
+FIXTURE = Path(__file__).parent.parent / "data" / "format1.safetensors"
+"""Written by ``save(small(), FIXTURE)`` in version 0.1.0."""
+WEIGHTS = "045734966fcb4a0cb9e7f4209c2b45185bf2488981b064e5011dad4fa6d56d6c"
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = layer.Conv2d(channels, channels, 3, padding=1), layer.BatchNorm2d(channels)
+        self.fire = neuron.LIFNode()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fire(self.norm(self.conv(x)))
+
+
+def build() -> nn.Module:
+    return nn.Sequential(
+        layer.Conv2d(2, 8, 3), layer.BatchNorm2d(8), neuron.LIFNode(), Residual(8), Residual(8),
+        layer.ConvTranspose2d(8, 6, 2, stride=2), neuron.IFNode(), layer.Flatten(), layer.Linear(6 * 8 * 8, 20),
+        neuron.LIFNode(), layer.Linear(20, 5),
+    )  # fmt: skip
+
+
+def small() -> nn.Module:
+    """Every kind of edit, both forms of masks, floats and codes, a scale per channel."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"data": (torch.rand(4, 2, 6, 6), torch.arange(4)), "timesteps": 4}
+    net = snncompress.apply(build(), "ablation", 0.5, None, **options)
+    net = snncompress.apply(net, "magnitude", 0.25, None, **options)
+    sparse = WeightMagnitude(scope="layer")
+    net = snncompress.apply(net, sparse, {"8": 0.97, "5": 0.5, "10": 0.4}, None, **options)
+    net = snncompress.apply(net, None, bits={"5": 3}, skip=[], quantizer=ReScaW(per_channel=True), **options)
+    return snncompress.apply(net, None, bits={"8": 4, "0": 8}, skip=[], truncate=3, **options)
+
+
+def digest(model: nn.Module) -> str:
+    total = hashlib.sha256()
+    for module in model.modules():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if isinstance(tensor := getattr(module, name, None), Tensor):
+                total.update(tensor.detach().contiguous().numpy().data)
+    return total.hexdigest()
+
+
+def test_what_version_0_1_0_wrote() -> None:
+    model = load(FIXTURE, into=build())
+    assert digest(model) == WEIGHTS
+    assert {edit.kind for edit in plan_of(model).edits} == {
+        "remove_block", "remove_channels", "mask_weights", "quantize_weights", "truncate_timesteps",
+    }  # fmt: skip
+    assert plan_of(model).timesteps == 3
+    x = torch.rand(2, 2, 6, 6)
+    assert snncompress.profile(model, x, timesteps=4).n_mac == 3 * 4 * 4 * 6 * 18
+
+
+def test_it_is_still_written_like_that(tmp_path: Path) -> None:
+    save(load(FIXTURE, into=build()), tmp_path / "again")
+    ours, theirs = (path.read_bytes() for path in (tmp_path / "again", FIXTURE))
+    assert ours[8 + int.from_bytes(ours[:8], "little") :] == theirs[8 + int.from_bytes(theirs[:8], "little") :]
+
+
+def test_another_program_reads_it(tmp_path: Path) -> None:
+    """The reader that stands in docs/format.md, word for word."""
+    text = (Path(__file__).parent.parent.parent / "docs" / "format.md").read_text()
+    space: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, flags=re.S)[0], space)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 7, 3), neuron.IFNode(), nn.Flatten(), nn.Linear(7 * 16, 5), neuron.IFNode())
+    options: dict[str, Any] = {"data": torch.rand(2, 2, 6, 6), "timesteps": 2, "skip": []}
+    first = snncompress.apply(net, None, bits={"0": 3}, quantizer=ReScaW(per_channel=True), **options)
+    both = snncompress.apply(first, None, bits={"3": 5}, quantizer="uniform", **options)
+    save(both, tmp_path / "net")
+    found = space["quantized_weights"](tmp_path / "net")
+    assert set(found) == {"0.weight", "3.weight"}
+    for name, weight in found.items():
+        assert np.array_equal(weight, both.get_submodule(name[0]).weight.detach().numpy()), name
+
+
+def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["info", str(FIXTURE)]) == 0
+    text = capsys.readouterr().out
+    assert f"format1.safetensors: {FIXTURE.stat().st_size:,} bytes, written by snncompress 0.1.0" in text
+    assert re.search(r"8.weight +4-bit codes, scale +\d+", text)
+    assert re.search(r"plan.\d+ +mask +\d+", text)
+    assert re.search(rf"total +{FIXTURE.stat().st_size:,}\n", text)
+    assert "timesteps=3" in text
+    assert main(["info", str(tmp_path / "nothing")]) == 1
+    assert "snncompress: " in (error := capsys.readouterr().err)
+    assert "Traceback" not in error
