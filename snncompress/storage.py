@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
     described = part(file, "model")
     if into is None:
         raise OptionError(
-            f"{path} holds {_needs(described)}. Build one and pass it: snncompress.load(path, into=model)."
+            f"{path} holds {_needs(described, file.tensors)}. Build it and pass it: snncompress.load(path, into=model)."
         )
     found = find_adapter(into, adapter, plain=True)
     largest = max((p.numel() for p in into.parameters()), default=0)
@@ -110,7 +110,7 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
             _fill(model, file)
         except StorageError as error:
             raise StorageError(
-                f"{path} doesn't fit this {type(into).__name__}: {error} It holds {_needs(described)}."
+                f"{path} doesn't fit this {type(into).__name__}: {error} It holds {_needs(described, file.tensors)}."
             ) from error
     return model
 
@@ -134,11 +134,19 @@ def _packed(compression: CompressedWeight, stored: Tensor) -> tuple[dict[str, An
     """How a layer's weight is kept, and in which tensors."""
     kept = _kept(compression, stored)
     if (found := gridded(compression, stored)) is None:
-        return {}, {"values": compression.turned(stored)[kept]}
+        return {"shape": list(kept.shape)}, {"values": compression.turned(stored)[kept]}
     grid, numbers = found
     codes = pack_codes(numbers[kept].cpu().numpy().astype(np.uint16), grid.bits)
-    how = {"bits": grid.bits, "zero_point": grid.zero_point}
-    return how, {"codes": torch.from_numpy(codes), "scale": grid.scale}
+    how = {"shape": list(kept.shape), "bits": grid.bits, "zero_point": grid.zero_point}
+    tensors = {"codes": torch.from_numpy(codes)}
+    if grid.scale.dim() == 0 and grid.scale.dtype == _wide(stored.dtype):
+        return {**how, "scale": float(grid.scale)}, tensors
+    return how, {**tensors, "scale": grid.scale}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a scale is kept as a number: of weights in half precision, float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _kept(compression: CompressedWeight, stored: Tensor) -> Tensor:
@@ -184,26 +192,41 @@ def _unpacked(
     """A layer's weight; it is taken out of ``tensors``, and the layer quantizes to the grid that the file names."""
     kept = _kept(compression, target)
     count = int(kept.sum())
-    if how == {}:
+    if how.get("shape") != list(kept.shape):
+        raise StorageError(
+            f"{name} has the shape {str(how.get('shape'))[:80]} in the file, {list(kept.shape)} in the model."
+        )
+    if "bits" not in how:
         value = torch.zeros(kept.shape, dtype=target.dtype, device=target.device)
         value[kept] = _taken(tensors, f"{name}.values", target.dtype, (count,)).to(target.device)
         return compression.turned(value)
-    per_channel = (len(kept), *[1] * (kept.dim() - 1))
-    scale = tensors.get(f"{name}.scale", torch.zeros(()))
-    scale = _taken(tensors, f"{name}.scale", scale.dtype, () if scale.dim() == 0 else per_channel).to(target.device)
-    bits, zero_point = compression.bits, how.get("zero_point")
-    if bits is None or how.get("bits") != bits or not isinstance(zero_point, float) or not abs(zero_point) <= 2**17:
-        raise StorageError(f"{name} has no bits and zero point that fit its layer.")
-    if not scale.is_floating_point() or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise StorageError(f"{name} has a scale that is no positive number.")
+    grid = _grid(compression, kept, name, how, tensors, _wide(target.dtype))
     codes = tensors.pop(f"{name}.codes", torch.zeros(0))
     if codes.dtype != torch.uint8 or codes.dim() != 1:
         raise StorageError(f"{name} has no codes in bytes.")
-    grid = Grid(scale, zero_point, bits)
-    numbers = torch.zeros(kept.shape, dtype=scale.dtype, device=target.device)
-    numbers[kept] = torch.from_numpy(unpack_codes(codes.numpy(), bits, count)).to(numbers)
+    numbers = torch.zeros(kept.shape, dtype=grid.scale.dtype, device=target.device)
+    numbers[kept] = torch.from_numpy(unpack_codes(codes.numpy(), grid.bits, count)).to(numbers)
     hold(compression, grid)
     return compression.turned(torch.where(kept, grid.values(numbers, target.dtype), 0.0))
+
+
+def _grid(
+    compression: CompressedWeight, kept: Tensor, name: str, how: dict[str, Any], tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Grid:  # fmt: skip
+    """The grid that the file names; raises StorageError for one that can't be."""
+    bits, zero_point, number = compression.bits, how.get("zero_point"), how.get("scale")
+    if bits is None or how["bits"] != bits or not isinstance(zero_point, float) or not abs(zero_point) <= 2**17:
+        raise StorageError(f"{name} has no bits and zero point that fit its layer.")
+    if isinstance(number, float):
+        scale = torch.tensor(number, dtype=dtype)
+    else:
+        per_channel = (len(kept), *[1] * (kept.dim() - 1))
+        found = tensors.get(f"{name}.scale", torch.zeros(()))
+        scale = _taken(tensors, f"{name}.scale", found.dtype, () if found.dim() == 0 else per_channel)
+    if not scale.is_floating_point() or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise StorageError(f"{name} has a scale that is no positive number.")
+    return Grid(scale.to(kept.device), zero_point, bits)
 
 
 def _taken(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -216,15 +239,13 @@ def _taken(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tup
 
 def _described(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     kind = type(model)
-    shapes = {n: list(t.shape) for n, t in _state(model).items() if n.rpartition(".")[2] == "weight"}
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "framework": adapter.framework, "weights": shapes}
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "framework": adapter.framework}
 
 
-def _needs(described: Mapping[str, Any]) -> str:
-    weights = found if isinstance(found := described.get("weights"), dict) else {}
-    shapes = ", ".join(f"{name} {shape}" for name, shape in list(weights.items())[:4])[:200]
+def _needs(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     kind, framework = str(described.get("class"))[:80], str(described.get("framework"))[:40]
-    return f"a compressed {kind} of {framework}, {len(weights)} weights: {shapes} …"
+    names = ", ".join(list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name[:5] != "plan."))[:6])
+    return f"a compressed {kind} of {framework}, with tensors for {names[:200]} …"
 
 
 def part(file: Container, key: str) -> dict[str, Any]:

@@ -35,9 +35,15 @@ def _edit(metadata: dict[str, Any], kind: str) -> dict[str, Any]:
     return next(e for e in metadata["plan"]["edits"] if e["edit"] == kind)
 
 
+def _scale(metadata: dict[str, Any], tensors: dict[str, Tensor], scale: Tensor) -> None:
+    """In a tensor, instead of as a number."""
+    del metadata["packed"]["7.weight"]["scale"]
+    tensors["7.weight.scale"] = scale
+
+
 ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
-    "channels that don't exist": lambda m, t: _edit(m, "remove_channels")["slices"][0].update(width=10**9),
-    "negative width": lambda m, t: _edit(m, "remove_channels")["slices"][0].update(width=-8),
+    "channels that don't exist": lambda m, t: _edit(m, "remove_channels").update(width=10**9),
+    "negative width": lambda m, t: _edit(m, "remove_channels")["slices"][0].__setitem__(2, -8),
     "all channels": lambda m, t: _edit(m, "remove_channels").update(indices="/w=="),
     "no base64": lambda m, t: _edit(m, "remove_channels").update(indices="§§"),
     "indices as numbers": lambda m, t: _edit(m, "remove_channels").update(indices=[1, 2]),
@@ -70,11 +76,18 @@ ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "no codes": lambda m, t: t.pop("7.weight.codes"),
     "short codes": lambda m, t: t.update({"7.weight.codes": t["7.weight.codes"][:-1]}),
     "codes in floats": lambda m, t: t.update({"7.weight.codes": t["7.weight.codes"].float()}),
-    "no scale": lambda m, t: t.pop("7.weight.scale"),
-    "scale of another shape": lambda m, t: t.update({"7.weight.scale": torch.ones(3)}),
-    "scale is zero": lambda m, t: t.update({"7.weight.scale": torch.zeros(())}),
-    "scale is NaN": lambda m, t: t.update({"7.weight.scale": torch.tensor(torch.nan)}),
-    "scale in integers": lambda m, t: t.update({"7.weight.scale": torch.tensor(3)}),
+    "no scale": lambda m, t: m["packed"]["7.weight"].pop("scale"),
+    "scale of another shape": lambda m, t: _scale(m, t, torch.ones(3)),
+    "scale is NaN": lambda m, t: _scale(m, t, torch.tensor(torch.nan)),
+    "scale as an integer tensor": lambda m, t: _scale(m, t, torch.tensor(3)),
+    "scale is zero": lambda m, t: m["packed"]["7.weight"].update(scale=0.0),
+    "scale is negative": lambda m, t: m["packed"]["7.weight"].update(scale=-1.0),
+    "scale is huge": lambda m, t: m["packed"]["7.weight"].update(scale=1e300),
+    "scale in integers": lambda m, t: m["packed"]["7.weight"].update(scale=3),
+    "no shape": lambda m, t: m["packed"]["7.weight"].pop("shape"),
+    "huge shape": lambda m, t: m["packed"]["7.weight"].update(shape=[10**12, 10**12]),
+    "a million layers": lambda m, t: _edit(m, "quantize_weights").update(layers=["7"] * 10**6),
+    "layers are a number": lambda m, t: _edit(m, "quantize_weights").update(layers=7),
     "NaN": lambda m, t: t["7.bias"].fill_(torch.nan),
     "another shape": lambda m, t: t.update({"7.bias": torch.zeros(1000)}),
     "another type": lambda m, t: t.update({"7.bias": t["7.bias"].double()}),

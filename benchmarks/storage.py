@@ -1,0 +1,225 @@
+"""Files: how small, how fast to load, and how fast a frozen network is.
+
+    python benchmarks/storage.py [--data ../shared/data]
+
+The four VGG-16 rows of QP-SNN at 8, 4 and 2 bits against Eq. 16; loading against building and ``load_state_dict`` of
+the dense network; the frozen network against a dense one of its shape, and against the one that isn't frozen; networks
+trained on MNIST, compressed, saved, and loaded in a new process (left out where the data folder is missing). One
+thread, ratios side by side in one process. Writes benchmarks/results/storage.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from mnist import loader, read
+from mnist_models import NETS
+from torch import Tensor, nn
+from vgg16 import vgg16
+
+import snncompress
+from snncompress.adapting import find_adapter
+
+HERE = Path(__file__).resolve().parent
+# classes, ratio of conv 1-7, of conv 8-12
+ROWS = [(10, 0.45, 0.51), (10, 0.49, 0.80), (100, 0.45, 0.70), (100, 0.45, 0.78)]
+T = 4
+
+
+def compressed(classes: int, early: float, late: float, bits: int | None) -> nn.Module:
+    torch.manual_seed(0)
+    ratios = {f"conv{i}": early for i in range(1, 8)} | {f"conv{i}": late for i in range(8, 13)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", snncompress.SilentNeuronsWarning)
+        return snncompress.apply(
+            vgg16(classes), "magnitude", ratios, bits, data=torch.rand(1, 3, 32, 32), timesteps=1, progress=False
+        )
+
+
+def megabytes(path: Path) -> float:
+    return path.stat().st_size / 1e6
+
+
+def sizes(folder: Path) -> list[str]:
+    """A line per row and bit width, and one with 90 % of the weights gone besides."""
+    path, lines, noise = folder / "small.safetensors", [], torch.rand(1, 3, 32, 32)
+    for classes, early, late in ROWS:
+        torch.save(vgg16(classes).state_dict(), folder / "dense.pt")
+        dense = megabytes(folder / "dense.pt")
+        for bits, ratio in ((8, 0.0), (4, 0.0), (2, 0.0), (4, 0.9)):
+            net = compressed(classes, early, late, bits)
+            if ratio:
+                net = snncompress.apply(
+                    net, "weight_magnitude", ratio, None, data=torch.rand(1, 3, 32, 32), timesteps=1
+                )
+            snncompress.save(net, path)
+            found = snncompress.profile(net, noise, timesteps=1)
+            buffers = sum(b.numel() * b.element_size() for b in net.state_dict().values()) / 1e6
+            buffers -= sum(p.numel() * p.element_size() for p in net.parameters()) / 1e6
+            size = megabytes(path)
+            what = f"{classes} classes, {found.n_params / 1e6:.2f} M" + (", 90 % of weights gone" if ratio else "")
+            over, beyond = (100 * (size / wanted - 1) for wanted in (found.size_mb, found.size_mb + buffers))
+            lines.append(
+                f"| {what} | {bits} | {dense:.2f} | {found.size_mb:.4f} | {size:.4f} | {over:+.1f} % | {beyond:+.1f} % "
+                f"| {dense / size:.1f} |"
+            )
+    return lines
+
+
+def side_by_side(*actions: Callable[[], object], rounds: int = 15) -> list[list[float]]:
+    """Seconds of each action, taken in turn."""
+    taken: list[list[float]] = [[] for _ in actions]
+    for number in range(rounds + 2):
+        for action, times in zip(actions, taken, strict=True):
+            began = time.perf_counter()
+            action()
+            if number >= 2:
+                times.append(time.perf_counter() - began)
+    return taken
+
+
+def line(what: str, above: list[float], below: list[float]) -> str:
+    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+    return f"| {what} | {median(ratios):.2f}× | {ratios[1]:.2f} – {ratios[-2]:.2f} |"
+
+
+def speeds(folder: Path) -> list[str]:
+    path = folder / "small.safetensors"
+    torch.save(vgg16().state_dict(), folder / "dense.pt")
+
+    def dense() -> nn.Module:
+        net = vgg16()
+        net.load_state_dict(torch.load(folder / "dense.pt", weights_only=True))
+        return net
+
+    lines = []
+    for bits in (None, 4):
+        snncompress.save(compressed(*ROWS[0], bits), path)
+        loading, building = side_by_side(lambda: snncompress.load(path, into=vgg16()), dense)
+        what = f"{bits} bits" if bits else "32 bits"
+        lines.append(
+            line(f"load of the first row, {what} / build and load_state_dict of dense VGG-16", loading, building)
+        )
+    small = compressed(*ROWS[0], 4).eval()
+    x = torch.rand(4, 3, 32, 32)
+    frozen = snncompress.freeze(small, x, timesteps=T)
+    plain = vgg16(widths=[small.get_submodule(f"conv{i}").out_channels for i in range(1, 14)]).eval()
+    whole = vgg16().eval()
+    runs = [forward(net, x) for net in (frozen, plain, small, whole)]
+    a, b, c, d = side_by_side(*runs)
+    macs = [snncompress.profile(twin(net), x).n_mac for net in (plain, whole)]
+    return [
+        *lines,
+        line("forward of the frozen network / of a dense one of its shape", a, b),
+        line("forward of the frozen network / of the quantized one", a, c),
+        line(f"forward of the frozen network / of dense VGG-16 (MACs: {macs[0] / macs[1]:.2f}×)", a, d),
+    ]
+
+
+def forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
+    feed = snncompress.Feed(find_adapter(net), x, T)
+
+    def run() -> object:
+        with torch.no_grad():
+            return feed(net, feed.first())
+
+    return run
+
+
+def twin(net: nn.Module) -> nn.Module:
+    """A ReLU for every neuron, so that all operations are MACs."""
+    result = copy.deepcopy(net)
+    for name in find_adapter(net).neurons(net):
+        result.set_submodule(name, nn.ReLU())
+    from spikingjelly.activation_based import functional
+
+    functional.set_step_mode(result, "s")
+    return result
+
+
+def predictions(framework: str, path: Path, data: Path) -> Tensor:
+    """What the network in a file answers to the test images: scores [10000, 10]."""
+    net = snncompress.load(path, into=NETS[framework]()).eval()
+    return answers(net, data)
+
+
+def answers(net: nn.Module, data: Path) -> Tensor:
+    feed = snncompress.Feed(find_adapter(net), loader(*read(data, "test"), shuffle=False), T)
+    with torch.no_grad():
+        return torch.cat([feed(net, batch).mean(0) for batch in feed])
+
+
+def mnist(framework: str, data: Path, folder: Path) -> str:
+    """Train, compress, save; then load in a new process, and compare the answers."""
+    torch.manual_seed(0)
+    net, (x, y) = NETS[framework](), read(data, "train")
+    batches = loader(x[:20_000], y[:20_000])
+    snncompress.finetune(net, batches, epochs=1, lr=2e-3, timesteps=T, progress=False)
+    net = snncompress.apply(net, "svs", 0.4, 4, data=(x[:500], y[:500]), timesteps=T, progress=False)
+    net = snncompress.apply(net, "weight_magnitude", 0.5, None, data=(x[:500], y[:500]), timesteps=T, progress=False)
+    snncompress.finetune(net, batches, epochs=1, lr=2e-3, timesteps=T, progress=False)
+    path, said = folder / "mnist.safetensors", folder / "answers.pt"
+    snncompress.save(net, path)
+    here = answers(net.eval(), data)
+    subprocess.run([sys.executable, __file__, "--answer", framework, path, said, "--data", data], check=True)
+    there = torch.load(said, weights_only=True)
+    labels = read(data, "test")[1]
+    right = [100 * float((scores.argmax(1) == labels).double().mean()) for scores in (here, there)]
+    same = "bitwise equal" if torch.equal(here, there) else "different"
+    return f"| {framework} | {megabytes(path) * 1e3:.1f} | {right[0]:.2f} | {right[1]:.2f} | {same} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--answer", nargs=3, help=argparse.SUPPRESS)  # the new process
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.answer:
+        framework, path, said = options.answer
+        torch.save(predictions(framework, Path(path), options.data), said)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        table, timed = sizes(folder), speeds(folder)
+        trained = [mnist(f, options.data, folder) for f in NETS] if options.data.exists() else []
+    text = [
+        "VGG-16 of QP-SNN, pruned and quantized; sizes in MB = 10⁶ bytes. Eq. 16 counts weights and parameters; a file "
+        "also holds batch norm statistics (buffers) and the plan.",
+        "",
+        "| parameters | bits | dense .pt | Eq. 16 | file | over Eq. 16 | over Eq. 16 and buffers | dense / file |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table,
+        "",
+        f"Times, as ratios measured side by side: median and range without the extremes; batch 4, T = {T}, one thread "
+        f"({platform.machine()}), torch {torch.__version__}, {datetime.date.today()}.",
+        "",
+        "| what | median | range |",
+        "| --- | ---: | ---: |",
+        *timed,
+        "",
+        "MNIST networks, trained for an epoch on 20,000 images, compressed (`svs` 0.4, half of the weights, 4 bits), "
+        f"trained for another, saved, and loaded in a new process; 10,000 test images, T = {T}, seed 0.",
+        "",
+        "| framework | file (kB) | accuracy before (%) | loaded (%) | scores |",
+        "| --- | ---: | ---: | ---: | --- |",
+        *trained,
+    ]
+    (HERE / "results" / "storage.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
