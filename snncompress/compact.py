@@ -13,12 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .edits import Edit, MaskWeights, QuantizeWeights, RemoveChannels, edit_from_dict, slice_from_dict
+from .edits import Edit, MaskWeights, QuantizeWeights, RemoveChannels, Slice, edit_from_dict, slice_from_dict
 from .errors import PlanError, StorageError
 from .packing import pack_indices, pack_mask, unpack_indices, unpack_mask
 from .plan import Plan
 
 MOST_EDITS = 10_000
+MASK = ".plan."
+"""How names of mask tensors begin: no name in a state_dict begins with a dot."""
+
+
+class Budget:
+    """How much a plan may unfold to; raises PlanError where it is more."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def spend(self, count: int) -> None:
+        """Take something off."""
+        self._left -= count
+        if self._left < 0:
+            raise PlanError(
+                "The file's plan unfolds to far more than the network has weights. It is damaged, or hostile."
+            )
 
 
 def compact(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -31,8 +48,8 @@ def compact(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
             data = _compact_removal(edit)
         elif isinstance(edit, MaskWeights):
             form, packed = pack_mask(edit.mask().numpy().reshape(-1))
-            data["kept"] = {"form": form, "tensor": f"plan.{number}"}
-            tensors[f"plan.{number}"] = torch.from_numpy(packed)
+            data["kept"] = {"form": form, "tensor": f"{MASK}{number}"}
+            tensors[f"{MASK}{number}"] = torch.from_numpy(packed)
         elif isinstance(edit, QuantizeWeights):
             data["layers"] = [data.pop("layer")]
             if edits and {**edits[-1], "layers": None} == {**data, "layers": None}:
@@ -42,33 +59,40 @@ def compact(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {**json.loads(Plan((), plan.whole, plan.origin).to_json()), "edits": edits}, tensors
 
 
-def expanded(data: Any, tensors: Mapping[str, Tensor], largest: int) -> Plan:
-    """The plan; no weight of the network has more than ``largest`` elements. Raises PlanError or StorageError."""
+def expanded(data: Any, tensors: Mapping[str, Tensor], most: int) -> Plan:
+    """The plan; its masks and lists of channels have at most ``most`` entries. Raises PlanError or StorageError."""
     try:
         rest = Plan.from_json(json.dumps({**data, "edits": []}))
-        edits = list(islice(_edits(data["edits"], tensors, largest), MOST_EDITS + 1))
+        edits = list(islice(_edits(data["edits"], dict(tensors), Budget(most)), MOST_EDITS + 1))
         if len(edits) > MOST_EDITS:
             raise StorageError(f"The file's plan has more than {MOST_EDITS:,} edits, the most that are read.")
         return Plan(tuple(edits), rest.whole, rest.origin)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         raise PlanError(f"The file's plan is damaged: {type(error).__name__}: {error}") from error
 
 
-def _edits(edits: list[dict[str, Any]], tensors: Mapping[str, Tensor], largest: int) -> Iterator[Edit]:
+def _edits(edits: list[dict[str, Any]], tensors: dict[str, Tensor], budget: Budget) -> Iterator[Edit]:
     for data in edits:
         if data["edit"] == RemoveChannels.kind:
-            yield _removal(data)
+            yield _removal(data, budget)
         elif data["edit"] == MaskWeights.kind:
-            size = math.prod(data["shape"])
-            if not 0 <= size <= largest:
-                raise PlanError(f"{data['layer']}: a mask of {size} weights; the network's largest has {largest}.")
-            kept = unpack_mask(data["kept"]["form"], _bytes(tensors[data["kept"]["tensor"]]), size)
-            yield MaskWeights.of(data["layer"], torch.from_numpy(kept).view(data["shape"]))
+            size = size_of(data)
+            budget.spend(size)
+            kept = unpack_mask(data["kept"]["form"], _bytes(tensors.pop(data["kept"]["tensor"])), size)
+            yield MaskWeights.of(str(data["layer"]), torch.from_numpy(kept).view(data["shape"]))
         elif data["edit"] == QuantizeWeights.kind:
             for layer in data["layers"]:
                 yield edit_from_dict({**data, "layer": layer})
         else:
             yield edit_from_dict(data)
+
+
+def size_of(mask: Mapping[str, Any]) -> int:
+    """How many weights a mask is about; raises PlanError for what is no shape."""
+    shape = mask["shape"]
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        raise PlanError(f"A mask has the shape {str(shape)[:80]}.")
+    return math.prod(shape)
 
 
 def _compact_removal(edit: RemoveChannels) -> dict[str, Any]:
@@ -82,16 +106,20 @@ def _compact_removal(edit: RemoveChannels) -> dict[str, Any]:
     return {"edit": edit.kind, "layer": edit.layer, "width": width, "indices": indices, "slices": slices}
 
 
-def _removal(data: dict[str, Any]) -> RemoveChannels:
+def _removal(data: dict[str, Any], budget: Budget) -> RemoveChannels:
     indices = tuple(unpack_indices(data["indices"], data["width"]))
-    slices = []
+    budget.spend(data["width"])
+    slices: dict[tuple[str, str], Slice] = {}
     for module, side, width, axis, *own in data["slices"]:
+        budget.spend(width)
         piece = slice_from_dict({"module": module, "side": side, "width": width, "axis": axis, "indices": []})
         found = tuple(unpack_indices(own[0], width)) if own else indices
-        slices.append(dataclasses.replace(piece, indices=found))
-    if not any((s.module, s.side, s.width) == (data["layer"], "out", data["width"]) for s in slices):
+        if (piece.module, piece.side) in slices:
+            raise PlanError(f"A removal of channels lists {piece.module[:80]!r} twice.")
+        slices[piece.module, piece.side] = dataclasses.replace(piece, indices=found)
+    if data["width"] != getattr(slices.get((data["layer"], "out")), "width", None):
         raise PlanError(f"A removal of channels of {str(data['layer'])[:80]!r} doesn't list that layer.")
-    return RemoveChannels(data["layer"], indices, tuple(slices))
+    return RemoveChannels(data["layer"], indices, tuple(slices.values()))
 
 
 def _bytes(tensor: Tensor) -> Any:

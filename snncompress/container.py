@@ -35,11 +35,16 @@ class Container:
         """Write the file at once; raises StorageError where that fails, the old one is then still there."""
         if path.is_dir():
             raise StorageError(f"{path} is a folder. Give the name of a file, such as {path / 'small.safetensors'}.")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        text = json.dumps(
-            {"format": FORMAT, **self.data, "sha256": _digest(self.data, tensors)}, ensure_ascii=False, allow_nan=False
-        )
-        content = safetensors.torch.save(tensors, {_KEY: text})
+        try:  # copies: safetensors refuses tensors that share memory
+            tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in self.tensors.items()}
+            digest = _digest(self.data, tensors)
+        except (RuntimeError, NotImplementedError) as error:
+            raise StorageError(f"A tensor of this model can't be kept in a file: {error}") from error
+        text = json.dumps({"format": FORMAT, **self.data, "sha256": digest}, ensure_ascii=False, allow_nan=False)
+        try:
+            content = safetensors.torch.save(tensors, {_KEY: text})
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise StorageError(f"A tensor of this model is of a type that safetensors hasn't: {error}") from error
         write_whole(path, lambda file: file.write(content))
 
     @classmethod

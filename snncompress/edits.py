@@ -90,6 +90,8 @@ class RemoveChannels(Edit):
 
     def check(self, model: nn.Module) -> None:
         """Every module must be there, of a kind that can be shrunk, with the width the edit expects."""
+        if not any((s.module, s.side) == (self.layer, "out") for s in self.slices):
+            raise PlanError(f"A removal of channels of {self.layer!r} doesn't list that layer.")
         for piece in self.slices:
             module = _find(model, piece.module, "the plan removes channels from it")
             if piece.side == "neuron":  # its tensors may all be scalars, so it doesn't tell its width
@@ -238,7 +240,8 @@ class RemoveBlock(Edit):
 
     def check(self, model: nn.Module) -> None:
         """The block must be there, and the layers behind it have the widths that the edit expects."""
-        _find(model, self.name, "the plan removes it")
+        if not self.name or isinstance(_find(model, self.name, "the plan removes it"), nn.Identity):
+            raise PlanError(f"There is no block {self.name!r} to remove, or it is gone already.")
         for piece in self.repairs:
             module = _find(model, piece.layer, "the plan changes its inputs")
             if not isinstance(module, WEIGHT_LAYERS):
@@ -250,6 +253,13 @@ class RemoveBlock(Edit):
                     f"{piece.layer} can't be given {piece.after} inputs: it is a grouped convolution, or weights of it "
                     f"are masked. Remove blocks first, then single weights."
                 )
+
+    def check_growth(self, model: nn.Module, largest: int) -> None:
+        """Raise PlanError where a layer would get more than ``largest`` weights."""
+        for piece in self.repairs:
+            size = stored_weight(_find(model, piece.layer, "the plan changes its inputs")).numel()
+            if size * piece.after > largest * max(1, piece.before):
+                raise PlanError(f"{piece.layer} would grow from {piece.before} to {piece.after} inputs.")
 
     def apply(self, model: nn.Module, adapter: Adapter) -> None:
         """Replace the block, resize what reads it."""
@@ -369,6 +379,8 @@ def slice_from_dict(data: dict[str, Any]) -> Slice:
     if data["side"] not in ("out", "in", "neuron"):
         raise ValueError(f"side {data['side']!r}")
     width_, axis = _integers([data["width"], data["axis"]])
+    if not (-8 <= axis < 0 if data["side"] == "neuron" else axis == 0):
+        raise ValueError(f"axis {axis} of a slice on side {data['side']!r}")
     return Slice(str(data["module"]), data["side"], _integers(data["indices"]), width_, axis)
 
 

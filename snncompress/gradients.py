@@ -45,9 +45,9 @@ class GradientAwareLoss:
         loss: ``loss(output, y)`` in the place of cross-entropy.
 
     Raises:
-        OptionError: λ or ε out of range.
+        OptionError: no model, or λ or ε out of range.
         ModelError: the model has no weight layer that is trained.
-        DataError: the output doesn't depend on the model's weights.
+        DataError: the output doesn't depend on the model's weights, or the loss is no scalar.
 
     Source: "SNN SqueezeNet-P", gradient-aware loss.
 
@@ -63,15 +63,22 @@ class GradientAwareLoss:
     """
 
     def __init__(self, model: nn.Module, weight: float = 0.01, eps: float = 1e-3, loss: Loss | None = None) -> None:
-        for name, value, fits in (("weight", weight, weight >= 0), ("eps", eps, eps > 0)):
-            if isinstance(value, bool) or not fits or not math.isfinite(value):
-                raise OptionError(f"GradientAwareLoss: {name} must be a positive number, not {value!r}.")
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"GradientAwareLoss takes the model that is trained, not {model!r}.")
+        for name, value, least in (("weight", weight, "at least 0"), ("eps", eps, "more than 0")):
+            number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+            if not (0 < number < math.inf or (number == 0 and name == "weight")):
+                raise OptionError(f"GradientAwareLoss: {name} must be a number of {least}, not {value!r}.")
         self.model, self.weight, self.eps = model, weight, eps
         self.loss: Loss = cross_entropy if loss is None else loss
 
     def __call__(self, output: Any, y: Tensor) -> Tensor:
         """The loss, a scalar, of an output [T, N, K] or [N, K] and labels [N] or [N, K]."""
         loss = self.loss(output, y)
+        if loss.numel() != 1:
+            raise DataError(
+                f"loss(output, y) must return a scalar, not shape {list(loss.shape)}: average over samples."
+            )
         if not loss.requires_grad:
             return loss
         weights = list(_trained(self.model).values())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .parametrizations import CompressedWeight
+if TYPE_CHECKING:
+    from .parametrizations import CompressedWeight
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def gridded(compression: CompressedWeight, stored: Tensor) -> tuple[Grid, Tensor
     with torch.no_grad():
         value = compression.turned(compression(stored)).contiguous()
         made: Any = compression.tensor_quant(compression.turned(compression.masked(stored)))
-        scale, zero_point = made[1].detach(), float(made[2])
+        scale = made[1].detach()
+        if made[2].numel() != 1 or tuple(scale.shape) not in ((), (len(value), *[1] * (value.dim() - 1))):
+            return None
+        zero_point = float(made[2])
         kept = torch.ones_like(value, dtype=torch.bool)
         if compression.mask is not None:
             kept = compression.turned(compression.mask)

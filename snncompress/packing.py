@@ -75,6 +75,8 @@ def unpack_mask(form: str, packed: NDArray[np.uint8], size: int) -> NDArray[np.b
         return np.unpackbits(packed, count=size).astype(bool)
     if form != "gaps":
         raise StorageError(f"A mask is stored as 'bitmap' or 'gaps', not {str(form)[:40]!r}.")
+    if len(packed) > size + size // _SKIP + 1:
+        raise StorageError(f"The gaps of a mask of {size} weights take {len(packed)} bytes.")
     ends = packed != _SKIP
     places = np.cumsum(packed.astype(np.int64) + ends)[ends] - 1
     if len(packed) and (not ends[-1] or places[-1] >= size):

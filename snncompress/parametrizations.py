@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from .grids import FixedGrid
 from .interfaces import Quantizer
 
 
@@ -115,13 +116,24 @@ def float_weight(module: nn.Module) -> Tensor:
 
 
 def resize_weight(module: nn.Module, resize: Callable[[nn.Module], None]) -> None:
-    """Let ``resize`` replace ``module.weight``, a plain parameter meanwhile, by a smaller one; the mask follows."""
+    """Let ``resize`` replace ``module.weight``, a plain parameter meanwhile, by another; mask and scales follow."""
     with bare(module) as compression:
-        if compression is not None and compression.mask is not None:
-            twin = copy.deepcopy(module)  # the same cut through a layer whose weight is the mask
-            twin.weight = nn.Parameter(compression.mask.to(cast(Tensor, module.weight).dtype))
-            resize(twin)
-            compression.mask = twin.weight.detach().bool()
+        if compression is not None:
+            weight = cast(Tensor, module.weight)
+
+            def cut(beside: Tensor) -> Tensor:
+                twin = copy.deepcopy(module)  # the same cut through a layer whose weight is this
+                twin.weight = nn.Parameter(beside.to(weight.dtype))
+                resize(twin)
+                return cast(Tensor, twin.weight).detach()
+
+            if compression.mask is not None:
+                compression.mask = cut(compression.mask).bool()
+            grid = compression.tensor_quant
+            if isinstance(grid, FixedGrid) and grid.scale.dim():
+                scales = compression.turned(cut(compression.turned(grid.scale.expand_as(compression.turned(weight)))))
+                if len(scales) != len(grid.scale):  # output channels went, not inputs
+                    grid.scale = scales[(slice(None), *[slice(1)] * (scales.dim() - 1))].to(grid.scale.dtype)
         resize(module)
 
 

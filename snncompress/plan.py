@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import nn
 
 from .adapting import find_adapter
 from .copying import private_copy
-from .edits import Edit, MaskWeights, RemoveChannels, TruncateTimesteps, edit_from_dict
-from .errors import PlanError
+from .edits import Edit, MaskWeights, RemoveBlock, RemoveChannels, TruncateTimesteps, edit_from_dict
+from .errors import PlanError, SNNCompressError
 from .interfaces import Adapter
 
 FORMAT = 1
 M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_snncompress_plan"
+_DETACHED = "_snncompress_detached"
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,21 @@ class Plan:
         """
         return self.replayed(model, find_adapter(model, adapter))
 
-    def replayed(self, model: M, adapter: Adapter) -> M:
-        """:meth:`apply`, for those who know the adapter."""
+    def replayed(self, model: M, adapter: Adapter, largest: int | None = None) -> M:
+        """:meth:`apply`, for those who know the adapter; no layer may grow beyond ``largest`` weights."""
         result = private_copy(model, adapter)
         for edit in self.edits:
-            edit.apply(result, adapter)
+            try:
+                if largest is not None and isinstance(edit, RemoveBlock):
+                    edit.check_growth(result, largest)
+                edit.apply(result, adapter)
+            except SNNCompressError:
+                raise
+            except Exception as error:  # a plan may come from anywhere
+                raise PlanError(
+                    f"A {edit.kind!r} edit of the plan failed: {type(error).__name__}: {error}. The plan is damaged, "
+                    f"or made for another architecture."
+                ) from error
         adapter.adopt(result)
         attach(result, self)
         return result
@@ -62,7 +74,8 @@ class Plan:
             for piece in edit.slices:
                 if piece.side == "out":
                     gone = removed.setdefault(piece.module, [])
-                    gone.extend(_original(gone, piece.indices))
+                    left = np.delete(np.arange(piece.width + len(gone)), gone)  # original numbers of what was there
+                    gone.extend(left[list(piece.indices)].tolist())
                     gone.sort()
         return removed
 
@@ -119,25 +132,25 @@ class Plan:
         return "\n".join(lines)
 
 
-def _original(gone: list[int], indices: tuple[int, ...]) -> list[int]:
-    """Translate indices among the channels that are left into indices of the original model."""
-    result = []
-    for index in indices:
-        for earlier in sorted(gone):
-            if earlier <= index:
-                index += 1
-        result.append(index)
-    return result
-
-
 def attach(model: nn.Module, plan: Plan) -> None:
     """Remember the plan on the compressed model (deep copies keep it, the state_dict doesn't hold it)."""
     setattr(model, _ATTRIBUTE, plan)
 
 
 def detach(model: nn.Module) -> None:
-    """Forget the plan, where there is one."""
+    """Forget the plan: this network isn't what a plan makes any more."""
     vars(model).pop(_ATTRIBUTE, None)
+    setattr(model, _DETACHED, True)
+
+
+def has_plan(model: nn.Module) -> bool:
+    """Does it hold a plan?"""
+    return isinstance(vars(model).get(_ATTRIBUTE), Plan)
+
+
+def is_detached(model: nn.Module) -> bool:
+    """Is this a network that no plan leads to?"""
+    return bool(vars(model).get(_DETACHED, False))
 
 
 def plan_of(model: nn.Module) -> Plan:

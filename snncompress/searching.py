@@ -211,6 +211,9 @@ def block_search(
                 f"{type(model).__name__} has {len(blocks)} blocks, {', '.join(blocks)}, so 2^{len(blocks)} sets of "
                 f"them. Name at most {MOST_BLOCKS}, as in Ablation(blocks=(...)), or take method='greedy'."
             )
+        nested = [(a, b) for a in blocks for b in blocks if b.startswith(f"{a}.")]
+        if nested:
+            raise OptionError(f"Block {nested[0][1]!r} is a part of block {nested[0][0]!r}: name one of them.")
         sizes = _sizes(remove, len(blocks))
         if method == "exhaustive":
             sets = [s for s in _subsets(blocks) if len(s) in sizes]

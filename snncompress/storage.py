@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .adapting import find_adapter
-from .compact import compact, expanded
+from .compact import MASK, compact, expanded
 from .container import Container
 from .copying import cuda_devices
 from .errors import ModelError, OptionError, PlanError, StorageError
@@ -20,10 +20,11 @@ from .grids import Grid, gridded, hold
 from .interfaces import Adapter
 from .packing import pack_codes, unpack_codes
 from .parametrizations import CompressedWeight, compression_of
-from .plan import Plan, plan_of
+from .plan import Plan, has_plan, is_detached, plan_of
 from .version import __version__
 
 M = TypeVar("M", bound=nn.Module)
+_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STORED = ".parametrizations.weight.original"
 
 
@@ -54,27 +55,24 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | s
         True
     """
     found = find_adapter(model, adapter, plain=True)
-    try:
-        plan = plan_of(model)
-    except PlanError:
-        plan = Plan()
+    plan = _plan_of(model)
     compacted, tensors = compact(plan)
     packed: dict[str, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
-    seen: dict[Any, str] = {}
-    for name, tensor in _state(model).items():
-        key = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
-        if tensor.numel() and seen.setdefault(key, name) != name:
-            aliases[name] = seen[key]
-            continue
+    state = _state(model)
+    for name, *others in _tied(state):
+        tensor = state[name]
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
             raise ModelError(f"{name} of this {type(model).__name__} holds NaN. Find out why before you save it.")
+        aliases.update(dict.fromkeys(others, name))
         compression = _compression(model, name)
-        if compression is None:
+        if compression is None or others:  # layers that share floats may make different weights of them
             tensors[name] = tensor
         else:
             packed[name], parts = _packed(compression, tensor)
             tensors.update({f"{name}.{part}": value for part, value in parts.items()})
+    for name in [name for name in tensors if _on_a_grid(name, packed)]:
+        del tensors[name]
     described = _described(model, found)
     data = {"version": __version__, "model": described, "plan": compacted, "packed": packed, "aliases": aliases}
     Container(data, tensors).write(Path(path))
@@ -88,7 +86,7 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
     that was saved, on the same kind of device. A quantized layer keeps its scale; trained further, it moves from the
     values in the file.
 
-    A file of a stranger's is checked before anything is built: it can raise an error, not run code.
+    A file may be a stranger's: whatever it holds is checked before it is used, and can raise an error, not run code.
 
     Raises:
         StorageError: the file is damaged, of another format, or holds other tensors than the model needs.
@@ -102,17 +100,59 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
             f"{path} holds {_needs(described, file.tensors)}. Build it and pass it: snncompress.load(path, into=model)."
         )
     found = find_adapter(into, adapter, plain=True)
-    largest = max((p.numel() for p in into.parameters()), default=0)
-    plan = expanded(part(file, "plan"), file.tensors, largest)
-    with torch.random.fork_rng(cuda_devices(into)), torch.no_grad():
-        model = plan.replayed(into, found)
+    if _compressed(into):
+        raise OptionError(
+            f"This {type(into).__name__} is compressed already. Build a fresh one for load(path, into=model)."
+        )
+    total = sum(p.numel() for p in into.parameters()) + 1_000_000
+    with torch.random.fork_rng(cuda_devices(into)), torch.inference_mode(False), torch.no_grad():
+        plan = expanded(part(file, "plan"), file.tensors, 64 * total)
+        model = plan.replayed(into, found, largest=64 * total)
         try:
             _fill(model, file)
         except StorageError as error:
             raise StorageError(
                 f"{path} doesn't fit this {type(into).__name__}: {error} It holds {_needs(described, file.tensors)}."
             ) from error
+        except Exception as error:  # a file may come from anywhere
+            raise StorageError(f"{path} can't be loaded: {type(error).__name__}: {error}.") from error
     return model
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    """The plan; raises ModelError for a network that no plan leads to."""
+    try:
+        return plan_of(model)
+    except PlanError as error:
+        inner = next((name for name, module in model.named_modules() if name and has_plan(module)), "")
+        if is_detached(model):
+            why = "it is frozen, so no plan leads to it. Save the network that it was made from."
+        elif inner:
+            why = f"the compressed network is its part {inner!r}. Save that part."
+        elif _compressed(model):
+            why = "layers of it are compressed, and there is no plan. Save the model that snncompress.apply returned."
+        else:
+            return Plan()
+        raise ModelError(f"This {type(model).__name__} can't be saved: {why}") from error
+
+
+def _compressed(model: nn.Module) -> bool:
+    return any(compression_of(module) is not None for module in model.modules())
+
+
+def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names, those of one tensor together."""
+    groups: dict[Any, list[str]] = {}
+    for name, t in state.items():
+        same = t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype
+        groups.setdefault(same if t.numel() else name, []).append(name)
+    return list(groups.values())
+
+
+def _on_a_grid(name: str, packed: Mapping[str, Any]) -> bool:
+    """Is this a quantizer's own parameter, which its layer's grid takes the place of?"""
+    layer, found, _ = name.partition(".parametrizations.weight.")
+    return bool(found) and "bits" in packed.get(f"{layer}.weight", {})
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -159,8 +199,8 @@ def _fill(model: nn.Module, file: Container) -> None:
     """Put the file's tensors in; raises StorageError, the model may then be half filled."""
     packed = {name: how for name, how in part(file, "packed").items() if isinstance(how, dict)}
     aliases = {name: str(other) for name, other in part(file, "aliases").items()}
-    left = {name: tensor for name, tensor in file.tensors.items() if not name.startswith("plan.")}
-    state = _state(model)
+    left = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(MASK)}
+    state = {name: tensor for name, tensor in _state(model).items() if not _on_a_grid(name, packed)}
     found: dict[str, Tensor] = {}
     for name, target in state.items():
         compression = _compression(model, name)
@@ -184,6 +224,9 @@ def _fill(model: nn.Module, file: Container) -> None:
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise StorageError(f"{name} holds NaN.")
         target.copy_(value)
+    for layer in model.modules():
+        if compression_of(layer) is not None and not bool(torch.isfinite(cast(Tensor, layer.weight)).all()):
+            raise StorageError(f"The weight of a {type(layer).__name__} comes out infinite, or as NaN.")
 
 
 def _unpacked(
@@ -205,7 +248,7 @@ def _unpacked(
     if codes.dtype != torch.uint8 or codes.dim() != 1:
         raise StorageError(f"{name} has no codes in bytes.")
     numbers = torch.zeros(kept.shape, dtype=grid.scale.dtype, device=target.device)
-    numbers[kept] = torch.from_numpy(unpack_codes(codes.numpy(), grid.bits, count)).to(numbers)
+    numbers[kept] = torch.from_numpy(unpack_codes(codes.numpy(), grid.bits, count).astype(np.int32)).to(numbers)
     hold(compression, grid)
     return compression.turned(torch.where(kept, grid.values(numbers, target.dtype), 0.0))
 
@@ -224,7 +267,7 @@ def _grid(
         per_channel = (len(kept), *[1] * (kept.dim() - 1))
         found = tensors.get(f"{name}.scale", torch.zeros(()))
         scale = _taken(tensors, f"{name}.scale", found.dtype, () if found.dim() == 0 else per_channel)
-    if not scale.is_floating_point() or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if scale.dtype not in _SCALES or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise StorageError(f"{name} has a scale that is no positive number.")
     return Grid(scale.to(kept.device), zero_point, bits)
 
@@ -244,7 +287,7 @@ def _described(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
 
 def _needs(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     kind, framework = str(described.get("class"))[:80], str(described.get("framework"))[:40]
-    names = ", ".join(list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name[:5] != "plan."))[:6])
+    names = ", ".join(list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if not name.startswith(MASK)))[:6])
     return f"a compressed {kind} of {framework}, with tensors for {names[:200]} …"
 
 

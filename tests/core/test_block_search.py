@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from snncompress_fire import Ablation
+from spikingjelly.activation_based import neuron
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import snncompress
@@ -116,6 +118,10 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
             block_search(net, DATA, timesteps=4, remove=remove)
     with pytest.raises(OptionError, match="epochs must be"):
         block_search(net, DATA, timesteps=4, epochs=-1)
+    inner = nn.Sequential(nn.Sequential(nn.Linear(4, 4), neuron.LIFNode()))
+    nested = nn.Sequential(nn.Linear(3, 4), neuron.LIFNode(), inner, nn.Linear(4, 2))
+    with pytest.raises(OptionError, match=r"Block '2.0' is a part of block '2'"):
+        block_search(nested, (torch.rand(4, 3), torch.arange(4) % 2), Ablation(blocks=("2", "2.0")), timesteps=4)
     monkeypatch.setattr("snncompress.searching.MOST_BLOCKS", 2)
     with pytest.raises(OptionError, match=r"3 blocks, 2, 3, 6, so 2\^3 sets .*method='greedy'"):
         block_search(net, DATA, timesteps=4)

@@ -101,10 +101,13 @@ def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["info", str(FIXTURE)]) == 0
     text = capsys.readouterr().out
     assert f"format1.safetensors: {FIXTURE.stat().st_size:,} bytes, written by snncompress 0.1.0" in text
-    assert re.search(r"8.weight +4-bit codes, scale +\d+", text)
-    assert re.search(r"plan.\d+ +mask +\d+", text)
+    assert re.search(r"8.weight +4-bit codes +\d+", text)
+    assert re.search(r"mask \d+ +bits or gaps +\d+", text)
     assert re.search(rf"total +{FIXTURE.stat().st_size:,}\n", text)
     assert "timesteps=3" in text
+    assert re.search(r"8: \d+ of 5120 weights removed", text)
+    assert re.search(r"0: 2 of 8 channels removed", text)
+    assert "5: quantizer=rescaw, bits=3" in text
     assert main(["info", str(tmp_path / "nothing")]) == 1
     assert "snncompress: " in (error := capsys.readouterr().err)
     assert "Traceback" not in error

@@ -1,8 +1,12 @@
-"""Damaged and hostile files: always an error of ours, in bounded time, and the model as it was."""
+"""Damaged and hostile files: always an error of ours, in bounded time, and the model as it was.
+
+More cases: FUZZ=50 pytest tests/core/test_hostile_files.py
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 import snncompress
 from snncompress import SNNCompressError, StorageError, load, save
+from snncompress.compact import MASK
 from snncompress.container import Container
 from tests.core.test_blocks import network
 from tests.core.test_storage import WAYS
@@ -41,6 +46,13 @@ def _scale(metadata: dict[str, Any], tensors: dict[str, Tensor], scale: Tensor) 
     tensors["7.weight.scale"] = scale
 
 
+def _floats(metadata: dict[str, Any], tensors: dict[str, Tensor], value: float) -> None:
+    """Floats behind the quantizer, instead of codes; of 4 bits each, two in a byte."""
+    del metadata["packed"]["7.weight"]["bits"]
+    codes = tensors.pop("7.weight.codes")
+    tensors["7.weight.values"] = torch.full((2 * len(codes),), value)
+
+
 ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "channels that don't exist": lambda m, t: _edit(m, "remove_channels").update(width=10**9),
     "negative width": lambda m, t: _edit(m, "remove_channels")["slices"][0].__setitem__(2, -8),
@@ -58,9 +70,23 @@ ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "huge mask": lambda m, t: _edit(m, "mask_weights").update(shape=[10**9, 10**9]),
     "negative mask": lambda m, t: _edit(m, "mask_weights").update(shape=[-4, -4]),
     "mask of another form": lambda m, t: _edit(m, "mask_weights")["kept"].update(form="pickle"),
-    "no mask": lambda m, t: _edit(m, "mask_weights")["kept"].update(tensor="plan.99"),
-    "mask in floats": lambda m, t: t.update({k: v.float() for k, v in t.items() if k.startswith("plan.")}),
-    "mask too long": lambda m, t: t.update({k: v.repeat(2) for k, v in t.items() if k.startswith("plan.")}),
+    "no mask": lambda m, t: _edit(m, "mask_weights")["kept"].update(tensor=".plan.99"),
+    "mask in floats": lambda m, t: t.update({k: v.float() for k, v in t.items() if k.startswith(MASK)}),
+    "mask too long": lambda m, t: t.update({k: v.repeat(2) for k, v in t.items() if k.startswith(MASK)}),
+    "no block": lambda m, t: _edit(m, "remove_block").update(name=""),
+    "the block twice": lambda m, t: m["plan"]["edits"].insert(0, dict(_edit(m, "remove_block"), repairs=[])),
+    "a layer of terabytes": lambda m, t: _edit(m, "remove_block")["repairs"][0].update(after=2**40),
+    "a layer beyond all numbers": lambda m, t: _edit(m, "remove_block")["repairs"][0].update(after=10**30),
+    "neuron on axis 0": lambda m, t: [s.__setitem__(3, 0) for s in _edit(m, "remove_channels")["slices"]],
+    "layer on another axis": lambda m, t: [s.__setitem__(3, -3) for s in _edit(m, "remove_channels")["slices"]],
+    "a slice a thousand times": lambda m, t: _edit(m, "remove_channels").update(
+        slices=_edit(m, "remove_channels")["slices"] * 1000
+    ),
+    "a mask a thousand times": lambda m, t: m["plan"].update(edits=[_edit(m, "mask_weights")] * 1000),
+    "a mask of many dimensions": lambda m, t: _edit(m, "mask_weights").update(shape=[1] * 100_000),
+    "wide neurons": lambda m, t: _edit(m, "remove_channels")["slices"].extend(
+        [f"lif{n}", "neuron", 10**9, -3, ""] for n in range(1000)
+    ),
     "unknown edit": lambda m, t: m["plan"]["edits"].append({"edit": "run", "code": "1"}),
     "edit of no kind": lambda m, t: m["plan"]["edits"].append(7),
     "a thousand times": lambda m, t: m["plan"].update(edits=[{"edit": "run"}] * 20_000),
@@ -78,6 +104,8 @@ ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "codes in floats": lambda m, t: t.update({"7.weight.codes": t["7.weight.codes"].float()}),
     "no scale": lambda m, t: m["packed"]["7.weight"].pop("scale"),
     "scale of another shape": lambda m, t: _scale(m, t, torch.ones(3)),
+    "scale in eight bits": lambda m, t: _scale(m, t, torch.ones((), dtype=torch.float8_e4m3fn)),
+    "infinite floats": lambda m, t: _floats(m, t, torch.inf),
     "scale is NaN": lambda m, t: _scale(m, t, torch.tensor(torch.nan)),
     "scale as an integer tensor": lambda m, t: _scale(m, t, torch.tensor(3)),
     "scale is zero": lambda m, t: m["packed"]["7.weight"].update(scale=0.0),
@@ -127,6 +155,8 @@ def test_more_text_than_any_network_needs(tmp_path: Path) -> None:
 
 # -- bytes and JSON at random --
 
+TIMES = int(os.environ.get("FUZZ", "1"))
+
 
 def tiny() -> nn.Module:
     torch.manual_seed(0)
@@ -166,7 +196,7 @@ def test_cut_off_anywhere(tiny_file: Path, tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150 * TIMES, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_bit_flipped(data: st.DataObject, tiny_file: Path, tmp_path: Path) -> None:
     content = bytearray(tiny_file.read_bytes())
     place = data.draw(st.integers(0, 8 * len(content) - 1))
@@ -195,14 +225,14 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8) | st.sampled_from(["plan.1", "gaps", "bitmap", "0.weight", "out", "rescaw", "mask_weights"]),
+    | st.text(max_size=8) | st.sampled_from([".plan.1", "gaps", "bitmap", "0.weight", "out", "rescaw", "mask_weights"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
 
 
 @given(data=st.data())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200 * TIMES, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_part_of_the_json_replaced(data: st.DataObject, tiny_file: Path, tmp_path: Path) -> None:
     """Under a valid checksum: an error of ours, or a part that nothing depends on."""
     file, net = Container.read(tiny_file), tiny()
@@ -232,11 +262,11 @@ TENSORS = st.sampled_from([torch.uint8, torch.int64, torch.float32, torch.float1
 
 
 @given(data=st.data())
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100 * TIMES, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_tensor_replaced(data: st.DataObject, tiny_file: Path, tmp_path: Path) -> None:
     file, net = Container.read(tiny_file), tiny()
     tensors = dict(file.tensors)
-    tensors[data.draw(st.sampled_from([*tensors, "more", "plan.7"]))] = data.draw(TENSORS)
+    tensors[data.draw(st.sampled_from([*tensors, "more", ".plan.7"]))] = data.draw(TENSORS)
     Container(file.data, tensors).write(tmp_path / "changed")
     before = snapshot(net)
     with suppress(SNNCompressError):

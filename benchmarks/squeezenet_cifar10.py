@@ -1,0 +1,285 @@
+"""CIFAR-10 study: does a spiking SqueezeNet lose anything when half of its fire modules go?
+
+    python benchmarks/squeezenet_cifar10.py [--budget small|full] [--seeds 2] [--device cpu] [--data ../shared/data]
+
+The schedules of SNN SqueezeNet-P and their CNN twins (a ReLU for each neuron), all trained from scratch under one
+budget; the set that ``ablation`` chooses, trained the same way; the three repairs; all sets of fire modules, untrained
+after removal. The small budget takes two CPU cores an hour, one process of one thread for each seed. What is done is
+kept in benchmarks/.cache, so that a run that was stopped goes on. Writes benchmarks/results/squeezenet_cifar10.md and
+.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import snncompress_fire
+import torch
+from snncompress_schedules import Iterative
+from spikingjelly.activation_based import functional, neuron
+from torch import Tensor, nn
+
+import snncompress
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from examples.networks.squeezenet import squeezenet  # noqa: E402
+
+T = 4
+LR = 3e-3
+SCHEDULES = ("full", "head_1", "tail_2", "alt_1", "alt_2", "ref_1")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every network gets: training images, epochs, images per batch."""
+
+    images: int
+    epochs: int
+    batch: int
+
+
+BUDGETS = {"small": Budget(10_000, 6, 50), "full": Budget(50_000, 60, 128)}
+
+
+class Images:
+    """Batches of normalized images [N, 3, 32, 32] and labels; shuffled and randomly flipped for training."""
+
+    def __init__(self, x: Tensor, y: Tensor, batch: int, train: bool) -> None:
+        self.x, self.y, self.batch, self.train = x, y, batch, train
+
+    def __len__(self) -> int:
+        return -(-len(self.y) // self.batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.y)) if self.train else torch.arange(len(self.y))
+        for part in order.to(self.x.device).split(self.batch):
+            x = self.x[part]
+            if self.train:
+                flip = torch.rand(len(part)).lt(0.5).to(x.device)
+                x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+            yield x, self.y[part]
+
+    def some(self, count: int) -> Images:
+        """The first ``count`` images, in order."""
+        return Images(self.x[:count], self.y[:count], self.batch, train=False)
+
+
+def images(folder: Path, budget: Budget, device: str) -> tuple[Images, Images]:
+    """For training, and the 10,000 for testing."""
+    spec = importlib.util.spec_from_file_location("read", folder / "read.py")
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+
+    def read(split: str, count: int, batch: int, train: bool) -> Images:
+        x, y = reader.cifar10(split, -(-count // 5000))
+        x = torch.from_numpy(x[:count]).permute(0, 3, 1, 2).float() / 255
+        x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        return Images(x.to(device), torch.from_numpy(y[:count]).long().to(device), batch, train)
+
+    return read("train", budget.images, budget.batch, True), read("test", 10_000, 200, False)
+
+
+MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+
+
+def network(schedule: str | snncompress_fire.Keep, seed: int, norm: bool = True) -> nn.Module:
+    """A spiking SqueezeNet with the fire modules of a schedule, untrained.
+
+    Batch norm before the neurons, none of which the paper has; no neuron behind the last convolution, whose map is 1×1
+    here, so that a class could have T + 1 scores only.
+    """
+    torch.manual_seed(seed)
+    net = squeezenet(norm=norm)
+    net.after_conv10 = nn.Identity()
+    functional.set_step_mode(net, "m")
+    chosen = snncompress_fire.schedule(schedule, repair="reinit") if isinstance(schedule, str) else schedule
+    return snncompress.apply(net, chosen, bits=None, data=torch.rand(1, 3, 32, 32), timesteps=1, seed=seed)
+
+
+def twin(net: nn.Module) -> nn.Module:
+    """The CNN of the same layers and weights: a ReLU for every neuron."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, neuron.BaseNode):
+            net.set_submodule(name, nn.ReLU())
+    functional.set_step_mode(net, "s")
+    return net
+
+
+def trained(name: str, net: nn.Module, train: Images, budget: Budget, timesteps: int | None, seed: int, cache: Path):
+    """The network after the budget's epochs; read from the cache where it was trained before."""
+    path = cache / f"{name}-s{seed}.pt"
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net
+    torch.manual_seed(seed)
+    snncompress.finetune(net, train, epochs=budget.epochs, lr=LR, timesteps=timesteps, progress=False)
+    torch.save(net.state_dict(), path)
+    return net
+
+
+def kept_by_ablation(net: nn.Module, calibration: Images, seed: int) -> list[int]:
+    """Numbers of the four fire modules that greedy ablation keeps, scoring anew after each one that goes."""
+    options = {"data": calibration, "timesteps": T, "bits": None, "seed": seed, "progress": False}
+    small = snncompress.apply(net, "fire", 0.5, scheduler=Iterative(steps=4), **options)
+    gone = {edit.name for edit in snncompress.plan_of(small).edits}
+    return [number for number in range(2, 10) if f"fire{number}" not in gone]
+
+
+def measured(net: nn.Module, test: Images) -> dict[str, float]:
+    """Accuracy and F1 on all test images, operations and energy on a thousand of them."""
+    found = snncompress.evaluate(net, test, timesteps=T)
+    cost = snncompress.profile(net, test.some(1000), timesteps=T)
+    return {
+        "accuracy": 100 * found.accuracy, "f1": found.f1, "parameters": cost.n_params, "AC": cost.n_ac / 1e6,
+        "MAC": cost.n_mac / 1e6, "energy": cost.energy_pj / 1e6,
+    }  # fmt: skip
+
+
+def repaired(full: nn.Module, keep: snncompress_fire.Keep, train: Images, test: Images, seed: int) -> dict[str, float]:
+    """Accuracy of the trained network straight after removal, and after one epoch."""
+    options = {"data": train.some(500), "timesteps": T, "bits": None, "seed": seed, "progress": False}
+    small = snncompress.apply(full, keep, **options)
+    straight = snncompress.evaluate(small, test, timesteps=T).accuracy
+    torch.manual_seed(seed)
+    snncompress.finetune(small, train, epochs=1, lr=1e-3, timesteps=T, progress=False)
+    return {"straight": 100 * straight, "one epoch": 100 * snncompress.evaluate(small, test, timesteps=T).accuracy}
+
+
+def study(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything for one seed."""
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    budget, cache = BUDGETS[options.budget], HERE / ".cache" / f"squeezenet-{options.budget}"
+    cache.mkdir(parents=True, exist_ok=True)
+    train, test = images(options.data, budget, options.device)
+    kept = cache / f"results-s{seed}.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def note(key: str, measure: Callable[[], Any]) -> None:
+        if key not in found:
+            found[key] = measure()
+            kept.write_text(json.dumps(found))
+            print(f"seed {seed}: {key}: {found[key]}", flush=True)
+
+    def snn(name: str, keep: str | snncompress_fire.Keep | None = None) -> nn.Module:
+        net = network(name if keep is None else keep, seed).to(options.device)
+        return trained(name, net, train, budget, T, seed, cache)
+
+    def cnn(name: str) -> nn.Module:
+        net = twin(network(name, seed).to(options.device))
+        return trained(f"cnn-{name}", net, train, budget, None, seed, cache)
+
+    full = snn("full")
+    note("kept by ablation", lambda: kept_by_ablation(full, train.some(500), seed))
+    by_ablation = snncompress_fire.Keep(tuple(n - 2 for n in found["kept by ablation"]), repair="reinit")
+    for name in SCHEDULES:
+        note(name, lambda name=name: measured(snn(name), test))
+    note("ablation", lambda: measured(snn("ablation", by_ablation), test))
+    for repair in ("project", "slice", "reinit"):
+        keep = snncompress_fire.schedule("ref_1", repair=repair)
+        note(f"ref_1, {repair}", lambda keep=keep: repaired(full, keep, train, test, seed))
+    keep = dataclasses.replace(by_ablation, repair="project")
+    note("ablation, project", lambda: repaired(full, keep, train, test, seed))
+    for name in SCHEDULES:
+        note(f"CNN {name}", lambda name=name: measured(cnn(name), test))
+    return found
+
+
+def pictures(options: argparse.Namespace) -> snncompress.BlockSearch:
+    """All sets of fire modules of the trained network of seed 0, and its gradients before and after training."""
+    from matplotlib import pyplot
+
+    budget, cache = BUDGETS[options.budget], HERE / ".cache" / f"squeezenet-{options.budget}"
+    train, test = images(options.data, budget, options.device)
+    full = trained("full", network("full", 0).to(options.device), train, budget, T, 0, cache)
+    result = snncompress.block_search(full, train.some(300), "fire", test=test.some(1000), timesteps=T)
+    _, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    result.plot(left).set_title("SqueezeNet without sets of fire modules, no fine-tuning")
+    for name in ("full", "ref_1"):
+        net = network(name, 0).to(options.device)
+        for when in ("untrained", "trained"):
+            flow = snncompress.gradient_flow(net, train.some(500), timesteps=T)
+            flow.plot(right, label=f"{name}, {when}")
+            net = trained(name, net, train, budget, T, 0, cache)
+    right.set_title("Gradient flow")
+    pyplot.savefig(HERE / "results" / "squeezenet_cifar10.png", dpi=110)
+    return result
+
+
+def table(title: str, columns: dict[str, str], rows: dict[str, list[dict[str, float]]]) -> list[str]:
+    """One line per row; mean ± half the range over seeds for what is no count."""
+
+    def cell(values: list[float], form: str) -> str:
+        spread = (max(values) - min(values)) / 2
+        return f"{mean(values):{form}}" + (f" ± {spread:{form}}" if spread and form != ",.0f" else "")
+
+    lines = [f"| {title} | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for name, found in rows.items():
+        cells = [cell([one[c] for one in found], form) for c, form in columns.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", choices=BUDGETS, default="small")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    options = parser.parse_args()
+    jobs = os.cpu_count() if options.device == "cpu" else 1
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(study, range(options.seeds), [options] * options.seeds))
+    search = pictures(options)
+    networks = {k: [one[k] for one in found] for k in (*SCHEDULES, "ablation", *(f"CNN {s}" for s in SCHEDULES))}
+    repairs = {k: [one[k] for one in found] for k in found[0] if "straight" in found[0][k]}
+    fours = sorted((c for c in search.candidates if len(c.removed) == 4), key=lambda c: -c.accuracy)
+    ref_1 = next(n for n, c in enumerate(fours, 1) if set(c.removed) == {"fire2", "fire3", "fire5", "fire7"})
+    budget = BUDGETS[options.budget]
+    text = [
+        f"Spiking SqueezeNet on CIFAR-10: {budget.images:,} training images, {budget.epochs} epochs in batches of "
+        f"{budget.batch}, Adam at {LR:g} with a cosine schedule, random flips, T = {T}, batch norms, no neuron behind "
+        f"the last convolution; {options.seeds} seeds, mean ± half the range. Accuracy in % and macro F1 on the 10,000 "
+        f"test images, operations in millions and energy in µJ per image on 1,000 of them. {options.device} "
+        f"({platform.machine()}), one thread per seed, torch {torch.__version__}, {datetime.date.today()}.",
+        "",
+        *table("network", {"accuracy": ".1f", "f1": ".3f", "parameters": ",.0f", "AC": ".2f", "MAC": ".2f",
+                           "energy": ".2f"}, networks),
+        "",
+        "Kept by `ablation`: " + "; ".join(f"seed {n}: {one['kept by ablation']}" for n, one in enumerate(found)) + ".",
+        "",
+        "The trained full network with four fire modules gone: accuracy straight after removal, and after one epoch.",
+        "",
+        *table("removed, repair", {"straight": ".1f", "one epoch": ".1f"}, repairs),
+        "",
+        f"All {len(search.candidates)} sets of fire modules out of the trained network (seed 0, 1,000 test images), "
+        f"`project`, no fine-tuning: of the {len(fours)} sets of four, ref_1 is number {ref_1} by accuracy.",
+        "",
+        "```",
+        str(search),
+        "```",
+        "",
+        "![accuracy against energy, and gradient flow](squeezenet_cifar10.png)",
+    ]  # fmt: skip
+    (HERE / "results" / "squeezenet_cifar10.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
