@@ -106,7 +106,7 @@ def main() -> None:
         f"read by nir {nir.version} and run in numpy (float64); ONNX, the output neurons, run in onnxruntime. "
         f"{platform.machine()}, torch {torch.__version__}, seed 0, {datetime.date.today()}.",
         "",
-        "| framework | test accuracy (%) | NIR: spikes that differ | ONNX: spikes that differ | ONNX: error of a rate |",
+        "| framework | test accuracy (%) | NIR: spikes that differ | ONNX: spikes that differ | ONNX: rate off by |",
         "| --- | ---: | ---: | ---: | ---: |",
         *rows,
     ]
