@@ -5,7 +5,8 @@
 The schedules of SNN SqueezeNet-P and their CNN twins (a ReLU for each neuron), all trained from scratch under one
 budget; the set that ``ablation`` chooses, trained the same way; the three repairs; sets of fire modules, untrained
 after removal. The small budget takes two CPU cores an hour and a half, one process of one thread for each seed. What is
-done is kept in benchmarks/.cache, so that a run that was stopped goes on. Writes results/squeezenet_cifar10.md and .png.
+done is kept in benchmarks/.cache, so that a run that was stopped goes on. Writes squeezenet_cifar10.md and .png to
+benchmarks/results.
 """
 
 from __future__ import annotations

@@ -35,12 +35,12 @@ def unpack_codes(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np
     """
     if len(packed) != math.ceil(count * bits / 8):
         raise StorageError(f"{count} codes of {bits} bits take {math.ceil(count * bits / 8)} bytes, not {len(packed)}.")
-    weights = 1 << np.arange(bits - 1, -1, -1, dtype=np.uint16)
     codes = np.empty(count, np.uint16)
     for i in range(0, count, _CHUNK):
         some = min(_CHUNK, count - i)
         chunk = np.unpackbits(packed[i * bits // 8 : math.ceil((i + some) * bits / 8)], count=some * bits)
-        codes[i : i + some] = chunk.reshape(some, bits) @ weights
+        high, *low = np.packbits(chunk.reshape(some, bits), axis=1).T.astype(np.uint16)  # filled up with zeros
+        codes[i : i + some] = (high << 8 | low[0]) >> (16 - bits) if low else high >> (8 - bits)
     return codes
 
 
