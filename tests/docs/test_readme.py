@@ -12,6 +12,10 @@ import snncompress
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = [
+    "mnist.md", "performance.md", "cqp_mnist.md", "nmnist.md", "unstructured.md",
+    "squeezenet_cifar10.md", "conversion.md", "storage.md", "exports.md",
+]  # fmt: skip
 PLUGIN = ROOT / "examples" / "external_plugin" / "snncompress_peak" / "__init__.py"
 
 
@@ -38,7 +42,7 @@ def test_code_parses_and_names_what_exists(block: str) -> None:
             assert hasattr(snncompress, node.attr), node.attr
 
 
-@pytest.mark.parametrize("result", ["mnist.md", "performance.md", "cqp_mnist.md", "nmnist.md", "unstructured.md"])
+@pytest.mark.parametrize("result", RESULTS)
 def test_tables_are_what_the_benchmarks_wrote(result: str) -> None:
     """Every table row of the README's measured section stands in a result file."""
     measured = README.split("## What it is worth, measured")[1].split("\n## ")[0]
