@@ -147,7 +147,7 @@ def bare(module: nn.Module) -> Iterator[CompressedWeight | None]:
         yield found
     finally:
         if found is not None:
-            parametrize.register_parametrization(module, "weight", found)
+            parametrize.register_parametrization(module, "weight", found, unsafe=True)  # it was checked before
 
 
 def separate_classes(model: nn.Module) -> None:
@@ -164,7 +164,7 @@ def separate_classes(model: nn.Module) -> None:
 
 def _attach(module: nn.Module) -> CompressedWeight:
     compression = CompressedWeight(transposed=isinstance(module, _ConvTransposeNd)).train(module.training)
-    parametrize.register_parametrization(module, "weight", compression)
+    parametrize.register_parametrization(module, "weight", compression, unsafe=True)  # keeps shape and type
     return compression
 
 
