@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snncompress
-from snncompress.files import write_whole
+from snncompress.base.files import write_whole
 
 HERE = Path(__file__).resolve().parent
 CACHE, RESULT = HERE / ".cache", HERE / "results" / "cqp_mnist.md"

@@ -28,8 +28,8 @@ import snncompress
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from tests.core.test_export_nir import simulate, spikes  # noqa: E402
-from tests.core.test_export_onnx import run  # noqa: E402
+from tests.export.test_export_nir import simulate, spikes  # noqa: E402
+from tests.export.test_export_onnx import run  # noqa: E402
 from tests.networks import Case  # noqa: E402
 
 T, IMAGES = 8, 500

@@ -33,11 +33,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import snncompress
-from snncompress.adapting import find_adapter
-from snncompress.profiling import Profile, profile
-from snncompress.recording import record
-from snncompress.registry import registry
-from snncompress.tracing import trace
+from snncompress.contract.detection import find_adapter
+from snncompress.contract.registry import registry
+from snncompress.measuring.profiling import Profile, profile
+from snncompress.pruning.recording import record
+from snncompress.structure.tracing import trace
 
 HERE = Path(__file__).resolve().parent
 CACHE, RESULT = HERE / ".cache", HERE / "results" / "mnist.md"

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from vgg16 import vgg16
 
 import snncompress
-from snncompress.adapting import find_adapter
-from snncompress.data import Feed
-from snncompress.pruning import ChannelPruning
-from snncompress.recording import record
-from snncompress.registry import registry
-from snncompress.selection import resolve_skip, targets
-from snncompress.tracing import trace
+from snncompress.contract.detection import find_adapter
+from snncompress.contract.registry import registry
+from snncompress.pruning.recording import record
+from snncompress.pruning.selection import resolve_skip, targets
+from snncompress.pruning.steps import ChannelPruning
+from snncompress.running.data import Feed
+from snncompress.structure.tracing import trace
 
 ROOT = Path(__file__).resolve().parent.parent
 T = 4

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from vgg16 import vgg16
 
 import snncompress
-from snncompress.adapting import find_adapter
+from snncompress.contract.detection import find_adapter
 
 HERE = Path(__file__).resolve().parent
 # classes, ratio of conv 1-7, of conv 8-12

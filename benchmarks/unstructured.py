@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from vgg16 import vgg16
 
 import snncompress
-from snncompress.adapting import find_adapter
-from snncompress.data import Feed
-from snncompress.recording import record
-from snncompress.registry import registry
-from snncompress.selection import lowest_scores
-from snncompress.tracing import trace
-from snncompress.training import cross_entropy
+from snncompress.contract.detection import find_adapter
+from snncompress.contract.registry import registry
+from snncompress.pruning.recording import record
+from snncompress.running.data import Feed
+from snncompress.running.scores import cross_entropy
+from snncompress.structure.tracing import trace
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITY = 0.9
@@ -116,9 +115,10 @@ def row(what: str, measured: tuple[float, float, float], aim: str) -> list[str]:
 def selection_rows(repeats: int) -> list[list[str]]:
     scores = torch.rand(WEIGHTS)
     count = int(SPARSITY * WEIGHTS)
-    times = [seconds(lambda: lowest_scores(scores, count)) for _ in range(repeats)]
+    lowest = registry().find("criterion", "weight_magnitude")().select
+    times = [seconds(lambda: lowest(scores, count)) for _ in range(repeats)]
     found = [f"{statistics.median(times):.2f} s", f"{min(times):.2f} – {max(times):.2f} s"]
-    by_sort = ratio(lambda: lowest_scores(scores, count), lambda: scores.argsort(stable=True), max(3, repeats // 3))
+    by_sort = ratio(lambda: lowest(scores, count), lambda: scores.argsort(stable=True), max(3, repeats // 3))
     return [
         [f"exact selection among {WEIGHTS:,} weights", *found, "< 1 s"],
         row("exact selection / a stable sort of the scores", by_sort, ""),

@@ -3,12 +3,10 @@
 compressed = snncompress.apply(model, criterion="svs", ratio=0.6, bits=4)
 """
 
-from .collapse import collapse
-from .converting import convert
-from .curves import Sensitivity, ThresholdSweep
-from .data import Batch, Feed
-from .edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Repair, TruncateTimesteps
-from .energy import Conventions
+from .base.ranking import layer_adaptive
+from .contract.hookspecs import hookimpl
+from .contract.registry import criteria, energy_models, plugins, quantizers, schedulers
+from .conversion.converting import convert
 from .errors import (
     DataError,
     EmptyLayerWarning,
@@ -23,11 +21,8 @@ from .errors import (
     SyntheticDataWarning,
     UnknownNameError,
 )
-from .evaluation import Evaluation, evaluate
-from .exporting import export
-from .freezing import freeze
-from .gradients import GradientAwareLoss, GradientFlow, gradient_flow
-from .hookspecs import hookimpl
+from .export.exporting import export
+from .export.freezing import freeze
 from .interfaces import (
     Adapter,
     BlockCriterion,
@@ -44,19 +39,25 @@ from .interfaces import (
     Scope,
     Signal,
 )
-from .network import remove_from_layer
-from .pipeline import apply
-from .plan import Plan, plan_of
-from .profiling import compare, profile
-from .registry import criteria, energy_models, plugins, quantizers, schedulers
-from .reporting import Comparison, LayerProfile, Profile
-from .searching import BlockSearch, Candidate, block_search
-from .selection import layer_adaptive
-from .storage import load, save
-from .surgery import patched, remove_along
-from .sweeps import sensitivity, threshold_sweep
-from .temporal import TemporalAnalysis, temporal_analysis
-from .training import cross_entropy, finetune
+from .measuring.conventions import Conventions
+from .measuring.evaluation import Evaluation, evaluate
+from .measuring.gradients import GradientAwareLoss, GradientFlow, gradient_flow
+from .measuring.profiling import compare, profile
+from .measuring.reporting import Comparison, LayerProfile, Profile
+from .measuring.temporal import TemporalAnalysis, temporal_analysis
+from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Repair, TruncateTimesteps
+from .model.modules import patched, remove_along
+from .model.network import remove_from_layer
+from .model.plan import Plan, plan_of
+from .pruning.apply import apply
+from .pruning.collapse import collapse
+from .pruning.training import finetune
+from .running.data import Batch, Feed
+from .running.scores import cross_entropy
+from .saving.storage import load, save
+from .studies.curves import Sensitivity, ThresholdSweep
+from .studies.searching import BlockSearch, Candidate, block_search
+from .studies.sweeps import sensitivity, threshold_sweep
 from .version import __version__
 
 __all__ = [

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .describing import describe
 from .errors import SNNCompressError
+from .saving.describing import describe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

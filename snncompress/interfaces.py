@@ -1,6 +1,6 @@
 """The whole contract between the core and its plugins: Criterion, Quantizer, Scheduler, EnergyModel, Adapter.
 
-A plugin subclasses one of these and registers the class (see :mod:`snncompress.hookspecs`). Where a class is a
+A plugin subclasses one of these and registers the class (see :mod:`snncompress.contract.hookspecs`). Where a class is a
 dataclass, its fields are its options: they are stored in the plan, so they must be plain JSON values.
 """
 
@@ -110,9 +110,12 @@ class Criterion(_Plugin):
 
         By default exactly the ``count`` lowest, of equal ones the first.
         """
-        from .selection import lowest_scores
-
-        return lowest_scores(scores, count)
+        gone = torch.zeros_like(scores, dtype=torch.bool)
+        if count > 0:  # in linear time
+            cut = scores.kthvalue(count).values
+            gone = scores < cut
+            gone[(scores == cut).nonzero().flatten()[: count - int(gone.sum())]] = True
+        return gone
 
 
 class BlockCriterion(Criterion):
@@ -203,6 +206,14 @@ class Dynamics:
     inclusive: bool
 
 
+class Memory(ABC):
+    """A module of the library's own that remembers from timestep to timestep, as a framework's neurons do."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+
 class Adapter(ABC):
     """Everything the core must know of one framework. The core never imports the framework itself.
 
@@ -219,7 +230,7 @@ class Adapter(ABC):
     def reset(self, model: nn.Module) -> None:
         """Put every neuron back to its state before the first timestep, and cut it from any graph.
 
-        ``self.reset_pools(model)`` does so for what :func:`snncompress.convert` gives a memory.
+        ``self.reset_memories(model)`` does so for what :func:`snncompress.convert` gives a memory.
         """
 
     @abstractmethod
@@ -258,12 +269,10 @@ class Adapter(ABC):
     def adopt(self, model: nn.Module) -> None:  # noqa: B027 - most frameworks keep no books
         """Called with a finished copy of a model, for frameworks that keep a list of their modules."""
 
-    def reset_pools(self, model: nn.Module) -> None:
-        """Make every :class:`snncompress.rate_coding.RateMaxPool` forget; to be called by ``reset``."""
-        from .rate_coding import RateMaxPool
-
+    def reset_memories(self, model: nn.Module) -> None:
+        """Make every :class:`Memory` forget; to be called by ``reset``."""
         for module in model.modules():
-            if isinstance(module, RateMaxPool):
+            if isinstance(module, Memory):
                 module.reset()
 
     def make_neuron(self, kind: Literal["lif", "if"]) -> nn.Module:

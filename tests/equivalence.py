@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import snncompress
-from snncompress.copying import private_copy
-from snncompress.data import Feed, tensors_in
-from snncompress.edits import RemoveChannels
+from snncompress.model.copying import private_copy
+from snncompress.model.edits import RemoveChannels
+from snncompress.model.modules import tensors_in
+from snncompress.running.data import Feed
 
 
 def silenced(model: nn.Module, plan: snncompress.Plan, feed: Feed) -> nn.Module:

@@ -12,9 +12,9 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from snncompress.adapting import find_adapter
-from snncompress.data import Feed
-from snncompress.network import WEIGHT_LAYERS
+from snncompress.contract.detection import find_adapter
+from snncompress.model.network import WEIGHT_LAYERS
+from snncompress.running.data import Feed
 
 
 @dataclass

@@ -38,7 +38,7 @@ class SNNTorchAdapter(Adapter):
                 if isinstance(state, Tensor):
                     setattr(neuron, name, state.detach().new_zeros(0))
             vars(neuron).pop("reset", None)  # the reset signal of the last step
-        self.reset_pools(model)
+        self.reset_memories(model)
 
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
         """Loops over T where the neurons keep their state, else leaves the loop to the model."""

@@ -37,7 +37,7 @@ class SpikingJellyAdapter(Adapter):
         for module in model.modules():
             if _is_memory(module):
                 module.reset()
-        self.reset_pools(model)
+        self.reset_memories(model)
 
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
         """[T, N, ...] at once in multi-step mode, else step by step, the outputs stacked to [T, N, ...]."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snncompress.copying import private_copy
-from snncompress.data import tensors_in
 from snncompress.interfaces import Adapter
+from snncompress.model.copying import private_copy
+from snncompress.model.modules import tensors_in
 
 from .common import broken, calling, check_name
 

@@ -15,8 +15,8 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress.network import WEIGHT_LAYERS
-from tests.core.test_truths import prune
+from snncompress.model.network import WEIGHT_LAYERS
+from tests.end_to_end.test_truths import prune
 from tests.equivalence import largest_difference, outputs, same, snapshot
 from tests.networks import Case, firing_rates, liven
 
@@ -73,7 +73,7 @@ def network(request: pytest.FixtureRequest) -> tuple[str, Case]:
 @pytest.fixture
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tracing doesn't depend on the criterion: done once per network for all of them."""
-    trace = importlib.import_module("snncompress.tracing").trace
+    trace = importlib.import_module("snncompress.structure.tracing").trace
 
     def cached(model: nn.Module, *args: object, **named: object) -> object:
         key = tuple((n, p.shape) for n, p in model.named_parameters())
@@ -81,7 +81,7 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             TRACES[key] = trace(model, *args, **named)
         return copy.deepcopy(TRACES[key])
 
-    monkeypatch.setattr("snncompress.pipeline.trace", cached)
+    monkeypatch.setattr("snncompress.pruning.apply.trace", cached)
     return
 
 

@@ -9,8 +9,8 @@ from snntorch import utils
 from torch import Tensor, nn
 
 import snncompress
-from snncompress.adapting import find_adapter
-from tests.core.test_truths import prune
+from snncompress.contract.detection import find_adapter
+from tests.end_to_end.test_truths import prune
 from tests.equivalence import largest_difference
 from tests.networks import Case, liven
 

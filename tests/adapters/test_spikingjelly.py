@@ -13,8 +13,8 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress.adapting import find_adapter
-from tests.core.test_truths import prune
+from snncompress.contract.detection import find_adapter
+from tests.end_to_end.test_truths import prune
 from tests.equivalence import largest_difference, same, snapshot
 from tests.networks import Case, firing_rates, liven
 

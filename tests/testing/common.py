@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from snncompress import PluginError
-from snncompress.registry import Entry
+from snncompress.contract.registry import Entry
 
 
 def named(entry: Entry) -> str:

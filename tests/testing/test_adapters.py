@@ -13,9 +13,9 @@ from snncompress_spikingjelly import SpikingJellyAdapter
 from torch import Tensor, nn
 
 from snncompress import Observer
+from snncompress.contract.registry import adapters
 from snncompress.interfaces import Fire
-from snncompress.registry import adapters
-from snncompress.surgery import patched
+from snncompress.model.modules import patched
 from snncompress.testing import (
     check_adapter,
 )

@@ -10,7 +10,7 @@ import torch
 
 import snncompress
 from snncompress import Criterion, OptionError, PluginError
-from snncompress.registry import Entry
+from snncompress.contract.registry import Entry
 from snncompress.testing import (
     check_criterion,
 )

@@ -10,7 +10,7 @@ import torch
 
 import snncompress
 from snncompress import EnergyModel
-from snncompress.registry import Entry
+from snncompress.contract.registry import Entry
 from snncompress.testing import (
     check_energy_model,
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import snncompress
 from snncompress import Quantizer
-from snncompress.registry import Entry, registry
+from snncompress.contract.registry import Entry, registry
 from snncompress.testing import (
     check_quantizer,
 )

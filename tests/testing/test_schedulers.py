@@ -9,7 +9,7 @@ import pytest
 
 import snncompress
 from snncompress import Scheduler
-from snncompress.registry import Entry
+from snncompress.contract.registry import Entry
 from snncompress.testing import (
     check_scheduler,
 )

@@ -1,0 +1,1 @@
+"""Text, files, bits, numbers: nothing of networks."""

@@ -1,0 +1,1 @@
+"""How plugins and adapters are found."""

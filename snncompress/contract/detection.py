@@ -1,0 +1,47 @@
+"""Finds the adapter of a model's framework."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from snncompress.errors import ModelError, OptionError
+from snncompress.interfaces import Adapter
+
+from .plain import PlainAdapter
+from .registry import adapters, registry
+
+
+def find_adapter(model: nn.Module, adapter: Adapter | str | None = None, *, plain: bool = False) -> Adapter:
+    """The adapter that knows the model's neurons; ``adapter`` names one, or is one, to settle it by hand.
+
+    With ``plain``, a network in which no adapter knows a neuron is an ordinary one and gets a :class:`PlainAdapter`.
+    Raises ModelError where the model has no spiking neuron, neurons of two frameworks, or uninitialised layers.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ModelError(f"{lazy[0]} is not initialised yet (a lazy layer). Run the model once on a batch first.")
+    if isinstance(adapter, str):
+        candidates: list[Adapter] = [registry().find("adapter", adapter)()]
+    elif adapter is not None and not isinstance(adapter, Adapter):
+        raise OptionError(f"adapter must be the name of a framework or a snncompress.Adapter, not {adapter!r}.")
+    else:
+        candidates = [adapter] if adapter is not None else list(adapters())
+    found = {a.framework: (a, neurons) for a in candidates if (neurons := a.neurons(model))}
+    if len(found) == 1:
+        return next(iter(found.values()))[0]
+    if found:
+        examples = ", ".join(f"{name} ({framework})" for framework, (_, ns) in found.items() for name in list(ns)[:1])
+        raise ModelError(
+            f"{type(model).__name__} mixes neurons of several frameworks: {examples}. Compress the parts one by one, "
+            f"or pass adapter= to treat it as one framework's model."
+        )
+    if plain:
+        return PlainAdapter()
+    names = ", ".join(a.framework for a in candidates) or "none installed"
+    raise ModelError(
+        f"{type(model).__name__} has no spiking neuron of a known framework ({names}). An ordinary network must be "
+        f"converted to spikes first; neurons of another framework need an adapter plugin."
+    )

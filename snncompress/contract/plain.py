@@ -1,0 +1,41 @@
+"""Networks without spiking neurons: an ordinary CNN, beside which a spiking network is set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from snncompress.errors import ModelError
+from snncompress.interfaces import Adapter, Fire, Observer
+
+
+class PlainAdapter(Adapter):
+    """For what needs no neurons: running, training, counting. It knows no time, so a batch goes through once."""
+
+    framework: ClassVar[str] = "torch"
+
+    def is_neuron(self, module: nn.Module) -> bool:
+        """None is."""
+        return False
+
+    def reset(self, model: nn.Module) -> None:
+        """There is no state to put back."""
+
+    def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
+        """The batch as it is, once, however many timesteps spiking networks get."""
+        return model(x)
+
+    def identities(self, model: nn.Module, fire: Fire) -> AbstractContextManager[None]:
+        """Nothing to replace."""
+        return nullcontext()
+
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        """Raises ModelError: no module is a neuron."""
+        raise ModelError(f"{type(neuron).__name__} is no spiking neuron.")
+
+    def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
+        """Raises ModelError: no module is a neuron."""
+        raise ModelError(f"{type(neuron).__name__} is no spiking neuron.")

@@ -1,0 +1,1 @@
+"""CNNs that become spiking networks."""

@@ -1,0 +1,1 @@
+"""Networks for inference and for other tools."""

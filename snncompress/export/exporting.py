@@ -1,0 +1,175 @@
+"""Networks for other tools: NIR graphs for neuromorphic hardware and simulators, ONNX for inference engines."""
+
+from __future__ import annotations
+
+import io
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.base.files import write_whole
+from snncompress.contract.detection import find_adapter
+from snncompress.errors import ModelError, OptionError
+from snncompress.interfaces import Adapter
+from snncompress.model.copying import private_copy
+from snncompress.model.modules import tensors_in
+from snncompress.running.data import Feed
+
+from .freezing import freeze
+from .nir_export import nir_graph
+from .onnx_export import Step, onnx_model
+
+Format = Literal["nir", "onnx"]
+_NEEDS = {"nir": ("nir", "h5py"), "onnx": ("onnx", "onnxscript")}
+_STEPS = 4
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: Format | None = None,
+    *,
+    data: Any,
+    timesteps: int | None = None,
+    adapter: Adapter | str | None = None,
+) -> None:
+    """Write a network, compressed or not, as a NIR graph or as one timestep in ONNX.
+
+    The model stays as it is, and the file appears whole or not at all. In either format the network is taken apart into
+    single timesteps; that it then still computes the same, nothing but its neurons having a memory, is tested on a
+    copy in float64.
+
+    **NIR** (https://neuroir.org) holds weights as they compute, quantized and masked, with batch norms folded, and
+    neurons as differential equations in seconds. With Euler steps of dt = 1e-4 s,
+
+        v ← v + dt/τ · (v_leak - v + r · I);   it fires where v > v_threshold;   there v ← v_reset
+
+    the file's network is, in real numbers, the model: a neuron v ← v + leak · (rest - v) + gain · I becomes an LIF with
+    τ = dt / leak, r = gain / leak and v_leak = rest, or without leak an IF with r = gain / dt. So SpikingJelly's
+    LIFNode has τ = dt · tau, and r = 1, or r = tau without ``decay_input``; snnTorch's Leaky has τ = dt / (1 - β),
+    r = 1 / (1 - β). Shapes have no batch axis; every neuron has its own τ, r and threshold, in float64. Membranes start
+    at v_reset. SpikingJelly fires at v ≥ θ already, which differs only for a potential that meets the threshold
+    exactly: the graph's metadata tell under "fires", and the timestep under "dt".
+
+    NIR has linear, convolution (1-D, 2-D), average pooling (2-D), flatten, sums, and neurons reset to a value.
+    What it can't express is refused, among it max-pooling, reset by subtraction and concatenation.
+
+    **ONNX** (opset 21) holds one timestep: inputs "input" [N, ...] and for every neuron its states, such as
+    "lif1.v" or "lif1.mem" [N, C, ...]; outputs "output" ("output_1" … for more) and the states' successors, such as
+    "lif1.v_next", to be handed in at the next step. N is free. What the states are before the first step stands in the
+    metadata under "initial_states", as JSON: {"lif1.v": 0.0}. Quantized weights are integers of 8, 16 or 32 bits behind
+    a DequantizeLinear, which gives the model's weights to the last bit. A grid without zero, as ReScaW's, is stored
+    as odd integers of half the scale. Batch norms stay, and may be fused by the engine.
+
+    Args:
+        model: a network of SpikingJelly or snnTorch that runs step by step or in multi-step mode.
+        path: the file.
+        format: "nir" or "onnx"; None: the ending of ``path``.
+        data: an example of what it takes: a batch, a DataLoader, or an iterable of batches.
+        timesteps: T says that ``data`` are samples [N, ...], fed as constant current; None that they go in as they are.
+        adapter: a framework's name or an Adapter, where the model doesn't tell.
+
+    Raises:
+        ModelError: the format can't express a module, which is named with the reason and what to do; or the model loops
+            over time itself, so that it has no single timestep.
+        DataError: the data don't fit the model.
+        OptionError: no such format, or its package isn't installed.
+        StorageError: the file can't be written.
+
+    Example:
+        >>> import nir
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Linear(3, 2), neuron.LIFNode(tau=2.0))
+        >>> file = getfixture("tmp_path") / "net.nir"
+        >>> export(net, file, data=torch.rand(1, 3), timesteps=4)
+        >>> graph = nir.read(file)
+        >>> graph.edges
+        [('input', '0'), ('0', '1'), ('1', 'output')]
+        >>> graph.nodes["1"].tau, graph.nodes["1"].r
+        (array([0.0002, 0.0002]), array([1., 1.]))
+    """
+    path = Path(path)
+    kind = _checked_format(format, path)
+    found = find_adapter(model, adapter)
+    feed = Feed(found, data, timesteps)
+    batch = feed.first()
+    feed.check(model, batch)
+    with torch.inference_mode(False), torch.no_grad():
+        step, x = _one_step(private_copy(model, found), found, batch.x, timesteps)
+        _check_same(model, found, step, x)
+        if kind == "nir":
+            frozen = freeze(model, [batch.raw], timesteps=timesteps, adapter=found)
+            step, x = _one_step(frozen, found, batch.x, timesteps)
+        with found.alone(step):
+            content = _nir_bytes(step, found, x) if kind == "nir" else onnx_model(Step(step, found), x)
+    write_whole(path, lambda file: file.write(content))
+
+
+def _checked_format(format: str | None, path: Path) -> Format:
+    kind: Any = path.suffix[1:] if format is None else format
+    if kind not in get_args(Format):
+        raise OptionError(f"format must be 'nir' or 'onnx', not {kind!r}; None takes the ending of the file's name.")
+    for package in _NEEDS[kind]:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise OptionError(
+                f"Format {kind!r} needs {package} ({error}): pip install 'snncompress[export]'."
+            ) from error
+    result: Format = kind
+    return result
+
+
+def _one_step(copy: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | None) -> tuple[nn.Module, Tensor]:
+    """The copy, called once per timestep now, and one step's input [2, ...], both on the CPU."""
+    x = adapter.single_step(copy, x, timesteps)[:2].cpu()
+    adapter.make_traceable(copy)
+    return copy.cpu().eval(), x if len(x) == 2 else x.repeat(2, *[1] * (x.dim() - 1))  # at N = 1 N would look fixed
+
+
+def _check_same(model: nn.Module, adapter: Adapter, step: nn.Module, x: Tensor) -> None:
+    """Raises ModelError where T steps one by one differ from the model itself."""
+    whole = private_copy(model, adapter).cpu().eval()
+    adapter.make_traceable(whole)
+    name, advice = type(model).__name__, "Let its forward handle one timestep, and leave the rest to a loop outside it."
+    try:
+        with adapter.alone(whole):
+            wanted = [next(tensors_in(adapter.run(whole.double(), x.double(), _STEPS)))]
+        one = Step(private_copy(step, adapter).double(), adapter)
+        with adapter.alone(one):
+            states = one.initial(x.double())
+            outputs = []
+            for _ in range(_STEPS):
+                y, states = one.split(one(x.double(), *states))
+                outputs.append(y[0])
+        wanted += [adapter.states(whole.get_submodule(neuron))[state] for neuron, state in one.names]
+    except ModelError:
+        raise
+    except Exception as error:  # the model is the user's: anything can come out of it
+        raise ModelError(
+            f"{name} can't be run for {_STEPS} timesteps, as it is and one by one, in float64, on an input of shape "
+            f"{list(x.shape)}: {type(error).__name__}: {error}. {advice}"
+        ) from error
+    got = [torch.stack(outputs), *states]
+    if not all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(got, wanted, strict=True)
+    ):
+        raise ModelError(
+            f"{name} computes something else when it is run one timestep at a time, its neurons' states handed on: "
+            f"the steps give {list(got[0].shape)}, the model {list(wanted[0].shape)}, or other values. Likely cause: "
+            f"its forward works across timesteps (a mean over time, a loop), or a module besides the neurons has a "
+            f"memory, as RateMaxPool has. {advice}"
+        )
+
+
+def _nir_bytes(step: nn.Module, adapter: Adapter, x: Tensor) -> bytes:
+    import nir
+
+    graph = nir_graph(step, adapter, x[:1])
+    buffer = io.BytesIO()
+    nir.write(buffer, graph)
+    return buffer.getvalue()

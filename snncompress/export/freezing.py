@@ -1,0 +1,183 @@
+"""The inference form of a network: plain weights, batch norms folded into what stands before them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils import fusion, parametrize
+
+from snncompress.contract.detection import find_adapter
+from snncompress.errors import DataError, SyntheticDataWarning
+from snncompress.interfaces import Adapter, Forward
+from snncompress.model.copying import private_copy
+from snncompress.model.modules import tensors_in
+from snncompress.model.network import WEIGHT_LAYERS, weight_layers
+from snncompress.model.parametrizations import computed_weight
+from snncompress.model.plan import detach
+from snncompress.running.data import Feed, Run
+from snncompress.running.synthetic import synthetic_feed
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(
+    model: M,
+    data: Any = None,
+    *,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    adapter: Adapter | str | None = None,
+) -> M:
+    """A copy for inference: quantized and masked weights baked into plain layers, batch norms folded where they can be.
+
+        BN(W x + b) = W' x + b',  W' = γ/√(σ² + ε) · W,  b' = γ/√(σ² + ε) · (b − μ) + β
+
+    A batch norm is folded where all that it ever gets comes from one convolution or linear layer; an ``nn.Identity``
+    takes its place. Whether that is so is seen by running an example, and each fold is checked on a copy with random
+    batch norms and neurons as wires: the outputs must stay. Elsewhere the batch norm stays.
+
+    The copy is in eval mode, without gradients, and holds no plan: it can't be compressed further or saved with
+    :func:`snncompress.save`, but its weights are ordinary tensors. Its outputs are those of ``model.eval()`` up to the
+    rounding of floats, which can move a membrane potential that lies at its threshold to the other side.
+
+    Args:
+        model: a network, compressed or not; it stays as it is.
+        data: an example of what it takes: a batch, a DataLoader, or an iterable of batches, of which one sample is
+            used. None: noise of a shape that fits.
+        timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds a batch as it is.
+        forward: ``forward(model, batch)`` for models with a signature of their own.
+        adapter: a framework's name or an Adapter, where the model doesn't tell.
+
+    Raises:
+        DataError: the data don't fit the model, or none are given and no shape of noise fits.
+        ModelError: neurons of two frameworks, or an uninitialised layer.
+
+    Example:
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> net = nn.Sequential(layer.Conv2d(1, 2, 3), layer.BatchNorm2d(2), neuron.IFNode())
+        >>> frozen = freeze(net, torch.rand(1, 1, 5, 5), timesteps=2)
+        >>> frozen[1]
+        Identity()
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return _frozen(model, data, timesteps, forward, find_adapter(model, adapter, plain=True))
+
+
+def _frozen(model: M, data: Any, timesteps: int | None, forward: Forward | None, found: Adapter) -> M:
+    frozen = private_copy(model, found).eval()
+    if data is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntheticDataWarning)  # it is looked at for structure alone
+            feed = synthetic_feed(frozen, found, timesteps, forward, needs_labels="")
+    else:
+        feed = Feed(found, data, timesteps, forward)
+        feed.check(frozen, feed.first())
+    for name in weight_layers(frozen):
+        _bake(frozen.get_submodule(name))
+    with found.alone(frozen):
+        _fold(frozen, found, feed.example())
+    found.reset(frozen)
+    found.adopt(frozen)
+    detach(frozen)
+    frozen.requires_grad_(False)
+    return frozen
+
+
+def _bake(module: nn.Module) -> None:
+    if parametrize.is_parametrized(module, "weight"):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def _fold(model: nn.Module, adapter: Adapter, run: Run) -> None:
+    """Fold what can be: all at once if the outputs stay, else one by one."""
+    probe = private_copy(model, adapter)
+    pairs = _pairs(probe, adapter, run)
+    _randomize([probe.get_submodule(norm) for _, norm in pairs])
+    expected = _outputs(probe, adapter, run)
+
+    def stays(folds: list[tuple[str, str]]) -> bool:
+        trial = private_copy(probe, adapter)
+        try:
+            for fold in folds:
+                _fold_pair(trial, *fold)
+            found = _outputs(trial, adapter, run)
+        except (RuntimeError, DataError):  # of a norm over another axis than the layer's channels
+            return False
+        return len(found) == len(expected) and all(map(_agree, found, expected))
+
+    for fold in pairs if stays(pairs) else [fold for fold in pairs if stays([fold])]:
+        _fold_pair(model, *fold)
+
+
+def _pairs(model: nn.Module, adapter: Adapter, run: Run) -> list[tuple[str, str]]:
+    """(layer, batch norm): the norm gets the layer's output, and nothing else, each time it is called."""
+    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no identity is used twice
+    calls: Counter[str] = Counter()
+    sources: dict[str, list[str]] = defaultdict(list)
+
+    def made_by(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        made[id(output)] = name, output
+        calls[name] += 1
+
+    def taken_by(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        sources[name].append(made.get(id(args[0]), ("", args[0]))[0] if args else "")
+
+    with ExitStack() as stack:
+        stack.enter_context(adapter.identities(model, _wire))
+        for name, module in model.named_modules():
+            if isinstance(module, WEIGHT_LAYERS) and not computed_weight(module):
+                stack.callback(module.register_forward_hook(partial(made_by, name)).remove)
+            elif isinstance(module, _BatchNorm) and module.running_var is not None:
+                stack.callback(module.register_forward_pre_hook(partial(taken_by, name)).remove)
+        run(model)
+    norms = Counter(source for found in sources.values() for source in set(found))
+    return [
+        (found[0], norm)
+        for norm, found in sources.items()
+        if set(found) == {found[0]} and found[0] and len(found) == calls[found[0]] and norms[found[0]] == 1
+    ]
+
+
+def _fold_pair(model: nn.Module, layer: str, norm: str) -> None:
+    before: Any = model.get_submodule(layer)
+    bn: Any = model.get_submodule(norm)
+    gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
+    beta = torch.zeros_like(bn.running_var) if bn.bias is None else bn.bias
+    args = before.weight, before.bias, bn.running_mean, bn.running_var, bn.eps, gamma, beta
+    if isinstance(before, nn.Linear):
+        before.weight, before.bias = fusion.fuse_linear_bn_weights(*args)
+    else:
+        before.weight, before.bias = fusion.fuse_conv_bn_weights(*args, transpose=isinstance(before, _ConvTransposeNd))
+    model.set_submodule(norm, nn.Identity())
+
+
+def _randomize(norms: list[Any]) -> None:
+    """A norm that has learned nothing yet would hide a wrong fold."""
+    generator = torch.Generator().manual_seed(0)
+    for norm in norms:
+        tensors = ((norm.weight, 0.5), (norm.bias, -0.5), (norm.running_mean, -0.5), (norm.running_var, 0.5))
+        for tensor, low in tensors:
+            if tensor is not None:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
+
+
+def _outputs(model: nn.Module, adapter: Adapter, run: Run) -> list[Tensor]:
+    with adapter.identities(model, _wire):
+        return list(tensors_in(run(model)))
+
+
+def _wire(neuron: nn.Module, x: Tensor) -> Tensor:
+    return x * 1.0
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    slack = 1e-3 if b.dtype in (torch.float32, torch.float64) else 5e-2
+    return a.shape == b.shape and float((a - b).abs().amax()) <= slack * float(b.abs().amax())

@@ -1,0 +1,1 @@
+"""Size, operations, energy, accuracy, gradients."""

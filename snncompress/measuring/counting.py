@@ -1,0 +1,288 @@
+"""Exact operation counts of weight layers, streamed: a running sum per layer and no history.
+
+An input position's *fan-out* is the number of synapses that start there: the output positions it reaches
+through a weight that exists. The operations of a layer are then one elementwise product,
+
+    Σ_i |x_i| · fan_out_i       spikes: accumulates
+    Σ_i [x_i ≠ 0] · fan_out_i   analog: multiply-accumulates ([x_i ≠ 0] → 1 where zero inputs count)
+
+and fan_out is the gradient of Σ layer(x; W → [W ≠ 0], bias → 0) with respect to x, a transposed convolution
+that is computed once per layer and input shape, in float64, where whole numbers up to 2⁵³ are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from snncompress.errors import DataError, ModelError
+from snncompress.interfaces import OperationCounts
+from snncompress.model.network import POOLS, WEIGHT_LAYERS
+
+from .conventions import Conventions, SpikeValues, resolve_conventions
+
+_CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_MAPS_KEPT = 16  # shapes per layer; more only where every batch has a size of its own
+
+
+def is_spikes(x: Tensor, values: SpikeValues = "integers") -> bool:
+    """Whether every value of ``x`` is a spike in the sense of :attr:`Conventions.spike_values`.
+
+    NaN and infinity never are.
+
+    >>> [is_spikes(torch.tensor([0.0, v])) for v in (0.0, 1.0, 2.0, -1.0, 0.5)]
+    [True, True, True, True, False]
+    >>> [is_spikes(torch.tensor([0.0, 0.5]), v) for v in ("integers", "ternary", "binary", "two_valued")]
+    [False, False, False, True]
+    """
+    if values == "integers":
+        return not x.is_floating_point() or bool(x.frac().eq(0).all())
+    if values == "two_valued":
+        low, high = torch.aminmax(x)
+        return bool(low >= 0) and bool(high <= 1) and bool((x.eq(low) | x.eq(high)).all())
+    unit = x.eq(1) if values == "binary" or x.dtype == torch.bool else x.abs().eq(1)
+    return bool((x.eq(0) | unit).all())
+
+
+def fan_out(
+    layer: nn.Module,
+    sample_shape: Sequence[int],
+    output_shape: Sequence[int] | None = None,
+    *,
+    zero_weights: bool = False,
+) -> Tensor:
+    """Synapses per input position of one sample, float64, shaped ``sample_shape``.
+
+    ``sample_shape`` is [C, *spatial] for a convolution and [in_features] for a linear layer. ``output_shape``
+    (its spatial part at least) settles the size of a transposed convolution that was called with
+    ``output_size``. Weights that are exactly 0 are no synapses unless ``zero_weights``; padding starts no
+    synapses, unless ``padding_mode`` fills it with copies of real inputs. A parametrized weight is taken as
+    the layer sees it.
+
+    Raises:
+        ModelError: ``layer`` is not a convolution, transposed convolution or linear layer.
+
+    >>> layer = nn.Conv2d(1, 1, 2)          # 4 output positions; the centre reaches them all
+    >>> fan_out(layer, (1, 3, 3))
+    tensor([[[1., 2., 1.],
+             [2., 4., 2.],
+             [1., 2., 1.]]], dtype=torch.float64)
+    """
+    weight = _weight(layer).detach()
+    # A float64 0/1 mask; on the CPU where the device has no float64.
+    device = torch.device("cpu") if weight.device.type == "mps" else weight.device
+    mask = (torch.ones_like(weight) if zero_weights else weight.ne(0)).to(device, torch.float64)
+    if isinstance(layer, nn.Linear):
+        return mask.sum(0)
+    # Users may run their model in inference mode, where no gradient could be taken.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, *sample_shape, dtype=torch.float64, device=device, requires_grad=True)
+        total = _convolve(cast(_ConvNd, layer), x, mask.clone(), output_shape).sum()
+        return torch.autograd.grad(total, x)[0][0].round()  # some GPU convolutions are whole only to rounding
+
+
+def count_operations(layer: nn.Module, x: Tensor, conventions: Conventions | str | None = None) -> OperationCounts:
+    """Operations of ``layer`` on ``x``, in all: not divided by samples.
+
+    ``x`` has any number of leading dimensions: [C, H, W], [N, C, H, W] or [T, N, C, H, W] for a 2-D
+    convolution.
+
+    Raises:
+        ModelError: ``layer`` is not a convolution, transposed convolution or linear layer.
+        DataError: ``x`` doesn't fit the layer.
+
+    >>> layer = nn.Linear(3, 4)
+    >>> count_operations(layer, torch.tensor([[1.0, 0.0, 2.0]]))         # 3 spikes × 4 synapses
+    OperationCounts(n_ac=12, n_mac=0, n_neuron_updates=0.0)
+    >>> count_operations(layer, torch.tensor([[1.0, 0.0, 0.5]]))         # analog: 3 × 4 products
+    OperationCounts(n_ac=0, n_mac=12, n_neuron_updates=0.0)
+    >>> count_operations(layer, torch.tensor([[1.0, 0.0, 0.5]]), "neurobench")
+    OperationCounts(n_ac=0, n_mac=8, n_neuron_updates=0.0)
+    """
+    _weight(layer)
+    flat = x.reshape(-1, *x.shape[x.dim() - _sample_dims(layer) :])
+    try:
+        with torch.no_grad():
+            mask, like = _weight(layer), flat[:1]
+            output = (
+                F.linear(like, mask) if isinstance(layer, nn.Linear) else _convolve(cast(_ConvNd, layer), like, mask)
+            )
+    except RuntimeError as error:
+        raise DataError(f"{type(layer).__name__} can't take an input of shape {list(x.shape)}: {error}") from error
+    counter = WeightCounter(layer, resolve_conventions(conventions))
+    counter.add(x, (len(flat), *output.shape[1:]))
+    return OperationCounts(*counter.totals())
+
+
+class WeightCounter:
+    """Running operation counts of one weight layer: :meth:`add` once per call, then :meth:`totals`.
+
+    In an ``analog`` network no input is taken for spikes, whatever its values.
+    """
+
+    def __init__(self, layer: nn.Module, conventions: Conventions, analog: bool = False) -> None:
+        self.layer, self.conventions, self.analog = layer, conventions, analog
+        self.spiking = not analog
+        """Whether every input so far was spikes."""
+        self.input_sum, self.input_elements = 0.0, 0
+        self._ac: float = 0
+        self._mac = self._bias = 0
+        self._maps: dict[tuple[int, ...], Tensor] = {}
+        self._synapses: int | None = None
+
+    def add(self, x: Tensor, output_shape: Sequence[int]) -> None:
+        """Count one call of the layer: input ``x`` [..., C, *spatial], the shape of its output."""
+        c, x = self.conventions, x.detach()
+        # Decided per run, a layer that was analog once stays so and needs no further look.
+        undecided = not self.analog and (self.spiking or c.spike_scope == "call")
+        spiking = undecided and is_spikes(x, c.spike_values)
+        self.spiking = self.spiking and spiking
+        has_bias = getattr(self.layer, "bias", None) is not None
+        bias = math.prod(output_shape) if c.bias and has_bias else 0
+        ac: float = 0
+        if spiking:
+            per_position = spike_sum(x, _sample_dims(self.layer))
+            total = float(per_position.sum())
+            self.input_sum, self.input_elements = self.input_sum + total, self.input_elements + x.numel()
+            if c.counting == "exact":
+                ac = self._weighted(per_position, output_shape)
+            else:
+                ac = (self._dense(x, output_shape) + bias) * (total / x.numel())
+        mac = 0
+        # Decided per run, both are kept: a later batch may still turn a spiking layer into an analog one.
+        if not spiking or c.spike_scope == "run":
+            mac = self._macs(x, output_shape) if c.counting == "exact" else self._dense(x, output_shape) + bias
+        if c.counting == "exact":
+            self._bias += bias
+        self._ac, self._mac = self._ac + ac, self._mac + mac
+
+    def totals(self) -> tuple[float, float]:
+        """Accumulates and multiply-accumulates so far, over all calls and samples."""
+        if self.conventions.spike_scope == "call":
+            return self._ac + self._bias, self._mac
+        return (self._ac + self._bias, 0) if self.spiking else (self._bias, self._mac)
+
+    @property
+    def input_rate(self) -> float | None:
+        """Spikes per input and timestep; None where the input isn't spikes, or the layer never ran."""
+        return self.input_sum / self.input_elements if self.spiking and self.input_elements else None
+
+    def _macs(self, x: Tensor, output_shape: Sequence[int]) -> int:
+        if self.conventions.zero_inputs:
+            return self._dense(x, output_shape)
+        return self._weighted(spike_sum(x.ne(0), _sample_dims(self.layer)), output_shape)
+
+    def _dense(self, x: Tensor, output_shape: Sequence[int]) -> int:
+        """Synapses of all inputs, zeros too."""
+        dims = _sample_dims(self.layer)
+        samples = math.prod(x.shape[: x.dim() - dims])
+        if not self.conventions.padding:
+            return samples * int(self._map(x.shape[x.dim() - dims :], output_shape).sum())
+        if self._synapses is None:
+            weight = _weight(self.layer)
+            self._synapses = weight.numel() if self.conventions.zero_weights else int(weight.count_nonzero())
+        # With padding, every weight meets every output position (transposed: every input position).
+        shape = x.shape if isinstance(self.layer, _ConvTransposeNd) else output_shape
+        return samples * self._synapses * math.prod(shape[len(shape) - dims + 1 :])
+
+    def _weighted(self, per_position: Tensor, output_shape: Sequence[int]) -> int:
+        return int((per_position * self._map(per_position.shape, output_shape)).sum())
+
+    def _map(self, sample_shape: Sequence[int], output_shape: Sequence[int]) -> Tensor:
+        key = (*sample_shape, *output_shape[len(output_shape) - len(sample_shape) :])
+        if key not in self._maps:
+            if len(self._maps) >= _MAPS_KEPT:
+                self._maps.clear()
+            self._maps[key] = fan_out(
+                self.layer, sample_shape, output_shape, zero_weights=self.conventions.zero_weights
+            )
+        return self._maps[key]
+
+
+class PlainCounter:
+    """Running operation counts of a normalization or pooling layer, for conventions that count them."""
+
+    def __init__(self, layer: nn.Module, conventions: Conventions, analog: bool = False) -> None:
+        self.conventions, self.analog = conventions, analog
+        # A normalization without an affine part saves one operation per element.
+        affine = getattr(layer, "weight", None) is not None
+        self.is_pool = isinstance(layer, POOLS)
+        self.per_element = (
+            int(conventions.pooling) if self.is_pool else max(conventions.batch_norm_ops - (not affine), 0)
+        )
+        self.n_ac, self.n_mac = 0.0, 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Count one call on input ``x``."""
+        c = self.conventions
+        if not self.analog and (self.is_pool or c.counting == "rate") and is_spikes(x, c.spike_values):
+            self.n_ac += self.per_element * float(spike_sum(x))
+        else:
+            self.n_mac += self.per_element * x.numel()
+
+
+def _sample_dims(layer: nn.Module) -> int:
+    return 1 if isinstance(layer, nn.Linear) else 1 + len(cast(_ConvNd, layer).kernel_size)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    if not isinstance(layer, WEIGHT_LAYERS):
+        raise ModelError(
+            f"Operations are counted for convolutions, transposed convolutions and linear layers, not for "
+            f"{type(layer).__name__}."
+        )
+    return layer.weight
+
+
+def spike_sum(x: Tensor, dims: int = 0) -> Tensor:
+    """Σ |x| over all but the last ``dims`` dimensions, in float64.
+
+    >>> spike_sum(torch.tensor([[2.0, -1.0], [0.0, 1.0]]), 1)
+    tensor([2., 2.], dtype=torch.float64)
+    """
+    if x.device.type == "mps":  # has no float64
+        x = x.cpu()
+    x = x.reshape(-1, *x.shape[x.dim() - dims :])
+    return (x if x.dtype == torch.bool else x.abs()).sum(0, dtype=torch.float64)
+
+
+def _convolve(layer: _ConvNd, x: Tensor, weight: Tensor, output_shape: Sequence[int] | None = None) -> Tensor:
+    """What ``layer`` computes with this weight and without bias."""
+    dims = len(layer.kernel_size)
+    if isinstance(layer, _ConvTransposeNd):
+        padding = cast(tuple[int, ...], layer.padding)
+        extra = layer.output_padding
+        if output_shape is not None:
+            extra = tuple(
+                out - ((size - 1) * s - 2 * p + d * (k - 1) + 1)
+                for out, size, s, p, d, k in zip(
+                    output_shape[len(output_shape) - dims :], x.shape[2:],
+                    layer.stride, padding, layer.dilation, layer.kernel_size, strict=True,
+                )
+            )  # fmt: skip
+        return cast(
+            Tensor,
+            _CONV_TRANSPOSE[dims](x, weight, None, layer.stride, padding, extra, layer.groups, layer.dilation),
+        )
+    # Padded by hand also where the layer's padding is "same": F.conv would warn of a copy for even kernels.
+    x = F.pad(x, _pads(layer), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    return cast(Tensor, _CONV[dims](x, weight, None, layer.stride, 0, layer.dilation, layer.groups))
+
+
+def _pads(layer: _ConvNd) -> list[int]:
+    """``layer.padding`` as F.pad wants it: last dimension first, both sides."""
+    if layer.padding == "valid":
+        return [0] * (2 * len(layer.kernel_size))
+    if layer.padding == "same":
+        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        sides = [(span // 2, span - span // 2) for span in spans]
+    else:
+        sides = [(p, p) for p in cast(tuple[int, ...], layer.padding)]
+    return [side for pair in reversed(sides) for side in pair]

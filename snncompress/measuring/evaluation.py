@@ -1,0 +1,96 @@
+"""How well a network classifies: accuracy and F1 on labelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.contract.detection import find_adapter
+from snncompress.errors import OptionError
+from snncompress.interfaces import Adapter, Forward
+from snncompress.model.modules import mode
+from snncompress.running.data import Feed
+from snncompress.running.scores import scores_and_labels
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` measured.
+
+    Fields:
+        accuracy: share of the samples whose highest class score is that of their label, 0 to 1.
+        f1: macro F1, 0 to 1: the mean over classes of 2·TP / (2·TP + FP + FN); classes that are neither labels nor
+            predictions are left out.
+        n_samples: how many samples were classified.
+    """
+
+    accuracy: float
+    f1: float
+    n_samples: int
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    *,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    adapter: Adapter | str | None = None,
+) -> Evaluation:
+    """Accuracy and macro F1 of a network, spiking or not, on labelled data; scores are averaged over time.
+
+    One pass in eval mode without gradients; train/eval flags are as before afterwards, neurons reset. ``data`` yields
+    (x, y) batches, y being class indices [N] or probabilities [N, K]; ``timesteps`` and ``forward`` as in
+    :func:`snncompress.apply`. Operations and energy: :func:`snncompress.profile`. F1 is scikit-learn's.
+
+    Raises DataError where the data have no labels or don't fit the model, ModelError for neurons of two frameworks,
+    OptionError where scikit-learn isn't installed.
+
+    >>> from spikingjelly.activation_based import neuron
+    >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode())
+    >>> net[0].weight.data = torch.eye(2)
+    >>> evaluate(net, (torch.eye(2), torch.tensor([0, 1])), timesteps=1)
+    Evaluation(accuracy=1.0, f1=1.0, n_samples=2)
+    """
+    try:
+        from sklearn.metrics import accuracy_score, f1_score
+    except ImportError as error:
+        raise OptionError(
+            'evaluate() needs scikit-learn, which isn\'t installed: pip install "snncompress[metrics]".'
+        ) from error
+    feed = Feed(find_adapter(model, adapter, plain=True), data, timesteps, forward)
+    predicted, labels = (torch.cat(parts).cpu().numpy() for parts in zip(*_classified(model, feed), strict=True))
+    f1 = f1_score(labels, predicted, average="macro", zero_division=0.0)
+    return Evaluation(float(accuracy_score(labels, predicted)), float(f1), len(labels))
+
+
+def accuracy(model: nn.Module, feed: Feed) -> float:
+    """Share of the samples whose highest class score is that of their label (or of their most probable class).
+
+    One pass, in which memory doesn't grow with the number of batches. Errors as for :func:`evaluate`.
+    """
+    right = total = 0
+    for predicted, labels in _classified(model, feed):
+        right += int((predicted == labels).sum())
+        total += len(labels)
+    return right / total
+
+
+def classified(output: Any, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Predicted classes and labels [N] of one batch; of labels that are probabilities, the most probable class."""
+    scores, y = scores_and_labels(output, y)
+    return scores.argmax(1), y.argmax(1) if y.dim() == 2 else y
+
+
+def _classified(model: nn.Module, feed: Feed) -> Iterator[tuple[Tensor, Tensor]]:
+    """Predicted classes and labels [N], batch by batch."""
+    try:
+        with mode(model, training=False), torch.no_grad():
+            for batch in feed:
+                yield classified(feed(model, batch), batch.y)
+    finally:
+        feed.adapter.reset(model)

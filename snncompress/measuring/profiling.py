@@ -1,0 +1,303 @@
+"""``profile`` and ``compare``: size, operations, energy and firing rates of spiking networks on data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.contract.detection import find_adapter
+from snncompress.contract.registry import registry
+from snncompress.errors import DataError, OptionError
+from snncompress.interfaces import Adapter, EnergyModel, Forward, OperationCounts
+from snncompress.model.copying import cuda_devices, private_copy
+from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
+from snncompress.model.parametrizations import weight_bits
+from snncompress.running.data import Batch, Feed, time_as_samples
+from snncompress.running.scores import class_scores
+
+from .conventions import Conventions, resolve_conventions
+from .counting import PlainCounter, WeightCounter, spike_sum
+from .reporting import Comparison, Kind, LayerProfile, Profile
+
+__all__ = ["Comparison", "LayerProfile", "Profile", "compare", "profile"]
+
+FLOAT_BITS = 32
+
+
+def profile(
+    model: nn.Module,
+    data: Any,
+    *,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    adapter: Adapter | str | None = None,
+    energy_model: EnergyModel | str = "horowitz_45nm",
+    conventions: Conventions | str | None = None,
+) -> Profile:
+    """Measure a network on data: parameters, megabytes, operations, energy, firing rates.
+
+    A network without spiking neurons is an ordinary one: each sample goes through once, whatever ``timesteps``, and all
+    that it does is multiply-accumulates.
+
+    Size is Eq. 16 of QP-SNN (ICLR 2025), Σ P_q·B_q + Σ P_fp·32 bits, in MB = 10⁶ bytes: a quantized weight
+    counts its bit width, every other parameter (biases, normalization, learnable decays) 32 bits, also where
+    it is stored in half precision; a shared parameter counts once, buffers never. Pruned weights that are
+    still stored count.
+
+    Operations are counted exactly, spike by spike (:mod:`snncompress.measuring.counting`), in every convolution,
+    transposed convolution and linear layer, also the recurrent ones inside neurons. Matrix products outside
+    such layers (attention, ``torch.nn.functional`` calls, sums of branches) are not seen. The model runs as a
+    private copy in eval mode without gradients, and stays bitwise as it is, as does torch's random state.
+    Memory doesn't grow with the number of batches.
+
+    Args:
+        model: the network, of a framework that an adapter knows.
+        data: a tensor, an (x, y) batch, a DataLoader, or an iterable of either.
+        timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds batches as they are.
+        forward: ``forward(model, batch)`` for models with a signature of their own.
+        adapter: a framework's name or an Adapter, where the model doesn't tell.
+        energy_model: name or instance of the :class:`EnergyModel` that turns counts into pJ.
+        conventions: what is counted: a preset (``"snncompress"``, ``"neurobench"``, ``"spikingjelly"``,
+            ``"syops"``) or :class:`Conventions`. The number of samples is taken from the output where it is
+            [N, K] or [T, N, K] (or a tuple that starts with one), else from the labels, else from the batch's
+            first dimension.
+
+    Raises:
+        ModelError: neurons of two frameworks, or an uninitialised layer.
+        DataError: the data don't fit the model, or don't tell how many samples they hold.
+        UnknownNameError: no energy model, adapter or conventions of that name.
+        OptionError: an argument of a wrong type.
+
+    Examples:
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> first, last = layer.Linear(4, 3, bias=False), layer.Linear(3, 2, bias=False)
+        >>> _ = nn.init.ones_(first.weight)
+        >>> net = nn.Sequential(first, neuron.IFNode(), last)
+        >>> result = profile(net, torch.tensor([[1.0, 0.0, 1.0, 0.0]]), timesteps=2)
+        >>> result.n_params, result.size_mb                  # 4·3 + 3·2 weights of 4 bytes
+        (18, 7.2e-05)
+        >>> [row.n_ac for row in result.layers]              # 2 steps · 2 spikes · 3, and 2 · 3 · 2
+        [12.0, 0.0, 12.0]
+        >>> round(result.energy_pj, 9), result.firing_rate   # 24 AC · 0.9 pJ
+        (21.6, 1.0)
+    """
+    rules = resolve_conventions(conventions)
+    energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
+    feed = Feed(find_adapter(model, adapter, plain=True), data, timesteps, forward)
+    return measure(model, feed, energy, rules)
+
+
+def measure(
+    model: nn.Module,
+    feed: Feed,
+    energy: EnergyModel,
+    rules: Conventions,
+    watch: Callable[[Any, Batch], None] | None = None,
+) -> Profile:
+    """What :func:`profile` does; ``watch`` is handed every output and its batch on the way."""
+    copy = private_copy(model, feed.adapter).eval()
+    meter = _Meter(copy, feed.adapter, rules)
+    with torch.random.fork_rng(cuda_devices(copy)), torch.no_grad(), feed.adapter.alone(copy), meter.recording():
+        for batch in feed:
+            output = feed(copy, batch)
+            if feed.timesteps is not None and feed.timesteps != len(batch.x):
+                meter.check_rows(feed.timesteps)
+            meter.n_samples += _samples(output, batch)
+            meter.n_batches += 1
+            if watch:
+                watch(output, batch)
+    return Profile(
+        layers=tuple(meter.rows(energy)),
+        conventions=rules,
+        energy_model=_described(energy),
+        n_samples=meter.n_samples,
+        n_batches=meter.n_batches,
+        title=type(model).__name__,
+    )
+
+
+def compare(
+    models: Mapping[str, nn.Module | Profile],
+    data: Any,
+    *,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    adapter: Adapter | str | None = None,
+    energy_model: EnergyModel | str = "horowitz_45nm",
+    conventions: Conventions | str | None = None,
+) -> Comparison:
+    """Profile several networks on the same data and set them side by side, with ratios to the first.
+
+    ``models`` maps names to networks, or to profiles made before: one that needs other arguments than the
+    rest (fewer timesteps, say) is profiled on its own and handed in. Other arguments and errors:
+    :func:`profile`.
+
+    A CNN and the spiking network that it became go in together; the ratio of energies is then
+    ``compare({"cnn": cnn, "snn": snn}, data, timesteps=T).ratios["snn"]["energy_pj"]``.
+
+    Raises:
+        OptionError: ``models`` is empty or no mapping, or the profiles were made under different conventions
+            or energy models.
+
+    Examples:
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> wide, slim = (nn.Sequential(layer.Linear(4, n), neuron.IFNode()) for n in (8, 2))
+        >>> compare({"wide": wide, "slim": slim}, torch.ones(1, 4)).ratios["slim"]["n_params"]
+        0.25
+    """
+    if not isinstance(models, Mapping) or not models:
+        raise OptionError(f"compare takes a mapping of names to models, such as {{'dense': model}}, not {models!r}.")
+    if isinstance(data, Iterator):  # every model must see the same batches
+        data = list(data)
+    profiles = {
+        name: entry
+        if isinstance(entry, Profile)
+        else profile(
+            entry, data, timesteps=timesteps, forward=forward, adapter=adapter,
+            energy_model=energy_model, conventions=conventions,
+        )
+        for name, entry in models.items()
+    }  # fmt: skip
+    return Comparison(profiles)
+
+
+class _NeuronCounter:
+    """Spikes and updates of one neuron population."""
+
+    def __init__(self) -> None:
+        self.spikes, self.updates, self.size, self.rows = 0.0, 0, 0, 0
+
+    def __call__(self, spikes: Tensor, membrane: Tensor | None) -> None:
+        """Add spikes [T', N, C, ...]."""
+        self.spikes += float(spike_sum(spikes))
+        self.updates += spikes.numel()
+        self.rows, self.size = spikes.shape[1], spikes.shape[2:].numel()
+
+
+class _Meter:
+    """Counters on every layer of a private copy."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, conventions: Conventions) -> None:
+        self.model, self.adapter, self.conventions = model, adapter, conventions
+        self.n_samples = self.n_batches = 0
+        self.neurons = {name: _NeuronCounter() for name in adapter.neurons(model)}
+        self.weights: dict[str, WeightCounter] = {}
+        self.plain: dict[str, PlainCounter] = {}
+        analog = not self.neurons
+        for name, module in model.named_modules():
+            if name in self.neurons:
+                continue
+            if isinstance(module, WEIGHT_LAYERS):
+                self.weights[name] = WeightCounter(module, conventions, analog)
+            elif isinstance(module, NORMS) or (conventions.pooling and isinstance(module, POOLS)):
+                self.plain[name] = PlainCounter(module, conventions, analog)
+
+    def check_rows(self, timesteps: int) -> None:
+        """Neurons that saw T rows, and not one for each sample, took time for samples."""
+        if {neuron.rows for neuron in self.neurons.values() if neuron.updates} == {timesteps}:
+            raise DataError(time_as_samples(timesteps))
+
+    def recording(self) -> ExitStack:
+        """A context in which the model's calls are counted; all hooks are gone after it, also on error."""
+        counters: dict[str, WeightCounter | PlainCounter] = {**self.weights, **self.plain}
+        with ExitStack() as stack:
+            for name, counter in counters.items():
+                handle = self.model.get_submodule(name).register_forward_hook(_hook(counter), with_kwargs=True)
+                stack.callback(handle.remove)
+            for name, observer in self.neurons.items():
+                neuron = self.model.get_submodule(name)
+                stack.callback(self.adapter.observe(neuron, observer, membrane=False))
+            return stack.pop_all()
+
+    def rows(self, energy: EnergyModel) -> Iterator[LayerProfile]:
+        """One row per layer in module order; every parameter is in exactly one of them."""
+        divisor = self.n_samples if self.conventions.per == "sample" else self.n_batches
+        owned = self._parameters()
+        for name, module in self.model.named_modules():
+            if name not in owned:
+                continue
+            kind: Kind = "other"
+            n_ac = n_mac = updates = 0.0
+            firing_rate = input_rate = sparsity = bits = None
+            n_weights, state_mb = 0, 0.0
+            if name in self.weights:
+                kind, counter = "weight", self.weights[name]
+                n_ac, n_mac = (count / divisor for count in counter.totals())
+                weight = module.weight
+                n_weights, input_rate = weight.numel(), counter.input_rate
+                sparsity = int(weight.eq(0).sum()) / n_weights if n_weights else 0.0
+                bits = weight_bits(module) or FLOAT_BITS
+            elif name in self.neurons:
+                kind, neuron = "neuron", self.neurons[name]
+                updates, state_mb = neuron.updates / divisor, neuron.size * FLOAT_BITS / 8e6
+                firing_rate = neuron.spikes / neuron.updates if neuron.updates else None
+                n_ac = updates if self.conventions.neuron_updates == "in_totals" else 0.0
+            elif name in self.plain:
+                plain = self.plain[name]
+                kind = "pool" if plain.is_pool else "norm"
+                n_ac, n_mac = plain.n_ac / divisor, plain.n_mac / divisor
+            # An update that was already counted as an AC isn't charged twice.
+            apart = updates if self.conventions.neuron_updates == "apart" else 0.0
+            n_params, n_quantized = owned[name]
+            size_bits = n_quantized * (bits or FLOAT_BITS) + (n_params - n_quantized) * FLOAT_BITS
+            yield LayerProfile(
+                name=name, kind=kind, n_params=n_params, size_mb=size_bits / 8e6, n_mac=n_mac, n_ac=n_ac,
+                energy_pj=float(energy.energy_pj(OperationCounts(n_ac, n_mac, apart))),
+                firing_rate=firing_rate, bits=bits, sparsity=sparsity, input_rate=input_rate,
+                n_neuron_updates=updates, state_mb=state_mb, n_weights=n_weights,
+            )  # fmt: skip
+
+    def _parameters(self) -> dict[str, tuple[int, int]]:
+        """Row → (parameters, those of them that have the row's bit width)."""
+        listed = {*self.weights, *self.neurons, *self.plain}
+        owned = dict.fromkeys(listed, (0, 0))
+        for parameter_name, parameter in self.model.named_parameters():  # a shared one comes once
+            home = parameter_name.rpartition(".")[0]
+            row = next((name for name in _ancestors(home) if name in listed), home)
+            total, quantized = owned.get(row, (0, 0))
+            within = parameter_name[len(row) + 1 :] if row else parameter_name
+            is_weight = row in self.weights and within.startswith(("weight", "parametrizations.weight.original"))
+            owned[row] = total + parameter.numel(), quantized + is_weight * parameter.numel()
+        return owned
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """The module and what contains it, from the inside out."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _hook(counter: WeightCounter | PlainCounter) -> Callable[..., None]:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if isinstance(counter, WeightCounter):
+            counter.add(x, output.shape)
+        else:
+            counter.add(x)
+
+    return count
+
+
+def _described(energy: EnergyModel) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in energy.options().items())
+    return f"{energy.name}({options})" if options else energy.name
+
+
+def _samples(output: Any, batch: Batch) -> int:
+    try:
+        return len(class_scores(output))
+    except DataError:
+        if batch.y is not None:
+            return len(batch.y)
+        if isinstance(batch.x, Tensor):
+            return len(batch.x)
+    raise DataError(
+        "Neither the output nor the batch tells how many samples it holds. Yield (x, y) batches, or pass a "
+        "forward that returns class scores [N, K] or [T, N, K]."
+    )

@@ -1,0 +1,168 @@
+"""Operation counts of every timestep, from one pass over the data.
+
+Which steps a call of a layer belongs to is learnt from a rehearsal with a sample: a layer that sees [T, N, ...] or
+[T·N, ...] sees all steps at once; one that is called n times makes n/T calls per step, in order; one that is called
+once, on [N, ...], encodes a static input and belongs to the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from snncompress.errors import DataError, ModelError
+from snncompress.interfaces import Adapter, EnergyModel, OperationCounts
+from snncompress.model.network import WEIGHT_LAYERS
+
+from .conventions import Conventions
+from .counting import WeightCounter
+
+_Watch = Callable[[str, Tensor, tuple[int, ...]], None]
+"""Called with a layer's name, input and output shape, or a neuron's name, spikes [T', N, ...] and their shape."""
+
+
+class Timeline:
+    """The timesteps that one module's calls belong to: in order, or all of them along ``axis`` of every call."""
+
+    def __init__(self, name: str, steps: int, per_step: int, axis: int | None) -> None:
+        self.name, self.steps, self.per_step, self.axis = name, steps, per_step, axis
+        self.calls = 0
+
+    def pieces(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(step from 0, its part of ``x``) of the next call."""
+        if self.axis is not None:
+            if x.shape[self.axis] % self.steps:
+                raise DataError(
+                    f"{self.name!r} got an input of shape {list(x.shape)}, which isn't one of {self.steps} timesteps "
+                    f"as in the first batch. Give all batches the same number of timesteps."
+                )
+            yield from enumerate(x.chunk(self.steps, self.axis))
+            return
+        step = self.calls // self.per_step
+        self.calls += 1
+        if step >= self.steps:
+            raise ModelError(
+                f"{self.name!r} is called more often on this batch than on the first sample, so its calls can't be "
+                f"assigned to {self.steps} timesteps. Likely cause: batches of different length, or a loop whose "
+                f"length depends on the data. Analyse batches of one length."
+            )
+        yield step, x
+
+
+class Rehearsal:
+    """Notes how often every weight layer and neuron of ``model`` is called, and on how many rows."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, stack: ExitStack) -> None:
+        self._model = model
+        self._neurons = set(adapter.neurons(model))
+        self._leading: dict[str, list[tuple[int, ...]]] = {}
+        watch(model, adapter, self._note, stack)
+
+    def _note(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+        module: Any = self._model.get_submodule(name)
+        rows = 2 if name in self._neurons else x.dim() - module.weight.dim() + 1
+        self._leading.setdefault(name, []).append(tuple(x.shape[:rows]))
+
+    def timelines(self, steps: int, samples: int) -> dict[str, Timeline]:
+        """How further batches run, given T and N of the rehearsal; raises ModelError where that can't be told."""
+        multi_step = any(lead[0] > 1 for name in self._neurons for lead in self._leading.get(name, ()))
+        result = {}
+        for name, calls in self._leading.items():
+            lead, ordered, axis = calls[0], len(calls) % steps == 0, None
+            if not ordered or multi_step:
+                if lead[:2] == (steps, samples) or lead[:1] == (steps * samples,):
+                    axis = 0
+                elif not ordered and lead[:2] == (samples, steps):
+                    axis = 1
+                elif not ordered and len(calls) > 1:
+                    raise ModelError(
+                        f"{name!r} is called {len(calls)} times in {steps} timesteps, so its operations can't be "
+                        f"assigned to steps. Let the model call it equally often in every timestep."
+                    )
+            result[name] = Timeline(name, steps, max(1, len(calls) // steps), axis)
+        return result
+
+
+class StepMeter:
+    """Counts what every weight layer and neuron of a private copy does in each timestep.
+
+    What is counted is what :func:`snncompress.profile` counts by default.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, lines: dict[str, Timeline], stack: ExitStack) -> None:
+        self._lines = lines
+        self._updates: dict[str, list[int]] = {}
+        self._layers: dict[str, list[_StepCounter]] = {}
+        neurons = adapter.neurons(model)
+        for name, line in lines.items():
+            if name in neurons:
+                self._updates[name] = [0] * line.steps
+            else:
+                maps: dict[tuple[int, ...], Tensor] = {}
+                self._layers[name] = [_StepCounter(model.get_submodule(name), maps) for _ in range(line.steps)]
+        watch(model, adapter, self._count, stack)
+
+    def begin_batch(self) -> None:
+        """The next call of every module belongs to the first timestep again."""
+        for line in self._lines.values():
+            line.calls = 0
+
+    def energy_pj(self, energy: EnergyModel, samples: int, steps: int) -> list[float]:
+        """Energy of the first t timesteps in pJ per sample, for t = 1 … T."""
+        result = []
+        for t in range(1, steps + 1):
+            counts = [OperationCounts(*_total(counters[:t], samples)) for counters in self._layers.values()]
+            counts += [OperationCounts(0, 0, sum(updates[:t]) / samples) for updates in self._updates.values()]
+            result.append(sum(float(energy.energy_pj(c)) for c in counts))
+        return result
+
+    def _count(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+        if name not in self._lines:
+            raise ModelError(f"{name!r} runs on this batch, and didn't on the first sample: what runs depends on data.")
+        for step, piece in self._lines[name].pieces(x):
+            if name in self._layers:
+                self._layers[name][step].add(piece, shape)
+            else:
+                self._updates[name][step] += piece.numel()
+
+
+class _StepCounter(WeightCounter):
+    """Counts of one layer in one timestep; ``maps`` of fan-outs are the same in all steps."""
+
+    def __init__(self, layer: nn.Module, maps: dict[tuple[int, ...], Tensor]) -> None:
+        super().__init__(layer, Conventions())
+        self._maps = maps
+
+    def either(self) -> tuple[float, float]:
+        """Accumulates if the layer's input is spikes, multiply-accumulates if it isn't."""
+        return self._ac, self._mac
+
+
+def _total(counters: list[_StepCounter], samples: int) -> tuple[float, float]:
+    """One fraction anywhere makes a layer analog in all steps, as in a profile."""
+    n_ac, n_mac = (sum(counts) / samples for counts in zip(*(c.either() for c in counters), strict=True))
+    return (n_ac, 0) if all(c.spiking for c in counters) else (0, n_mac)
+
+
+def watch(model: nn.Module, adapter: Adapter, seen: _Watch, stack: ExitStack) -> None:
+    """Until ``stack`` is closed, ``seen`` is called at every call of a weight layer or neuron."""
+    neurons = adapter.neurons(model)
+    for name, module in model.named_modules():
+        if name in neurons:
+            stack.callback(adapter.observe(module, _observer(name, seen), membrane=False))
+        elif isinstance(module, WEIGHT_LAYERS):
+            stack.callback(module.register_forward_hook(_hook(name, seen), with_kwargs=True).remove)
+
+
+def _observer(name: str, seen: _Watch) -> Callable[[Tensor, Tensor | None], None]:
+    return lambda spikes, _: seen(name, spikes, tuple(spikes.shape))
+
+
+def _hook(name: str, seen: _Watch) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        seen(name, next(v for v in (*args, *named.values()) if isinstance(v, Tensor)), tuple(output.shape))
+
+    return hook

@@ -1,0 +1,1 @@
+"""What a network is made of, and the edits that change it."""

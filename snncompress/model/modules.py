@@ -1,0 +1,83 @@
+"""Small operations on modules, for the core and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MISSING = object()
+_LIMIT = "_snncompress_timesteps"
+
+
+@contextmanager
+def patched(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Inside, the instance attribute ``name`` is ``value``; afterwards it is gone or as it was."""
+    attributes = vars(module)
+    before = attributes.get(name, _MISSING)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            del attributes[name]
+        else:
+            attributes[name] = before
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside, all modules are in train or eval mode; afterwards each is in its own again."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
+    """Remove ``indices`` along ``axis`` < 0 from the module's own parameters and persistent buffers, in place.
+
+    Only tensors with ``width`` entries on that axis hold one per channel; others (fewer dimensions, another size) are
+    left. The channel axis of an input [N, C, H, W] is -3: a threshold [C, 1, 1] shrinks, one of shape [W] doesn't.
+    """
+    persistent = {n for n, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
+    for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent):
+        tensor = getattr(module, name)
+        if tensor.dim() < -axis or tensor.shape[axis] != width:
+            continue
+        keep = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
+        keep[indices] = False
+        kept = tensor.detach().movedim(axis, 0)[keep].movedim(0, axis).contiguous()
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+        else:
+            setattr(module, name, kept)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def limit_timesteps(model: nn.Module, timesteps: int) -> None:
+    """From now on a Feed drives this model, which is called step by step, for at most that many steps."""
+    setattr(model, _LIMIT, timesteps)
+
+
+def timestep_limit(model: nn.Module) -> int | None:
+    """How many steps that is, or None."""
+    limit: int | None = vars(model).get(_LIMIT)
+    return limit

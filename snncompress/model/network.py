@@ -1,0 +1,190 @@
+"""The uniform view of a spiking network: weight layers, the neurons they drive, and channels that go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
+from torch_pruning import ops
+from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
+
+from .parametrizations import computed_weight, resize_weight, stored_weight
+
+Side = Literal["out", "in", "neuron"]
+WEIGHT_LAYERS = (_ConvNd, nn.Linear)
+NORMS = (_NormBase, nn.GroupNorm)
+POOLS = (_MaxPoolNd, _AvgPoolNd, _AdaptiveMaxPoolNd, _AdaptiveAvgPoolNd)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor dimension of a coupled group: row c of ``index`` [size, k] lists what channel c occupies there.
+
+    k is 1 but for a linear layer behind a flatten (h·w columns per channel) and the like. For a neuron, ``width`` is
+    its number of channels and ``axis`` where they stand, counted from the end: -1 in [N, C], -3 in [N, C, H, W]; for
+    a layer, whose type tells, both are 0.
+    """
+
+    module: str
+    side: Side
+    index: Tensor
+    width: int = 0
+    axis: int = 0
+
+    def shifted(self, gone: Tensor) -> Member:
+        """The member after the module lost indices ``gone`` (sorted), none of them its own: indices renumbered."""
+        index = self.index - torch.searchsorted(gone, self.index)
+        return replace(self, index=index, width=max(0, self.width - len(gone)))
+
+    def without(self, removed: Tensor) -> Member:
+        """The member after the group's channels ``removed`` are gone."""
+        keep = torch.ones(len(self.index), dtype=torch.bool)
+        keep[removed] = False
+        kept = replace(self, index=self.index[keep])
+        return kept.shifted(self.index[removed].flatten().sort().values)
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together: ``size`` of them, in ``blocks`` equal runs (grouped convolutions).
+
+    From each block the same positions are removed.
+    """
+
+    members: tuple[Member, ...]
+    size: int
+    blocks: int = 1
+
+    def names(self, side: Side) -> tuple[str, ...]:
+        """Modules in the group on this side."""
+        return tuple(m.module for m in self.members if m.side == side)
+
+    def member(self, module: str, side: Side) -> Member | None:
+        """The member for one module, or None."""
+        return next((m for m in self.members if m.module == module and m.side == side), None)
+
+
+def without(groups: list[ChannelGroup], which: int, removed: Tensor) -> list[ChannelGroup]:
+    """All groups after positions ``removed`` of group number ``which`` are gone.
+
+    Other groups may share a module with it, as the inputs of a concatenation do: their indices move up.
+    """
+    shrunk = groups[which]
+    gone = {(m.module, m.side): m.index[removed].flatten().sort().values for m in shrunk.members}
+    result = []
+    for number, group in enumerate(groups):
+        if number == which:
+            members = tuple(m.without(removed) for m in group.members)
+            result.append(ChannelGroup(members, group.size - len(removed), group.blocks))
+        else:
+            members = tuple(
+                m.shifted(gone[m.module, m.side]) if (m.module, m.side) in gone else m for m in group.members
+            )
+            result.append(ChannelGroup(members, group.size, group.blocks))
+    return result
+
+
+@dataclass
+class Network:
+    """What tracing found. ``layers`` are the weight layers in order of execution.
+
+    ``drives`` binds each weight layer to the neurons that its output reaches before any other weight layer;
+    ``producers`` to the weight layers that feed it. ``groups`` can be pruned; ``whole`` says why others can't.
+    """
+
+    layers: tuple[str, ...]
+    neurons: tuple[str, ...]
+    drives: dict[str, tuple[str, ...]]
+    producers: dict[str, tuple[str, ...]]
+    norms: dict[str, str]
+    classifiers: tuple[str, ...]
+    groups: list[ChannelGroup] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        """The first weight layer."""
+        return self.layers[0]
+
+    @property
+    def classifier_inputs(self) -> tuple[str, ...]:
+        """The weight layers that feed a classifier."""
+        feeding = {p for c in self.classifiers for p in self.producers[c] if p not in self.classifiers}
+        return tuple(name for name in self.layers if name in feeding)
+
+
+def weight_layers(model: nn.Module) -> list[str]:
+    """Names of all convolutions and linear layers, recurrent ones inside neurons included."""
+    return [name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
+
+
+def width(module: nn.Module, side: Side) -> int:
+    """Channels of a layer on one side."""
+    pruner = _pruner(module)
+    return int(pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module))
+
+
+def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None:
+    """Remove output or input channels from a layer, in place, through torch-pruning's pruner for its type."""
+    pruner = _pruner(module)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+    resize_weight(module, lambda layer: prune(layer, indices))
+    for name, parameter in module.named_parameters():  # torch-pruning makes every new parameter trainable
+        parameter.requires_grad_(name not in frozen)
+
+
+def resize_inputs(module: nn.Module, channels: int, *, fresh: bool) -> None:
+    """Give a layer another number of input channels, in place: the first ones stay, further ones are zero.
+
+    With ``fresh`` all weights are drawn anew, uniform within ±1/√(fan-in) as torch does, always the same ones.
+    """
+
+    def resize(layer: nn.Module) -> None:
+        old = cast(nn.Parameter, layer.weight)
+        dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
+        shape = list(old.shape)
+        shape[dim] = channels
+        new = old.detach().new_zeros(shape)
+        if fresh:
+            bound = new.movedim(dim, 0)[:, 0].numel() ** -0.5
+            draws = torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
+            new.copy_(draws)
+        else:
+            kept = min(channels, old.shape[dim])
+            new.narrow(dim, 0, kept).copy_(old.detach().narrow(dim, 0, kept))
+        layer.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", channels)
+
+    resize_weight(module, resize)
+
+
+def prunable_type(module: nn.Module) -> bool:
+    """Does torch-pruning know how to shrink this kind of module?"""
+    return ops.module2type(module) in PrunerBox
+
+
+def _pruner(module: nn.Module) -> BasePruningFunc:
+    kind: Any = ops.module2type(module)
+    return PrunerBox[kind]
+
+
+def computed_or_shared(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight isn't theirs alone, or isn't a parameter, with the reason."""
+    found: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, WEIGHT_LAYERS):
+            continue
+        if why := computed_weight(module):
+            found[name] = why
+            continue
+        first = owners.setdefault(id(stored_weight(module)), name)
+        if first != name:
+            found[name] = found[first] = f"{first} and {name} share their weight"
+    return found

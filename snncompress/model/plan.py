@@ -1,0 +1,171 @@
+"""The plan: an ordered list of edits, with where it came from. It reads back from JSON as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import nn
+
+from snncompress.contract.detection import find_adapter
+from snncompress.errors import PlanError, SNNCompressError
+from snncompress.interfaces import Adapter
+
+from .copying import private_copy
+from .edits import Edit, MaskWeights, RemoveBlock, RemoveChannels, TruncateTimesteps, edit_from_dict
+
+FORMAT = 1
+M = TypeVar("M", bound=nn.Module)
+_ATTRIBUTE = "_snncompress_plan"
+_DETACHED = "_snncompress_detached"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was done to a network.
+
+    ``edits`` in order; ``whole`` says which layers kept all their channels, and why; ``origin`` which settings and
+    versions produced the plan. A plan is JSON: it reads back equal to itself.
+
+    >>> from snncompress import Plan, QuantizeWeights
+    >>> plan = Plan((QuantizeWeights("conv2", "uniform", 4, {"ste": "clip"}),))
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    edits: tuple[Edit, ...] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module, adapter: Adapter | str | None = None) -> nn.Module:
+        """Replay on a fresh model of the same architecture: a new, equally compressed model with its own weights.
+
+        The given model stays as it was. Raises PlanError where the architecture differs.
+        """
+        return self.replayed(model, find_adapter(model, adapter))
+
+    def replayed(self, model: M, adapter: Adapter, largest: int | None = None) -> M:
+        """:meth:`apply`, for those who know the adapter; no layer may grow beyond ``largest`` weights."""
+        result = private_copy(model, adapter)
+        for edit in self.edits:
+            try:
+                if largest is not None and isinstance(edit, RemoveBlock):
+                    edit.check_growth(result, largest)
+                edit.apply(result, adapter)
+            except SNNCompressError:
+                raise
+            except Exception as error:  # a plan may come from anywhere
+                raise PlanError(
+                    f"A {edit.kind!r} edit of the plan failed: {type(error).__name__}: {error}. The plan is damaged, "
+                    f"or made for another architecture."
+                ) from error
+        adapter.adopt(result)
+        attach(result, self)
+        return result
+
+    def removed_channels(self) -> dict[str, list[int]]:
+        """layer → output channels that are gone, as indices in the original model; coupled layers included."""
+        removed: dict[str, list[int]] = {}
+        for edit in self.edits:
+            if not isinstance(edit, RemoveChannels):
+                continue
+            for piece in edit.slices:
+                if piece.side == "out":
+                    gone = removed.setdefault(piece.module, [])
+                    left = np.delete(np.arange(piece.width + len(gone)), gone)  # original numbers of what was there
+                    gone.extend(left[list(piece.indices)].tolist())
+                    gone.sort()
+        return removed
+
+    @property
+    def timesteps(self) -> int | None:
+        """How many timesteps the model runs since the last truncation; None where it was never truncated.
+
+        >>> from snncompress import TruncateTimesteps
+        >>> Plan((TruncateTimesteps(8), TruncateTimesteps(5))).timesteps
+        5
+        """
+        return next((e.timesteps for e in reversed(self.edits) if isinstance(e, TruncateTimesteps)), None)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON text."""
+        data = {
+            "format": FORMAT,
+            "edits": [edit.to_dict() for edit in self.edits],
+            "whole": dict(self.whole),
+            "origin": dict(self.origin),
+        }
+        return json.dumps(data, indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises PlanError for anything that isn't one."""
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or "format" not in data:
+                raise PlanError("Not a plan: it has no format number. Plan.to_json() writes one.")
+            if data["format"] != FORMAT:
+                raise PlanError(
+                    f"Plan format {data['format']!r} is unknown to this version, which reads {FORMAT}. Upgrade."
+                )
+            edits = tuple(edit_from_dict(e) for e in data["edits"])
+            return cls(edits, dict(data["whole"]), dict(data["origin"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PlanError(f"Not a plan: {type(error).__name__}: {error}") from error
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def __str__(self) -> str:
+        lines = [f"Plan of {len(self.edits)} edits"]
+        for layer, gone in self.removed_channels().items():
+            lines.append(f"  {layer}: {len(gone)} channels removed")
+        for edit in self.edits:
+            if isinstance(edit, MaskWeights):
+                kept = edit.mask()
+                lines.append(f"  {edit.layer}: {kept.numel() - int(kept.sum())} of {kept.numel()} weights removed")
+            elif not isinstance(edit, RemoveChannels):
+                lines.append("  " + ", ".join(f"{k}={v}" for k, v in edit.to_dict().items()))
+        lines += [f"  {layer} kept whole: {why}" for layer, why in self.whole.items()]
+        return "\n".join(lines)
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Remember the plan on the compressed model (deep copies keep it, the state_dict doesn't hold it)."""
+    setattr(model, _ATTRIBUTE, plan)
+
+
+def detach(model: nn.Module) -> None:
+    """Forget the plan: this network isn't what a plan makes any more."""
+    vars(model).pop(_ATTRIBUTE, None)
+    setattr(model, _DETACHED, True)
+
+
+def has_plan(model: nn.Module) -> bool:
+    """Does it hold a plan?"""
+    return isinstance(vars(model).get(_ATTRIBUTE), Plan)
+
+
+def is_detached(model: nn.Module) -> bool:
+    """Is this a network that no plan leads to?"""
+    return bool(vars(model).get(_DETACHED, False))
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that compressed this model; raises PlanError for a model that isn't compressed."""
+    plan = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"This {type(model).__name__} holds no plan: it did not come from snncompress.apply.")
+    return plan
+
+
+def continued(original: nn.Module, plan: Plan) -> Plan:
+    """The plan of a model that was made from ``original``, with what had been done to that before."""
+    try:
+        before = plan_of(original)
+    except PlanError:
+        return plan
+    return Plan(before.edits + plan.edits, plan.whole, {**plan.origin, "before": dict(before.origin)})

@@ -1,0 +1,1 @@
+"""apply(), and what it does step by step."""

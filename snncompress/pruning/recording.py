@@ -1,0 +1,231 @@
+"""Calibration: runs the data through the network and lets the criterion fold up what the neurons do."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from snncompress.base.progress import Progress, tracked
+from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
+from snncompress.interfaces import Criterion, Layer
+from snncompress.model.modules import mode
+from snncompress.model.network import ChannelGroup, Network
+from snncompress.model.parametrizations import float_weight, stored_weight
+from snncompress.running.data import Feed
+from snncompress.running.scores import loss_of
+
+
+def record(
+    model: nn.Module,
+    network: Network,
+    feed: Feed,
+    criterion: Criterion,
+    layers: Mapping[str, ChannelGroup | None],
+    seed: int,
+    progress: Progress | None = None,
+    what: str = "",
+) -> dict[str, Tensor]:
+    """Scores of weight layers, higher = keep: {layer: [C], or the weight's shape}; ``what`` begins the progress text.
+
+    ``layers`` names each with the coupled group it stands in, where its channels are scored.
+
+    One pass over the data in eval mode, with a backward pass per batch where the criterion needs gradients. Nothing
+    but the criterion's own states is kept from one timestep to the next.
+    """
+    return Recording(model, network, feed, criterion, layers, seed, progress, what).scores(criterion.score)
+
+
+class Recording:
+    """One pass over the data, folded up into a criterion's states; arguments as in :func:`record`."""
+
+    def __init__(
+        self, model: nn.Module, network: Network, feed: Feed, criterion: Criterion,
+        layers: Mapping[str, ChannelGroup | None], seed: int, progress: Progress | None = None, what: str = "",
+    ) -> None:  # fmt: skip
+        watching = bool(criterion.needs & {"spikes", "membrane"})
+        self._scorers = {
+            name: [
+                _Scorer(model, network, name, neuron, group, criterion, seed)
+                for neuron in ((watching and network.drives.get(name)) or (None,))
+            ]
+            for name, group in layers.items()
+        }
+        if criterion.needs:
+            scorers = [s for own in self._scorers.values() for s in own]
+            _run(model, feed, criterion, scorers, progress, f"{what}calibrating {criterion.name}")
+
+    def scores(self, method: Callable[[Layer, Any], Tensor]) -> dict[str, Tensor]:
+        """What ``method(layer, state)``, the criterion's ``score`` or one like it, makes of every layer's state.
+
+        It may be called more than once, and draws from the layers' generators as if each time were the first.
+        """
+        scores: dict[str, Tensor] = {}
+        for name, scorers in self._scorers.items():
+            own = [s.score(method) for s in scorers]
+            scores[name] = own[0] if len(own) == 1 else torch.stack(own).mean(0)
+        return scores
+
+
+def _run(
+    model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], progress: Progress | None, what: str
+) -> None:
+    gradients = "gradients" in criterion.needs
+    fired: dict[str, bool] = {}
+    with ExitStack() as stack:
+        stack.callback(feed.adapter.reset, model)
+        if criterion.needs & {"spikes", "membrane"}:
+            for neuron in dict.fromkeys(s.neuron for s in scorers if s.neuron is not None):
+                listening = [s for s in scorers if s.neuron == neuron]
+                observer = _observer(neuron, listening, fired)
+                module = model.get_submodule(neuron)
+                stack.callback(feed.adapter.observe(module, observer, membrane="membrane" in criterion.needs))
+        stack.enter_context(mode(model, training=False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        if gradients:
+            for weight in {stored_weight(model.get_submodule(s.layer_name)) for s in scorers}:
+                stack.callback(weight.requires_grad_, weight.requires_grad)  # a frozen weight has a gradient too
+                weight.requires_grad_(True)
+        for batch in tracked(feed, progress, what):
+            output = feed(model, batch)
+            if gradients:
+                model.zero_grad()
+                loss_of(feed, output, batch).backward()  # type: ignore[no-untyped-call]
+            del output
+            for scorer in scorers:
+                scorer.end_batch()
+        if gradients:
+            model.zero_grad()
+    for neuron, any_spike in fired.items():
+        if not any_spike:
+            driven = ", ".join(repr(s.layer_name) for s in scorers if s.neuron == neuron)
+            warnings.warn(
+                f"Neurons {neuron!r} never fired in calibration, so the {criterion.name!r} scores of {driven} carry no "
+                f"information. Check the scale of the data, the threshold and whether the model is trained.",
+                SilentNeuronsWarning,
+                stacklevel=2,
+            )
+    if unreached := [s.layer_name for s in scorers if gradients and not s.any_gradient]:
+        warnings.warn(
+            f"No gradient but 0 reached {', '.join(map(repr, unreached))} in calibration, so the {criterion.name!r} "
+            f"scores there carry no information. Likely cause: neurons behind them never fire. Check the scale of the "
+            f"data, the threshold and whether the model is trained.",
+            SilentNeuronsWarning,
+            stacklevel=2,
+        )
+
+
+def _observer(neuron: str, scorers: list[_Scorer], fired: dict[str, bool]) -> Callable[[Tensor, Tensor | None], None]:
+    fired[neuron] = False
+
+    def observe(spikes: Tensor, membrane: Tensor | None) -> None:
+        if not fired[neuron]:
+            fired[neuron] = bool(spikes.any())
+        for scorer in scorers:
+            scorer.observe(spikes, membrane)
+
+    return observe
+
+
+class _Scorer:
+    """Folds what one layer, or one neuron population that it drives, does into scores of that layer."""
+
+    def __init__(
+        self, model: nn.Module, network: Network, name: str, neuron: str | None, group: ChannelGroup | None,
+        criterion: Criterion, seed: int,
+    ) -> None:  # fmt: skip
+        self.layer_name, self.neuron, self.criterion = name, neuron, criterion
+        self._module = model.get_submodule(name)
+        self._norm = model.get_submodule(network.norms[name]) if name in network.norms else None
+        self._neurons = network.drives.get(name, ())
+        self._columns = None if group is None or neuron is None else _columns(group, name, neuron)
+        weight = float_weight(self._module)
+        self._weight = weight.transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else weight
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self.any_gradient = False
+        self._state = self._guarded(criterion.begin, self.layer())
+
+    def layer(self) -> Layer:
+        gradient = stored_weight(self._module).grad
+        if gradient is not None and isinstance(self._module, _ConvTransposeNd):
+            gradient = gradient.transpose(0, 1)
+        return Layer(
+            self.layer_name,
+            self._module,
+            self._weight,
+            gradient,
+            self._norm,
+            self._neurons,
+            self._generator,
+        )
+
+    def observe(self, spikes: Tensor, membrane: Tensor | None) -> None:
+        if self._columns is not None:
+            spikes = _select(spikes, self._columns)
+            membrane = None if membrane is None else _select(membrane, self._columns)
+        before = self._state
+        self._state = self._guarded(self.criterion.observe, self.layer(), before, spikes, membrane)
+        if self._state is None and before is not None:
+            raise PluginError(f"Criterion {self.criterion.name!r}: observe() returned None; it must return the state.")
+
+    def end_batch(self) -> None:
+        gradient = stored_weight(self._module).grad
+        self.any_gradient = self.any_gradient or (gradient is not None and bool(gradient.any()))
+        self._state = self._guarded(self.criterion.end_batch, self.layer(), self._state)
+
+    def score(self, method: Callable[[Layer, Any], Tensor]) -> Tensor:
+        layer = self.layer()
+        chance = self._generator.get_state()
+        with torch.no_grad():
+            scores = self._guarded(method, layer, self._state)
+        self._generator.set_state(chance)
+        where, what = f"Criterion {self.criterion.name!r}, layer {layer.name}", f"{method.__name__}()"
+        single = self.criterion.granularity == "weight"
+        shape = layer.weight.shape if single else layer.weight.shape[:1]
+        if not isinstance(scores, Tensor):
+            raise PluginError(f"{where}: {what} must return a tensor {list(shape)}, not {type(scores).__name__}.")
+        if scores.shape != shape:
+            per = "weight" if single else "output channel"
+            raise PluginError(
+                f"{where}: {what} must return one score per {per}, {list(shape)}, not {list(scores.shape)}."
+            )
+        if not bool(torch.isfinite(scores).all()):
+            raise PluginError(
+                f"{where}: scores hold NaN or infinite values. Check for a division by zero, a silent layer or a "
+                f"diverged model."
+            )
+        if single:  # as many as weights, so in their own precision and place
+            return scores.detach().transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else scores.detach()
+        return scores.detach().double().cpu()
+
+    def _guarded(self, method: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return method(*args)
+        except SNNCompressError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"Criterion {self.criterion.name!r} failed in {method.__name__}() on layer {self.layer_name}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _columns(group: ChannelGroup, layer: str, neuron: str) -> Tensor | None:
+    """For each channel of the layer the neuron's columns [C, k], or None where they are the same [0 … C-1]."""
+    own, driven = group.member(layer, "out"), group.member(neuron, "neuron")
+    if own is None or driven is None:
+        return None
+    columns = driven.index[own.index.flatten().argsort()]
+    return None if torch.equal(columns.flatten(), torch.arange(len(columns))) else columns
+
+
+def _select(activity: Tensor, columns: Tensor) -> Tensor:
+    picked = activity.index_select(2, columns.flatten().to(activity.device))
+    return picked if columns.shape[1] == 1 else picked.view(*picked.shape[:2], *columns.shape)

@@ -1,0 +1,186 @@
+"""Which channels go: targets per group, and the lowest scores."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snncompress.errors import OptionError
+from snncompress.interfaces import Granularity
+from snncompress.model.network import ChannelGroup, Network
+
+
+@dataclass(frozen=True)
+class Skips:
+    """Which layers keep their outputs, and which stay at 32 bits; layer → reason."""
+
+    prune: Mapping[str, str]
+    quantize: Mapping[str, str]
+
+
+def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], granularity: Granularity) -> Skips:
+    """Turn ``skip`` into reasons per layer; see :func:`snncompress.apply` for its forms."""
+    channels = granularity == "channel"
+    prunable = network.layers if channels else quantizable
+    if skip is None or isinstance(skip, Mapping):
+        keep = {name: "it feeds the classifier" for name in network.classifier_inputs if channels}
+        full = {
+            network.first: "it is the first weight layer",
+            **{n: "it is the classifier" for n in network.classifiers},
+        }
+        default = Skips(keep, full)
+    if skip is None:
+        return default
+    if isinstance(skip, str):
+        skip = [skip]
+    elif isinstance(skip, Iterable) and not isinstance(skip, Mapping):
+        skip = list(skip)  # looked through twice
+    if isinstance(skip, Mapping):
+        unknown = set(skip) - {"prune", "quantize"}
+        if unknown:
+            raise OptionError(f"skip as a mapping takes the keys 'prune' and 'quantize', not {sorted(unknown)}.")
+        return Skips(
+            _named(skip["prune"], prunable) if "prune" in skip else default.prune,
+            _named(skip["quantize"], quantizable) if "quantize" in skip else default.quantize,
+        )
+    return Skips({k: v for k, v in _named(skip, quantizable).items() if k in prunable}, _named(skip, quantizable))
+
+
+def _named(patterns: Any, names: Collection[str]) -> dict[str, str]:
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not isinstance(patterns, Iterable):
+        raise OptionError(
+            f"skip takes names or globs of layers, a mapping with 'prune' and 'quantize', or None; not {patterns!r}."
+        )
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        found.update(dict.fromkeys(_matching(str(pattern), names, "skip"), "skip names it"))
+    return found
+
+
+def per_layer(value: Any, names: Collection[str], what: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """A number for every layer, or a mapping from layer name or glob; the last matching key counts."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, check(value, what))
+    found: dict[str, Any] = {}
+    for pattern, number in value.items():
+        checked = check(number, f"{what}[{pattern!r}]")
+        found.update(dict.fromkeys(_matching(str(pattern), names, what), checked))
+    return found
+
+
+def _matching(pattern: str, names: Collection[str], what: str) -> list[str]:
+    matches = [n for n in names if n == pattern] or [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+    if not matches:
+        raise OptionError(f"{what}: {pattern!r} matches no weight layer. The model's: {', '.join(names)}.")
+    return matches
+
+
+def check_ratio(value: Any, what: str, *, all_may_go: bool = False) -> float:
+    """A share in [0, 1), or [0, 1]."""
+    share = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (0 <= share < 1 or (all_may_go and share == 1)):
+        bounds = "[0, 1]" if all_may_go else "[0, 1)"
+        raise OptionError(f"{what} must be a number in {bounds}, the share to remove; not {value!r}.")
+    return share
+
+
+def check_bits(value: Any, what: str) -> int | None:
+    """A bit width from 1 to 16, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 16:
+        raise OptionError(f"{what} must be a whole number from 1 to 16, or None for no quantization; not {value!r}.")
+    return value
+
+
+def overruled(value: Any, protected: Mapping[str, str]) -> dict[str, str]:
+    """Layers that a mapping names one by one although they are protected, with the reason."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {name: protected[name] for name, number in value.items() if number and name in protected}
+
+
+@dataclass
+class Target:
+    """A group to prune down to ``ratio`` of its ``original`` channels."""
+
+    group: ChannelGroup
+    original: int
+    ratio: float
+
+    def count(self, ratio: float) -> int:
+        """How many more channels must go to reach ``ratio`` of the original ones: ⌈ratio · c⌉ in all."""
+        local = self.original // self.group.blocks
+        wanted = math.ceil(round(ratio * local, 9)) * self.group.blocks
+        return max(0, wanted - (self.original - self.group.size))
+
+
+def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], dict[str, str]]:
+    """The groups to prune, and why the other layers stay whole.
+
+    A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked.
+    """
+    ratios: dict[str, float] = per_layer(ratio, network.layers, "ratio", check_ratio)
+    whole = dict(network.whole)
+    found: list[Target] = []
+    for group in network.groups:
+        names = [n for n in group.names("out") if n in network.layers]
+        kept = next((n for n in names if n in skips.prune), None)
+        if kept is not None:
+            for n in names:
+                whole[n] = skips.prune[kept] if n == kept else f"coupled with {kept}: {skips.prune[kept]}"
+            continue
+        smallest = min(names, key=lambda n: ratios.get(n, 0.0))
+        share = ratios.get(smallest, 0.0)
+        if share == 0:
+            reason = "ratio is 0" if smallest in ratios else "no key of ratio matches it"
+            for n in names:
+                whole[n] = reason if n == smallest else f"coupled with {smallest}: {reason}"
+            continue
+        target = Target(group, group.size, share)
+        if target.count(share) >= group.size:
+            raise OptionError(
+                f"ratio {share} would remove all {group.size} channels of {', '.join(map(repr, names))} (⌈{share}·"
+                f"{group.size // group.blocks}⌉). Give the layer a smaller ratio, or name it in skip."
+            )
+        found.append(target)
+    return found, whole
+
+
+def weight_ratios(
+    names: Collection[str], ratio: Any, skips: Skips, unusable: Mapping[str, str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Layer → share of its weights to remove, and why the other layers stay whole."""
+    ratios: dict[str, float] = per_layer(ratio, names, "ratio", check_ratio)
+    whole = {n: why for n in names if (why := skips.prune.get(n) or unusable.get(n))}
+    for name in names:
+        if name not in whole and not ratios.get(name):
+            whole[name] = "ratio is 0" if name in ratios else "no key of ratio matches it"
+    return {n: r for n, r in ratios.items() if n not in whole}, whole
+
+
+def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int) -> Tensor:
+    """Positions of the ``count`` channels with the lowest combined score, ascending; ties by index.
+
+    Scores of coupled layers are divided by their mean first, so that none outweighs the others, and added.
+    """
+    combined = torch.zeros(group.size, dtype=torch.float64)
+    involved = [(scores[n], m) for n in group.names("out") if n in scores and (m := group.member(n, "out")) is not None]
+    for score, member in involved:
+        mine = score[member.index.flatten()].view(group.size, -1).mean(1)
+        if len(involved) > 1:
+            mine = mine / mine.abs().mean().clamp_min(1e-300)
+        combined += mine
+    local = group.size // group.blocks
+    order = torch.argsort(combined.view(group.blocks, local).mean(0), stable=True)
+    chosen = order[: count // group.blocks].sort().values
+    return (chosen + torch.arange(group.blocks)[:, None] * local).flatten()

@@ -1,0 +1,304 @@
+"""``save`` and ``load``: a compressed network in one safetensors file, each weight in its own number of bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from snncompress.base.packing import pack_codes, unpack_codes
+from snncompress.contract.detection import find_adapter
+from snncompress.errors import ModelError, OptionError, PlanError, StorageError
+from snncompress.interfaces import Adapter
+from snncompress.model.copying import cuda_devices
+from snncompress.model.grids import Grid
+from snncompress.model.parametrizations import CompressedWeight, compression_of, gridded, hold
+from snncompress.model.plan import Plan, has_plan, is_detached, plan_of
+from snncompress.version import __version__
+
+from .compact import MASK, compact, expanded
+from .container import Container
+
+M = TypeVar("M", bound=nn.Module)
+_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STORED = ".parametrizations.weight.original"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | str | None = None) -> None:
+    """Keep a compressed network in one file, as small as its bit widths promise.
+
+    A safetensors file (docs/format.md) with the plan as JSON; of quantized layers the codes in their bit width and the
+    scale, of masked ones only the weights that exist, all other parameters and buffers as they are. No pickle, no code.
+    What a fresh model brings along isn't in it: classes, hooks, constants of constructors. Nor are the floats behind
+    quantized weights, unless a quantizer's values come from no uniform grid.
+
+    The file is written whole or not at all: a process that is killed leaves the old file or the new one.
+
+    Raises:
+        StorageError: the file can't be written; what was there before is still there.
+        ModelError: a tensor holds NaN, or a module keeps other state than tensors.
+
+    Example:
+        >>> import tempfile
+        >>> import snncompress
+        >>> from spikingjelly.activation_based import neuron
+        >>> def build():
+        ...     return nn.Sequential(nn.Linear(4, 64), neuron.IFNode(), nn.Linear(64, 64), neuron.IFNode())
+        >>> small = snncompress.apply(build(), "magnitude", 0.5, 2, data=torch.rand(8, 4), timesteps=2, skip=[])
+        >>> path = Path(tempfile.mkdtemp()) / "small.safetensors"
+        >>> save(small, path)
+        >>> torch.equal(load(path, into=build())[0].weight, small[0].weight)
+        True
+    """
+    found = find_adapter(model, adapter, plain=True)
+    plan = _plan_of(model)
+    compacted, tensors = compact(plan)
+    packed: dict[str, dict[str, Any]] = {}
+    aliases: dict[str, str] = {}
+    state = _state(model)
+    for name, *others in _tied(state):
+        tensor = state[name]
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+            raise ModelError(f"{name} of this {type(model).__name__} holds NaN. Find out why before you save it.")
+        aliases.update(dict.fromkeys(others, name))
+        compression = _compression(model, name)
+        if compression is None or others:  # layers that share floats may make different weights of them
+            tensors[name] = tensor
+        else:
+            packed[name], parts = _packed(compression, tensor)
+            tensors.update({f"{name}.{part}": value for part, value in parts.items()})
+    for name in [name for name in tensors if _on_a_grid(name, packed)]:
+        del tensors[name]
+    described = _described(model, found)
+    data = {"version": __version__, "model": described, "plan": compacted, "packed": packed, "aliases": aliases}
+    Container(data, tensors).write(Path(path))
+
+
+def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapter | str | None = None) -> M:
+    """The network that :func:`save` kept, on the structure of a fresh one.
+
+    ``into`` is a newly built model of the architecture that was compressed; it stays as it is. The file's plan is
+    replayed on a copy, on the same device, and the file's tensors are put in: outputs are bitwise those of the model
+    that was saved, on the same kind of device. A quantized layer keeps its scale; trained further, it moves from the
+    values in the file.
+
+    A file may be a stranger's: whatever it holds is checked before it is used, and can raise an error, not run code.
+
+    Raises:
+        StorageError: the file is damaged, of another format, or holds other tensors than the model needs.
+        PlanError: its plan doesn't fit the model.
+        OptionError: no model given; the message says which one the file needs.
+    """
+    file = Container.read(path)
+    described = part(file, "model")
+    if into is None:
+        raise OptionError(
+            f"{path} holds {_needs(described, file.tensors)}. Build it and pass it: snncompress.load(path, into=model)."
+        )
+    found = find_adapter(into, adapter, plain=True)
+    if _compressed(into):
+        raise OptionError(
+            f"This {type(into).__name__} is compressed already. Build a fresh one for load(path, into=model)."
+        )
+    total = sum(p.numel() for p in into.parameters()) + 1_000_000
+    with torch.random.fork_rng(cuda_devices(into)), torch.inference_mode(False), torch.no_grad():
+        plan = expanded(part(file, "plan"), file.tensors, 64 * total)
+        model = plan.replayed(into, found, largest=64 * total)
+        try:
+            _fill(model, file)
+        except StorageError as error:
+            raise StorageError(
+                f"{path} doesn't fit this {type(into).__name__}: {error} It holds {_needs(described, file.tensors)}."
+            ) from error
+        except Exception as error:  # a file may come from anywhere
+            raise StorageError(f"{path} can't be loaded: {type(error).__name__}: {error}.") from error
+    return model
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    """The plan; raises ModelError for a network that no plan leads to."""
+    try:
+        return plan_of(model)
+    except PlanError as error:
+        inner = next((name for name, module in model.named_modules() if name and has_plan(module)), "")
+        if is_detached(model):
+            why = "it is frozen, so no plan leads to it. Save the network that it was made from."
+        elif inner:
+            why = f"the compressed network is its part {inner!r}. Save that part."
+        elif _compressed(model):
+            why = "layers of it are compressed, and there is no plan. Save the model that snncompress.apply returned."
+        else:
+            return Plan()
+        raise ModelError(f"This {type(model).__name__} can't be saved: {why}") from error
+
+
+def _compressed(model: nn.Module) -> bool:
+    return any(compression_of(module) is not None for module in model.modules())
+
+
+def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names, those of one tensor together."""
+    groups: dict[Any, list[str]] = {}
+    for name, t in state.items():
+        same = t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype
+        groups.setdefault(same if t.numel() else name, []).append(name)
+    return list(groups.values())
+
+
+def _on_a_grid(name: str, packed: Mapping[str, Any]) -> bool:
+    """Is this a quantizer's own parameter, which its layer's grid takes the place of?"""
+    layer, found, _ = name.partition(".parametrizations.weight.")
+    return bool(found) and "bits" in packed.get(f"{layer}.weight", {})
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the names that they have in a network that isn't compressed."""
+    state = model.state_dict()
+    other = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ModelError(f"{other[0]} of this {type(model).__name__} isn't a tensor, so it can't be kept in a file.")
+    return {name.replace(_STORED, ".weight"): tensor for name, tensor in state.items()}
+
+
+def _compression(model: nn.Module, name: str) -> CompressedWeight | None:
+    """What makes the layer's weight, where ``name`` is the weight of a compressed layer."""
+    layer, _, leaf = name.rpartition(".")
+    return compression_of(model.get_submodule(layer)) if leaf == "weight" else None
+
+
+def _packed(compression: CompressedWeight, stored: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """How a layer's weight is kept, and in which tensors."""
+    kept = _kept(compression, stored)
+    if (found := gridded(compression, stored)) is None:
+        return {"shape": list(kept.shape)}, {"values": compression.turned(stored)[kept]}
+    grid, numbers = found
+    codes = pack_codes(numbers[kept].cpu().numpy().astype(np.uint16), grid.bits)
+    how = {"shape": list(kept.shape), "bits": grid.bits, "zero_point": grid.zero_point}
+    tensors = {"codes": torch.from_numpy(codes)}
+    if grid.scale.dim() == 0 and grid.scale.dtype == _wide(stored.dtype):
+        return {**how, "scale": float(grid.scale)}, tensors
+    return how, {**tensors, "scale": grid.scale}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a scale is kept as a number: of weights in half precision, float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _kept(compression: CompressedWeight, stored: Tensor) -> Tensor:
+    """Which weights exist, output channels first."""
+    mask = torch.ones_like(stored, dtype=torch.bool) if compression.mask is None else compression.mask
+    return compression.turned(mask)
+
+
+def _fill(model: nn.Module, file: Container) -> None:
+    """Put the file's tensors in; raises StorageError, the model may then be half filled."""
+    packed = {name: how for name, how in part(file, "packed").items() if isinstance(how, dict)}
+    aliases = {name: str(other) for name, other in part(file, "aliases").items()}
+    left = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(MASK)}
+    state = {name: tensor for name, tensor in _state(model).items() if not _on_a_grid(name, packed)}
+    found: dict[str, Tensor] = {}
+    for name, target in state.items():
+        compression = _compression(model, name)
+        if name in packed and compression is not None:
+            found[name] = _unpacked(compression, target, name, packed[name], left)
+        elif name in left:
+            found[name] = left.pop(name)
+        elif name not in aliases:
+            raise StorageError(f"The file has no {name}.")
+    if left:
+        raise StorageError(f"The model has no {min(left)[:80]}.")
+    for name, target in state.items():
+        value = found.get(name, found.get(aliases.get(name, "")))
+        if value is None:
+            raise StorageError(f"{name} is said to be {aliases[name][:80]!r}, which isn't there.")
+        if (value.shape, value.dtype) != (target.shape, target.dtype):
+            raise StorageError(
+                f"{name} is {_name(value.dtype)} {list(value.shape)} in the file and {_name(target.dtype)} "
+                f"{list(target.shape)} in the model."
+            )
+        if value.is_floating_point() and bool(torch.isnan(value).any()):
+            raise StorageError(f"{name} holds NaN.")
+        target.copy_(value)
+    for layer in model.modules():
+        if compression_of(layer) is not None and not bool(torch.isfinite(cast(Tensor, layer.weight)).all()):
+            raise StorageError(f"The weight of a {type(layer).__name__} comes out infinite, or as NaN.")
+
+
+def _unpacked(
+    compression: CompressedWeight, target: Tensor, name: str, how: dict[str, Any], tensors: dict[str, Tensor]
+) -> Tensor:
+    """A layer's weight; it is taken out of ``tensors``, and the layer quantizes to the grid that the file names."""
+    kept = _kept(compression, target)
+    count = int(kept.sum())
+    if how.get("shape") != list(kept.shape):
+        raise StorageError(
+            f"{name} has the shape {str(how.get('shape'))[:80]} in the file, {list(kept.shape)} in the model."
+        )
+    if "bits" not in how:
+        value = torch.zeros(kept.shape, dtype=target.dtype, device=target.device)
+        value[kept] = _taken(tensors, f"{name}.values", target.dtype, (count,)).to(target.device)
+        return compression.turned(value)
+    grid = _grid(compression, kept, name, how, tensors, _wide(target.dtype))
+    codes = tensors.pop(f"{name}.codes", torch.zeros(0))
+    if codes.dtype != torch.uint8 or codes.dim() != 1:
+        raise StorageError(f"{name} has no codes in bytes.")
+    numbers = torch.zeros(kept.shape, dtype=grid.scale.dtype, device=target.device)
+    numbers[kept] = torch.from_numpy(unpack_codes(codes.numpy(), grid.bits, count).astype(np.int32)).to(numbers)
+    hold(compression, grid)
+    return compression.turned(torch.where(kept, grid.values(numbers, target.dtype), 0.0))
+
+
+def _grid(
+    compression: CompressedWeight, kept: Tensor, name: str, how: dict[str, Any], tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Grid:  # fmt: skip
+    """The grid that the file names; raises StorageError for one that can't be."""
+    bits, zero_point, number = compression.bits, how.get("zero_point"), how.get("scale")
+    if bits is None or how["bits"] != bits or not isinstance(zero_point, float) or not abs(zero_point) <= 2**17:
+        raise StorageError(f"{name} has no bits and zero point that fit its layer.")
+    if isinstance(number, float):
+        scale = torch.tensor(number, dtype=dtype)
+    else:
+        per_channel = (len(kept), *[1] * (kept.dim() - 1))
+        found = tensors.get(f"{name}.scale", torch.zeros(()))
+        scale = _taken(tensors, f"{name}.scale", found.dtype, () if found.dim() == 0 else per_channel)
+    if scale.dtype not in _SCALES or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise StorageError(f"{name} has a scale that is no positive number.")
+    return Grid(scale.to(kept.device), zero_point, bits)
+
+
+def _taken(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    found = tensors.pop(name, None)
+    if found is None or found.dtype != dtype or tuple(found.shape) != shape:
+        what = "isn't there" if found is None else f"is {_name(found.dtype)} {list(found.shape)}"
+        raise StorageError(f"{name} must be {_name(dtype)} {list(shape)}, and {what}.")
+    return found
+
+
+def _described(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    kind = type(model)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "framework": adapter.framework}
+
+
+def _needs(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    kind, framework = str(described.get("class"))[:80], str(described.get("framework"))[:40]
+    names = ", ".join(list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if not name.startswith(MASK)))[:6])
+    return f"a compressed {kind} of {framework}, with tensors for {names[:200]} …"
+
+
+def part(file: Container, key: str) -> dict[str, Any]:
+    """An object of the file's JSON; raises StorageError where it is none."""
+    found = file.data.get(key)
+    if not isinstance(found, dict):
+        raise StorageError(f"The file's {key!r} is a {type(found).__name__}, not an object.")
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""What a network looks like: channels, blocks, timesteps."""

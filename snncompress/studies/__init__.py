@@ -1,0 +1,1 @@
+"""Many measurements: what compression costs, by layer, threshold, set of blocks."""

@@ -1,0 +1,142 @@
+"""What ``sensitivity`` and ``threshold_sweep`` return: curves that print as tables and can be drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from snncompress.base.display import new_axes, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Accuracy with one layer pruned and all others whole. ``print`` shows a table.
+
+    Fields:
+        dense: accuracy of the model as it was handed in, 0 to 1.
+        accuracy: layer → [len(ratios)] accuracies, 0 to 1; None where the ratio would leave the layer no channel.
+        ratios: shares removed.
+        criterion: name of the criterion that chose what goes.
+        whole: layers that were left out, with the reason.
+        title: the model's class.
+
+    Example:
+        >>> print(Sensitivity(0.98, {"conv": (0.97, 0.5), "fc": (0.98, None)}, (0.5, 0.9), "svs"))
+        model: accuracy (%) with one layer pruned by svs; 98.0 before
+         layer   50 % removed   90 % removed
+         ───────────────────────────────────
+         conv            97.0           50.0
+         fc              98.0
+        empty: no channel would be left
+    """
+
+    dense: float
+    accuracy: Mapping[str, tuple[float | None, ...]]
+    ratios: tuple[float, ...]
+    criterion: str
+    whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    title: str = "model"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        accuracies = {name: list(row) for name, row in self.accuracy.items()}
+        return {**dataclasses.asdict(self), "accuracy": accuracies, "ratios": list(self.ratios)}
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """A line per layer, accuracy (%) against the share removed (%), and a dashed one for the dense accuracy.
+
+        Draws on ``ax``, or on a new figure, and returns the axes; showing or saving them is left to you. Raises
+        OptionError where matplotlib isn't installed.
+        """
+        ax = new_axes() if ax is None else ax
+        for name, row in self.accuracy.items():
+            drawn = [(100 * r, 100 * a) for r, a in zip(self.ratios, row, strict=True) if a is not None]
+            ax.plot([r for r, _ in drawn], [a for _, a in drawn], marker="o", label=name)
+        ax.axhline(100 * self.dense, linestyle="--", color="grey", label="dense")
+        ax.set(xlabel="removed from the layer (%)", ylabel="accuracy (%)", title=f"{self.title}, {self.criterion}")
+        ax.legend()
+        return ax
+
+    def __str__(self) -> str:
+        header = ["layer", *(f"{100 * ratio:g} % removed" for ratio in self.ratios)]
+        rows = [[name, *map(_percent, row)] for name, row in self.accuracy.items()]
+        note = "\nempty: no channel would be left" if any(None in row for row in self.accuracy.values()) else ""
+        left_out = "".join(f"\nleft out: {name}: {why}" for name, why in self.whole.items())
+        return (
+            f"{self.title}: accuracy (%) with one layer pruned by {self.criterion}; {_percent(self.dense)} before\n"
+            f"{table(header, rows)}{note}{left_out}"
+        )
+
+
+@dataclass(frozen=True)
+class ThresholdSweep:
+    """Accuracy at one sparsity, with more or fewer weights protected. ``print`` shows a table.
+
+    Fields:
+        dense: accuracy of the model as it was handed in, 0 to 1.
+        taus: thresholds τ.
+        accuracy: [len(taus)], 0 to 1.
+        protected: [len(taus)], share of the pruned layers' weights whose criticality is above τ. Where it is more
+            than 1 - ratio, not all of them can be kept.
+        sparsity: [len(taus)], share of the pruned layers' weights that are gone.
+        ratio: the share that was asked for, by layer.
+        criterion: the criterion's name.
+        title: the model's class.
+
+    Example:
+        >>> print(ThresholdSweep(0.98, (0.5, 1.0), (0.6, 0.9), (0.25, 0.0), (0.9, 0.9), {"fc": 0.9}, "cqp"))
+        model: accuracy (%) by the threshold of cqp; 98.0 before
+         τ     accuracy   protected   sparsity
+         ─────────────────────────────────────
+         0.5       60.0        25.0       90.0
+         1         90.0         0.0       90.0
+        protected and sparsity in % of the weights of fc
+    """
+
+    dense: float
+    taus: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    protected: tuple[float, ...]
+    sparsity: tuple[float, ...]
+    ratio: Mapping[str, float]
+    criterion: str
+    title: str = "model"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Accuracy and protected share, both in %, against τ, and a dashed line for the dense accuracy.
+
+        Draws on ``ax``, or on a new figure, and returns the axes; showing or saving them is left to you. Raises
+        OptionError where matplotlib isn't installed.
+        """
+        ax = new_axes() if ax is None else ax
+        ax.plot(self.taus, [100 * a for a in self.accuracy], marker="o", label="accuracy")
+        ax.plot(self.taus, [100 * p for p in self.protected], marker="s", label="protected weights")
+        ax.axhline(100 * self.dense, linestyle="--", color="grey", label="accuracy, dense")
+        ax.set(xlabel="criticality threshold τ", ylabel="accuracy, protected share (%)")
+        ax.set_title(f"{self.title}, {self.criterion}")
+        ax.legend()
+        return ax
+
+    def __str__(self) -> str:
+        rows = [
+            [f"{tau:g}", *map(_percent, row)]
+            for tau, *row in zip(self.taus, self.accuracy, self.protected, self.sparsity, strict=True)
+        ]
+        header, pruned = ["τ", "accuracy", "protected", "sparsity"], ", ".join(self.ratio)
+        return (
+            f"{self.title}: accuracy (%) by the threshold of {self.criterion}; {_percent(self.dense)} before\n"
+            f"{table(header, rows)}\nprotected and sparsity in % of the weights of {pruned}"
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,292 @@
+"""Which sets of blocks to remove: every set measured, or the path that greedy removal takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from snncompress.base.display import new_axes, number, table
+from snncompress.base.progress import Progress, tracked
+from snncompress.contract.detection import find_adapter
+from snncompress.contract.registry import registry
+from snncompress.errors import OptionError
+from snncompress.interfaces import Adapter, BlockCriterion, Criterion, EnergyModel, Forward, Loss
+from snncompress.measuring.conventions import resolve_conventions
+from snncompress.measuring.evaluation import classified
+from snncompress.measuring.profiling import measure
+from snncompress.model.copying import cuda_devices, private_copy, set_seed
+from snncompress.pruning.block_pruning import BlockPruning
+from snncompress.pruning.training import check_training, train
+from snncompress.running.data import Batch, Feed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Method = Literal["exhaustive", "greedy"]
+MOST_BLOCKS = 8
+"""For an exhaustive search: 2⁸ = 256 sets."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network without some of its blocks.
+
+    Fields:
+        removed: the blocks that are gone, in order of execution.
+        accuracy: share of samples classified right, 0 to 1.
+        energy_pj: pJ per sample.
+        n_params: parameters.
+        n_ac, n_mac: accumulates and multiply-accumulates per sample.
+    """
+
+    removed: tuple[str, ...]
+    accuracy: float
+    energy_pj: float
+    n_params: int
+    n_ac: float
+    n_mac: float
+
+
+@dataclass(frozen=True)
+class BlockSearch:
+    """What :func:`block_search` measured. ``print`` shows a table: the Pareto front, or all where they are few.
+
+    Fields:
+        candidates: the networks that were measured.
+        blocks: the blocks that may go, in order of execution.
+        budget: what each candidate got, in words.
+        title: the model's class.
+
+    Example:
+        >>> whole, less = Candidate((), 0.9, 200.0, 40, 222.2, 0.0), Candidate(("a",), 0.8, 100.0, 30, 111.1, 0.0)
+        >>> worse = Candidate(("b",), 0.7, 150.0, 20, 166.7, 0.0)
+        >>> result = BlockSearch((whole, less, worse), ("a", "b"), "no fine-tuning; 10 samples")
+        >>> [candidate.removed for candidate in result.front]
+        [('a',), ()]
+        >>> print(result)
+        model without some of its blocks a, b; each: no fine-tuning; 10 samples
+         removed   accuracy (%)   energy (pJ)   parameters      AC   MAC   Pareto front
+         ──────────────────────────────────────────────────────────────────────────────
+         a                 80.0           100           30   111.1     0              *
+         b                 70.0           150           20   166.7     0
+         -                 90.0           200           40   222.2     0              *
+    """
+
+    candidates: tuple[Candidate, ...]
+    blocks: tuple[str, ...]
+    budget: str
+    title: str = "model"
+
+    @property
+    def front(self) -> tuple[Candidate, ...]:
+        """The Pareto front: candidates that none beats in accuracy at no more energy, the cheapest first."""
+        found: list[Candidate] = []
+        for candidate in sorted(self.candidates, key=lambda c: (c.energy_pj, -c.accuracy)):
+            if not found or candidate.accuracy > found[-1].accuracy:
+                found.append(candidate)
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Accuracy (%) against energy (nJ per sample), one point per candidate; a line marks the Pareto front.
+
+        Draws on ``ax``, or on a new figure, and returns the axes; showing or saving them is left to you. Raises
+        OptionError where matplotlib isn't installed.
+        """
+        ax = new_axes() if ax is None else ax
+        gone = [len(c.removed) for c in self.candidates]
+        points = ax.scatter(
+            [c.energy_pj / 1e3 for c in self.candidates], [100 * c.accuracy for c in self.candidates],
+            c=gone, cmap="viridis", vmin=0, vmax=len(self.blocks), s=18,
+        )  # fmt: skip
+        front = self.front
+        ax.plot([c.energy_pj / 1e3 for c in front], [100 * c.accuracy for c in front], "k--o", mfc="none", ms=9)
+        ax.get_lines()[-1].set_label("Pareto front")
+        ax.figure.colorbar(points, ax=ax, label="blocks removed")
+        ax.set(xlabel="energy (nJ per sample)", ylabel="accuracy (%)", title=f"{self.title}: {self.budget}")
+        ax.legend()
+        return ax
+
+    def __str__(self) -> str:
+        front, few = self.front, len(self.candidates) <= 2 * MOST_BLOCKS
+        shown = sorted(self.candidates if few else front, key=lambda c: (c.energy_pj, -c.accuracy))
+        header = ["removed", "accuracy (%)", "energy (pJ)", "parameters", "AC", "MAC", "Pareto front"]
+        rows = [
+            [
+                ", ".join(c.removed) or "-", f"{100 * c.accuracy:.1f}",
+                *(number(value) for value in (c.energy_pj, c.n_params, c.n_ac, c.n_mac)),
+                "*" if c in front else "",
+            ]
+            for c in shown
+        ]  # fmt: skip
+        more = "" if few else f"\n{len(self.candidates)} networks measured; shown: the Pareto front"
+        blocks = ", ".join(self.blocks)
+        return f"{self.title} without some of its blocks {blocks}; each: {self.budget}\n{table(header, rows)}{more}"
+
+
+def block_search(
+    model: nn.Module,
+    data: Any,
+    criterion: str | BlockCriterion = "ablation",
+    *,
+    method: Method = "exhaustive",
+    remove: int | Collection[int] | None = None,
+    epochs: int = 0,
+    lr: float = 1e-3,
+    test: Any = None,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    adapter: Adapter | str | None = None,
+    energy_model: EnergyModel | str = "horowitz_45nm",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BlockSearch:
+    """Accuracy and energy of a network without some of its blocks: which can go, and what each set costs.
+
+    "exhaustive" measures every set of blocks, at most 8 of them. "greedy" removes the block that ``criterion`` scores
+    lowest, scores what is left again, and so on: one network per number of blocks removed. Each candidate is repaired
+    as the criterion says, fine-tuned for ``epochs`` with the built-in trainer, and measured in one pass over ``test``.
+
+    ``apply(model, snncompress_fire.Ablation(blocks=candidate.removed), ratio=1.0, bits=None, data=data)`` makes a
+    candidate that wasn't fine-tuned.
+
+    Args:
+        model: the network; it stays bitwise as it is, like torch's random state.
+        data: calibration and training data (x, y): a batch, a DataLoader, or an iterable of batches.
+        criterion: a block criterion: which blocks may go, how what follows is repaired, and, where greedy, the scores.
+        method: "exhaustive" or "greedy".
+        remove: how many blocks to remove: a number, several, or None for all numbers from 0 on.
+        epochs: fine-tuning of each candidate, the whole network included.
+        lr: its learning rate.
+        test: labelled data for accuracy and energy; None: ``data``.
+        timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds batches as they are.
+        forward: ``forward(model, batch)`` for models with a signature of their own.
+        loss: ``loss(output, y)`` for scores and fine-tuning; None: cross-entropy.
+        adapter: a framework's name or an Adapter, where the model doesn't tell.
+        energy_model: what turns counts into pJ.
+        seed: seed of everything random; each candidate starts from it.
+        progress: a bar on a terminal, a callable, or False for nothing.
+
+    Raises:
+        OptionError: another kind of criterion, more than 8 blocks, or a number of blocks that aren't there.
+        ModelError: no block that could go.
+        DataError: data without labels, or that don't fit the model.
+
+    Example:
+        >>> from spikingjelly.activation_based import neuron
+        >>> from snncompress_fire import Ablation
+        >>> one, other = (nn.Sequential(nn.Linear(4, 4), neuron.LIFNode()) for _ in range(2))
+        >>> net = nn.Sequential(nn.Linear(3, 4), neuron.LIFNode(), one, other, nn.Linear(4, 2))
+        >>> batch = torch.rand(4, 3), torch.tensor([0, 1, 0, 1])
+        >>> result = block_search(net, batch, Ablation(blocks=("2", "3")), timesteps=2)
+        >>> [candidate.removed for candidate in result.candidates]
+        [(), ('2',), ('2', '3'), ('3',)]
+    """
+    chosen = registry().resolve("criterion", criterion, Criterion)
+    if not isinstance(chosen, BlockCriterion):
+        raise OptionError(f"Criterion {chosen.name!r} scores {chosen.granularity}s; block_search removes whole blocks.")
+    if method not in get_args(Method):
+        raise OptionError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}.")
+    check_training(epochs, lr)
+    energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
+    found = find_adapter(model, adapter)
+    feed = Feed(found, data, timesteps, forward, loss)
+    tested = feed if test is None else Feed(found, test, timesteps, forward)
+    work, devices = private_copy(model, found), cuda_devices(model)
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), found.alone(work):
+        set_seed(seed, devices)
+        pruning = BlockPruning(work, found, chosen, feed, 1.0)
+        blocks = tuple(pruning.blocks())
+        if method == "exhaustive" and len(blocks) > MOST_BLOCKS:
+            raise OptionError(
+                f"{type(model).__name__} has {len(blocks)} blocks, {', '.join(blocks)}, so 2^{len(blocks)} sets of "
+                f"them. Name at most {MOST_BLOCKS}, as in Ablation(blocks=(...)), or take method='greedy'."
+            )
+        nested = [(a, b) for a in blocks for b in blocks if b.startswith(f"{a}.")]
+        if nested:
+            raise OptionError(f"Block {nested[0][1]!r} is a part of block {nested[0][0]!r}: name one of them.")
+        sizes = _sizes(remove, len(blocks))
+        if method == "exhaustive":
+            sets = [s for s in _subsets(blocks) if len(s) in sizes]
+        else:
+            path = _greedy(pruning.on(private_copy(work, found)), feed, seed, max(sizes), progress)
+            sets = [tuple(name for name in blocks if name in path[:size]) for size in sizes]
+        samples: list[int] = []
+
+        def measured(removed: tuple[str, ...], network: nn.Module) -> Candidate:
+            set_seed(seed, devices)
+            if epochs:
+                network = private_copy(network, found)
+                train(network, feed, epochs, lr, progress=False)
+            right = 0
+
+            def watch(output: Any, batch: Batch) -> None:
+                nonlocal right
+                predicted, labels = classified(output, batch.y)
+                right += int((predicted == labels).sum())
+
+            p = measure(network, tested, energy, resolve_conventions(None), watch)
+            samples.append(p.n_samples)
+            return Candidate(removed, right / p.n_samples, p.energy_pj, p.n_params, p.n_ac, p.n_mac)
+
+        networks = _Networks(pruning)
+        candidates = tuple(
+            measured(s, networks.without(s)) for s in tracked(sets, progress, "measuring sets of blocks")
+        )
+    tuning = f"{epochs} epochs of fine-tuning at {lr:g}" if epochs else "no fine-tuning"
+    budget = f"{tuning}, {samples[0]:,} samples"
+    return BlockSearch(candidates, blocks, budget, type(model).__name__)
+
+
+class _Networks:
+    """Networks without sets of blocks; one that begins as the last set did goes on from there."""
+
+    def __init__(self, pruning: BlockPruning) -> None:
+        self._pruning = pruning
+        self._path: list[tuple[tuple[str, ...], nn.Module]] = [((), pruning.model)]
+
+    def without(self, removed: tuple[str, ...]) -> nn.Module:
+        while self._path[-1][0] != removed[: len(self._path[-1][0])]:
+            self._path.pop()
+        while len(gone := self._path[-1][0]) < len(removed):
+            smaller = private_copy(self._path[-1][1], self._pruning.adapter)
+            self._pruning.on(smaller).remove(removed[len(gone)])
+            self._path.append((removed[: len(gone) + 1], smaller))
+        return self._path[-1][1]
+
+
+def _subsets(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """All of them, each next to those that begin alike."""
+    if not blocks:
+        return [()]
+    first, rest = blocks[:1], _subsets(blocks[1:])
+    return [(), *(first + s for s in rest), *rest[1:]]
+
+
+def _greedy(pruning: BlockPruning, feed: Feed, seed: int, most: int, progress: Progress | None) -> list[str]:
+    """The blocks in the order in which they go: each time the one that scores lowest in what is left."""
+    path: list[str] = []
+    while len(path) < most:
+        scores = pruning.score(feed, seed, progress, f"block {len(path) + 1}/{most}: ")
+        path.append(min(scores, key=lambda name: float(scores[name])))
+        pruning.remove(path[-1])
+    return path
+
+
+def _sizes(remove: Any, most: int) -> list[int]:
+    if remove is None:
+        return list(range(most + 1))
+    sizes = list(remove) if isinstance(remove, Collection) and not isinstance(remove, str) else [remove]
+    wrong = [n for n in sizes if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= most]
+    if wrong or not sizes:
+        raise OptionError(f"remove must be numbers of blocks from 0 to {most}, the blocks there are, not {remove!r}.")
+    return sorted(set(sizes))

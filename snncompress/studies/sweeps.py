@@ -1,0 +1,350 @@
+"""``sensitivity`` and ``threshold_sweep``: what pruning costs in accuracy, by layer and by threshold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.base.progress import Progress, tracked
+from snncompress.contract.detection import find_adapter
+from snncompress.contract.registry import registry
+from snncompress.errors import DataError, ModelError, OptionError
+from snncompress.interfaces import Adapter, Criterion, Forward, Layer, Loss
+from snncompress.measuring.evaluation import accuracy
+from snncompress.model.copying import cuda_devices, private_copy, set_seed
+from snncompress.model.network import ChannelGroup, Network, computed_or_shared, weight_layers
+from snncompress.model.parametrizations import stored_weight, weight_mask
+from snncompress.pruning.recording import Recording, record
+from snncompress.pruning.selection import (
+    Target,
+    check_ratio,
+    overruled,
+    per_layer,
+    resolve_skip,
+    targets,
+    weight_ratios,
+)
+from snncompress.pruning.steps import ChannelPruning, Pruning, WeightPruning
+from snncompress.running.data import Feed
+from snncompress.structure.tracing import trace
+
+from .curves import Sensitivity, ThresholdSweep
+
+_ANY = 1e-12  # a ratio that every layer can bear: which layers could be pruned, not by how much
+
+
+def sensitivity(
+    model: nn.Module,
+    data: Any,
+    criterion: str | Criterion = "cqp",
+    ratios: Sequence[float] = (0.5, 0.7, 0.8, 0.9, 0.95),
+    *,
+    test: Any = None,
+    layers: str | Iterable[str] | None = None,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    adapter: Adapter | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """How much accuracy each layer's pruning costs: every layer is pruned alone, to every ratio, and measured.
+
+    What goes is what ``apply(model, criterion, {layer: ratio}, bits=None)`` removes: ⌈ratio · c⌉ of c channels or
+    ⌊ratio · n⌋ of n weights, without fine-tuning. Coupled layers lose their channels together, so they have the same
+    numbers, measured once.
+
+    One pass over ``data`` to score (none where the criterion records nothing), one over ``test`` for each layer and
+    ratio, and one for the dense model. All on private copies: the model and torch's random state stay as they are.
+
+    Args:
+        model: the network.
+        data: calibration data (x, y): a batch, a DataLoader, or an iterable of batches.
+        criterion: name or instance, of channels or of single weights.
+        ratios: shares to remove, each in [0, 1).
+        test: labelled data on which accuracy is measured; None: ``data``.
+        layers: names or globs; None: all that ``apply`` prunes by default, so without the layer that feeds the
+            classifier where channels go. Naming that layer includes it.
+        timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds batches as they are.
+        forward: ``forward(model, batch)`` for models with a signature of their own.
+        loss: ``loss(output, y)`` for criteria that need gradients; None: cross-entropy.
+        adapter: a framework's name or an Adapter, where the model doesn't tell.
+        seed: seed of everything random; each accuracy is measured from the same random state.
+        progress: a bar on a terminal, a callable, or False for nothing.
+
+    Raises:
+        OptionError: a ratio out of range, a layer that isn't there or can't be pruned, or no layer at all.
+        DataError: the test data have no labels, or don't fit the model.
+        ModelError: no spiking neuron that an adapter knows, or no weight layer.
+
+    Source: Li et al., "Pruning filters for efficient ConvNets", ICLR 2017 (sensitivity of single layers).
+
+    Example:
+        The weights 0.1 and 0.2 don't matter; with 1 gone too, class 1 isn't recognised any more:
+
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode())
+        >>> net[0].weight.data = torch.tensor([[2.0, 0.1], [0.2, 1.0]])
+        >>> digits = torch.eye(2), torch.tensor([0, 1])
+        >>> result = sensitivity(net, digits, "weight_magnitude", (0.5, 0.75), timesteps=1)
+        >>> result.dense, result.accuracy
+        (1.0, {'0': (1.0, 0.5)})
+    """
+    chosen = _resolved(criterion, seed)
+    shares = tuple(check_ratio(ratio, "ratios") for ratio in _listed(ratios, "ratios"))
+    with _bench(model, data, test, timesteps, forward, loss, adapter, seed) as bench:
+        units, whole = _units(bench, chosen, layers)
+        scored = {name: unit.group for unit in units for name in unit.layers}
+        scores = record(bench.model, bench.network, bench.data, chosen, scored, seed + 1, progress)
+        dense = bench.accuracy(bench.model)
+
+        def measured(unit: _Unit, ratio: float) -> float | None:
+            if not unit.bears(ratio):
+                return None
+            copy = private_copy(bench.model, bench.adapter)
+            unit.pruning(copy, bench, chosen, ratio).step(scores, _fully)
+            return bench.accuracy(copy)
+
+        rows: dict[str, list[float | None]] = {name: [] for name in weight_layers(bench.model) if name in scored}
+        for unit, ratio in tracked([(u, r) for u in units for r in shares], progress, "measuring accuracy"):
+            found = measured(unit, ratio)
+            for name in unit.layers:
+                rows[name].append(found)
+    accuracies = {name: tuple(row) for name, row in rows.items()}
+    return Sensitivity(dense, accuracies, shares, chosen.name, whole, type(model).__name__)
+
+
+def threshold_sweep(
+    model: nn.Module,
+    data: Any,
+    taus: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    ratio: float | Mapping[str, float] = 0.9,
+    criterion: str | Criterion = "cqp",
+    *,
+    test: Any = None,
+    timesteps: int | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    adapter: Adapter | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ThresholdSweep:
+    """Accuracy against the criticality threshold τ, at a fixed sparsity: how much protection does good.
+
+    For every τ, what ``apply(model, criterion with that τ, ratio, bits=None)`` removes is removed from a private copy,
+    which is measured. Nothing is fine-tuned. The sparsity stays the same because where more than 1 - ratio of the
+    weights are critical, critical ones go too.
+
+    One pass over ``data`` in all, forward and backward where the criterion needs gradients, and one over ``test`` for
+    each τ and for the dense model.
+
+    Args:
+        taus: thresholds, each in [0, 1]; 1 protects nothing.
+        ratio: share of the weights to remove: a number, or a mapping from layer name or glob.
+        criterion: name or instance of a criterion of single weights that is a dataclass with a field ``tau`` and has a
+            method ``criticality(layer, state)`` → Tensor in [0, 1], shaped like ``layer.weight``: those above ``tau``
+            are the protected ones. Only ``score`` and ``select`` may depend on ``tau``, as the state is recorded once.
+            The instance's own ``tau`` isn't used.
+        model, data, test, timesteps, forward, loss, adapter, seed, progress: as in :func:`sensitivity`.
+
+    Raises:
+        OptionError: a threshold or ratio out of range, another kind of criterion, a layer that isn't there or can't
+            be pruned, or no layer at all.
+        DataError: the data have no labels, or don't fit the model.
+        ModelError: no spiking neuron that an adapter knows, or no weight layer.
+
+    Source: the threshold experiment of the CQP paper (criticality-constrained pruning of spiking networks).
+
+    Example:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode())
+        >>> net[0].weight.data = torch.tensor([[2.0, 0.1], [0.2, 1.0]])
+        >>> digits = torch.eye(2), torch.tensor([0, 1])
+        >>> result = threshold_sweep(net, digits, (0.5, 1.0), ratio=0.5, timesteps=1)
+        >>> result.sparsity, result.protected[-1]
+        ((0.5, 0.5), 0.0)
+    """
+    chosen = _resolved(criterion, seed)
+    criticality = _criticality(chosen)
+    thresholds = tuple(_check_tau(tau) for tau in _listed(taus, "taus"))
+    variants: list[Criterion] = [dataclasses.replace(cast(Any, chosen), tau=tau) for tau in thresholds]
+    with _bench(model, data, test, timesteps, forward, loss, adapter, seed) as bench:
+        names = weight_layers(bench.model)
+        skips = resolve_skip(None, bench.network, names, "weight")
+        shares, whole = weight_ratios(names, ratio, skips, computed_or_shared(bench.model))
+        _refuse("ratio", overruled(ratio, whole))
+        if not shares:
+            raise OptionError(f"No layer is left to prune. {_reasons(whole)}.")
+        layers = dict.fromkeys(shares)
+        recording = Recording(bench.model, bench.network, bench.data, chosen, layers, seed + 1, progress)
+        critical = torch.cat([c.flatten() for c in recording.scores(criticality).values()])
+        dense = bench.accuracy(bench.model)
+
+        def measured(variant: Criterion) -> tuple[float, float]:
+            copy = private_copy(bench.model, bench.adapter)
+            WeightPruning(copy, bench.adapter, variant, bench.network, shares).step(
+                recording.scores(variant.score), _fully
+            )
+            return bench.accuracy(copy), _sparsity(copy, shares)
+
+        found = [measured(variant) for variant in tracked(variants, progress, "measuring accuracy")]
+    accuracies, sparsities = zip(*found, strict=True)
+    protected = tuple(float((critical > tau).double().mean()) for tau in thresholds)
+    title = type(model).__name__
+    return ThresholdSweep(dense, thresholds, accuracies, protected, sparsities, shares, chosen.name, title)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A traced private copy of the model; copies of it are pruned and measured."""
+
+    model: nn.Module
+    network: Network
+    data: Feed
+    test: Feed
+    seed: int
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.data.adapter
+
+    def accuracy(self, model: nn.Module) -> float:
+        set_seed(self.seed, cuda_devices(model))
+        with self.adapter.alone(model):
+            return accuracy(model, self.test)
+
+
+@contextmanager
+def _bench(
+    model: nn.Module, data: Any, test: Any, timesteps: int | None, forward: Forward | None,
+    loss: Loss | None, adapter: Adapter | str | None, seed: int,
+) -> Iterator[_Bench]:  # fmt: skip
+    found = find_adapter(model, adapter)
+    calibration = Feed(found, data, timesteps, forward, loss)
+    tested = calibration if test is None else Feed(found, test, timesteps, forward)
+    if not weight_layers(model):
+        raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune.")
+    work, devices = private_copy(model, found), cuda_devices(model)
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), found.alone(work):
+        set_seed(seed, devices)
+        for feed in (calibration, tested):
+            feed.check(work, feed.first())
+        if tested.first().y is None:
+            raise DataError(
+                "Accuracy needs labels, and these data have none. Pass (x, y) batches as data or test, y being class "
+                "indices [N]."
+            )
+        yield _Bench(work, trace(work, found, calibration.example(), timesteps=timesteps), calibration, tested, seed)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is pruned at once: one layer's weights, or the channels of one coupled group of layers."""
+
+    layers: tuple[str, ...]
+    group: ChannelGroup | None = None
+
+    def bears(self, ratio: float) -> bool:
+        """Is something left?"""
+        return self.group is None or Target(self.group, self.group.size, ratio).count(ratio) < self.group.size
+
+    def pruning(self, model: nn.Module, bench: _Bench, criterion: Criterion, ratio: float) -> Pruning:
+        if self.group is None:
+            return WeightPruning(model, bench.adapter, criterion, bench.network, dict.fromkeys(self.layers, ratio))
+        todo = [Target(self.group, self.group.size, ratio)]
+        return ChannelPruning(model, bench.adapter, criterion, bench.network, todo)
+
+
+def _units(
+    bench: _Bench, criterion: Criterion, layers: str | Iterable[str] | None
+) -> tuple[list[_Unit], dict[str, str]]:
+    """What to prune, and why other layers that were asked for are left out."""
+    names, network = weight_layers(bench.model), bench.network
+    skips = resolve_skip(None if layers is None else [], network, names, criterion.granularity)
+    if criterion.granularity == "channel":
+        names = list(network.layers)
+        todo, whole = targets(network, _ANY, skips)
+        units = [_Unit(tuple(n for n in t.group.names("out") if n in names), t.group) for t in todo]
+    else:
+        prunable, whole = weight_ratios(names, _ANY, skips, computed_or_shared(bench.model))
+        units = [_Unit((name,)) for name in prunable]
+    if layers is not None:
+        asked = dict.fromkeys(_listed([layers] if isinstance(layers, str) else layers, "layers"), True)
+        _refuse("layers", overruled(asked, whole))
+        wanted = per_layer(asked, names, "layers", lambda value, _: value)
+        units = [unit for unit in units if wanted.keys() & set(unit.layers)]
+        whole = {name: why for name, why in whole.items() if name in wanted}
+    if not units:
+        raise OptionError(f"No layer is left to prune. {_reasons(whole)}.")
+    return units, whole
+
+
+def _resolved(criterion: str | Criterion, seed: int) -> Criterion:
+    chosen: Criterion = registry().resolve("criterion", criterion, Criterion)
+    if chosen.granularity not in ("channel", "weight"):
+        raise OptionError(
+            f"Criterion {chosen.name!r} scores {chosen.granularity}s; only channels and weights are pruned."
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise OptionError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
+    return chosen
+
+
+def _criticality(criterion: Any) -> Callable[[Layer, Any], Tensor]:
+    """The method that says how critical each weight is, of a criterion that has a threshold for it."""
+    fields = {field.name for field in dataclasses.fields(criterion)} if dataclasses.is_dataclass(criterion) else set()
+    method: Callable[[Layer, Any], Tensor] | None = getattr(criterion, "criticality", None)
+    lacks = [
+        what
+        for what, there in (
+            ("granularity 'weight'", criterion.granularity == "weight"),
+            ("a dataclass field 'tau'", "tau" in fields),
+            ("a method criticality(layer, state)", callable(method)),
+        )
+        if not there
+    ]
+    if method is None or lacks:
+        raise OptionError(
+            f"threshold_sweep varies the threshold tau of a criterion that protects critical weights; "
+            f"{criterion.name!r} lacks {', '.join(lacks)}. Take 'cqp', or add what is missing."
+        )
+    return method
+
+
+def _listed(values: Any, what: str) -> list[Any]:
+    found = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+    if not found:
+        raise OptionError(f"{what} must be a list with at least one entry, not {values!r}.")
+    return found
+
+
+def _check_tau(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise OptionError(f"taus must be numbers from 0 to 1, not {value!r}.")
+    return float(value)
+
+
+def _refuse(what: str, layers: Mapping[str, str]) -> None:
+    for name, why in layers.items():
+        raise OptionError(f"{what} names {name!r}, which can't be pruned: {why}. Leave it out.")
+
+
+def _reasons(whole: Mapping[str, str]) -> str:
+    return "; ".join(f"{name!r}: {why}" for name, why in whole.items()) or "The model has none"
+
+
+def _fully(target: float) -> float:
+    return target
+
+
+def _sparsity(model: nn.Module, layers: Iterable[str]) -> float:
+    modules = [model.get_submodule(name) for name in layers]
+    gone = sum(int((~mask).sum()) for module in modules if (mask := weight_mask(module)) is not None)
+    return gone / sum(stored_weight(module).numel() for module in modules)

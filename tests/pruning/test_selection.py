@@ -1,0 +1,116 @@
+"""Targets and the lowest scores."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from snncompress_baselines import WeightMagnitude
+from torch import Tensor
+
+from snncompress.base.ranking import layer_adaptive
+from snncompress.model.network import ChannelGroup, Member, without
+from snncompress.pruning.selection import Target, lowest
+
+
+def group(size: int, blocks: int = 1, layers: int = 1) -> ChannelGroup:
+    index = torch.arange(size)[:, None]
+    return ChannelGroup(tuple(Member(f"layer{i}", "out", index) for i in range(layers)), size, blocks)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "size", "count"),
+    # 0.45·64 = 28.8; 0.5·64 is 32 exactly; 0.1·30 = 3.0000000000000004 and 0.07·100 = 7.000000000000001 in floats
+    [(0.45, 64, 29), (0.5, 64, 32), (0.1, 30, 3), (0.07, 100, 7), (0.51, 512, 262), (0.01, 8, 1), (0.0, 8, 0)],
+)
+def test_count_is_the_ceiling_guarded_against_float_error(ratio: float, size: int, count: int) -> None:
+    assert Target(group(size), size, ratio).count(ratio) == count
+
+
+@given(st.integers(2, 200), st.floats(0, 0.99))
+def test_count_never_rounds_below_the_ratio(size: int, ratio: float) -> None:
+    count = Target(group(size), size, ratio).count(ratio)
+    assert count / size >= ratio - 1e-8
+    assert count <= math.ceil(ratio * size)
+
+
+def test_count_in_steps_and_blocks() -> None:
+    """12 channels in 4 blocks of 3: ⌈0.5·3⌉ = 2 of each; after 4 are gone, 4 more."""
+    target = Target(group(12, blocks=4), 12, 0.5)
+    assert target.count(0.5) == 8
+    target.group = group(8, blocks=4)
+    assert target.count(0.5) == 4
+
+
+def test_lowest_breaks_ties_by_index() -> None:
+    scores = {"layer0": torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0], dtype=torch.float64)}
+    assert lowest(group(5), scores, 3).tolist() == [0, 1, 3]
+
+
+def test_coupled_layers_weigh_the_same() -> None:
+    """Means 13 and 0.5; divided by them the sums are [1.94, 2.69, 1.37]; undivided, [20.2, 10, 10.3], 1 would go."""
+    scores = {
+        "layer0": torch.tensor([20.0, 9.0, 10.0], dtype=torch.float64),
+        "layer1": torch.tensor([0.2, 1.0, 0.3], dtype=torch.float64),
+    }
+    assert lowest(group(3, layers=2), scores, 1).tolist() == [2]
+
+
+def test_blocks_lose_the_same_positions() -> None:
+    """Two blocks of three; position sums [0+5, 3+0, 1+1]: position 2 goes in both."""
+    scores = {"layer0": torch.tensor([0.0, 3.0, 1.0, 5.0, 0.0, 1.0], dtype=torch.float64)}
+    assert lowest(group(6, blocks=2), scores, 2).tolist() == [2, 5]
+
+
+def test_other_groups_move_up_when_a_shared_module_shrinks() -> None:
+    """A concatenation of 3 + 3 channels: removing the first's channel 1 shifts the second's columns by one."""
+    first = ChannelGroup((Member("cat", "in", torch.tensor([[0], [1], [2]])),), 3)
+    second = ChannelGroup((Member("cat", "in", torch.tensor([[3], [4], [5]])),), 3)
+    a, b = without([first, second], 0, torch.tensor([1]))
+    assert a.members[0].index.flatten().tolist() == [0, 1]
+    assert b.members[0].index.flatten().tolist() == [2, 3, 4]
+
+
+def test_flattened_columns_are_renumbered() -> None:
+    """Two columns per channel; without channel 1 the columns of channel 2 become 2 and 3."""
+    member = Member("fc", "in", torch.tensor([[0, 1], [2, 3], [4, 5]]))
+    (left,) = without([ChannelGroup((member,), 3)], 0, torch.tensor([1]))
+    assert left.members[0].index.tolist() == [[0, 1], [2, 3]]
+
+
+def exactly_lamp(v: Tensor) -> Tensor:
+    """By the equation: v_u² over the sum of all v_w² no less."""
+    return torch.stack([u**2 / (v[v >= u] ** 2).sum() for u in v])
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12, unique_by=lambda v: round(math.log(v), 1)))
+def test_layer_adaptive_is_lamp(values: list[float]) -> None:
+    v = torch.tensor(values, dtype=torch.float64)  # over 10 % apart, so no two share a bin
+    torch.testing.assert_close(layer_adaptive(v), exactly_lamp(v), rtol=1e-5, atol=0)
+
+
+def test_layer_adaptive_on_many_weights() -> None:
+    v = torch.randn(20_000).abs()
+    got = layer_adaptive(v.view(100, 200)).flatten()
+    assert torch.equal(got.argsort(stable=True), v.argsort(stable=True))
+    ordered = v.double().sort().values ** 2
+    expected = ordered / ordered.flip(0).cumsum(0).flip(0)
+    torch.testing.assert_close(got.sort().values[:19_800], expected[:19_800], rtol=0.05, atol=0)
+    assert float(got.max()) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_layer_adaptive_at_the_edges(dtype: torch.dtype) -> None:
+    assert layer_adaptive(torch.zeros(3, dtype=dtype)).tolist() == [0, 0, 1]  # a dead layer keeps a weight
+    assert layer_adaptive(torch.tensor([-0.0, 2.0], dtype=dtype)).tolist() == [0, 1]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.data())
+def test_the_default_selection_is_a_stable_sort(values: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, len(values)))
+    scores = torch.tensor(values, dtype=torch.float64)
+    gone = WeightMagnitude().select(scores, count).nonzero().flatten().tolist()
+    assert gone == sorted(scores.argsort(stable=True)[:count].tolist())
