@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snncompress
+import snncompress.extend
 from snncompress.base.files import write_whole
 
 HERE = Path(__file__).resolve().parent
@@ -50,9 +51,9 @@ UNTUNED = "cqp, α = 1"  # the paper's; measured without fine-tuning only
 TAUS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
-def criteria(setting: str, scope: str = "global") -> dict[str, snncompress.Criterion]:
+def criteria(setting: str, scope: str = "global") -> dict[str, snncompress.extend.Criterion]:
     """What is compared; within one layer LAMP is magnitude."""
-    found: dict[str, snncompress.Criterion] = {
+    found: dict[str, snncompress.extend.Criterion] = {
         "cqp": CQP(scope=scope),
         UNTUNED: CQP(alpha=1.0, scope=scope),
         "magnitude": WeightMagnitude(scope=scope),
@@ -120,7 +121,7 @@ def dense(seed: int) -> nn.Module:
 
 
 def pruned(
-    model: nn.Module, criterion: snncompress.Criterion, sparsity: float, layers: dict[str, float], seed: int,
+    model: nn.Module, criterion: snncompress.extend.Criterion, sparsity: float, layers: dict[str, float], seed: int,
     **options: Any,
 ) -> nn.Module:  # fmt: skip
     return snncompress.apply(

@@ -37,6 +37,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.measuring.profiling import Profile, profile
 from snncompress.pruning.recording import record
+from snncompress.running.data import Feed
 from snncompress.structure.tracing import trace
 
 HERE = Path(__file__).resolve().parent
@@ -169,12 +170,12 @@ def job_robustness(framework: str, criterion: str) -> tuple[dict[str, float], di
     """Per layer, over all pairs of batches: cosine of the scores, overlap of the channels removed."""
     model = dense(framework)
     adapter = find_adapter(model, None)
-    chosen = registry().resolve("criterion", criterion, snncompress.Criterion)
+    chosen = registry().resolve("criterion", criterion, snncompress.extend.Criterion)
     x, y = some(DATA["train"], PAIR_BATCHES * PAIR_SIZE, 0)
     batches = list(zip(x.split(PAIR_SIZE), y.split(PAIR_SIZE), strict=True))
-    network = trace(model, adapter, snncompress.Feed(adapter, batches, T).example())
+    network = trace(model, adapter, Feed(adapter, batches, T).example())
     layers = {name: group for group in network.groups for name in group.names("out") if name in network.layers}
-    runs = [record(model, network, snncompress.Feed(adapter, [batch], T), chosen, layers, seed=0) for batch in batches]
+    runs = [record(model, network, Feed(adapter, [batch], T), chosen, layers, seed=0) for batch in batches]
     cosine, overlap = {}, {}
     for layer in runs[0]:
         scores = [run[layer] for run in runs]
@@ -271,7 +272,7 @@ Pruned: no fine-tuning at all. Fine-tuned: 1 epoch on the same {SUBSET:,} traini
 
 
 def robustness(jobs: Jobs) -> str:
-    names = [n for n in CRITERIA if registry().resolve("criterion", n, snncompress.Criterion).needs]
+    names = [n for n in CRITERIA if registry().resolve("criterion", n, snncompress.extend.Criterion).needs]
     found = jobs.run("robustness", job_robustness, list(itertools.product(NETS, names)))
     parts = [
         f"""## Robustness to the calibration batch

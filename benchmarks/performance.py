@@ -31,6 +31,7 @@ from vgg16 import vgg16
 import snncompress
 from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
+from snncompress.extend import Layer
 from snncompress.pruning.recording import record
 from snncompress.pruning.selection import resolve_skip, targets
 from snncompress.pruning.steps import ChannelPruning
@@ -42,23 +43,23 @@ T = 4
 RATIOS = {f"conv{i}": 0.45 for i in range(1, 8)} | {f"conv{i}": 0.51 for i in range(8, 13)}
 
 
-class PlainSVS(snncompress.Criterion):
+class PlainSVS(snncompress.extend.Criterion):
     """SVS as one would write it first: a batched float64 SVD of the time-averaged maps, for comparison."""
 
     name = "plain svs"
     needs = frozenset({"spikes"})
 
-    def begin(self, layer: snncompress.Layer) -> list[Any]:
+    def begin(self, layer: Layer) -> list[Any]:
         return [0.0, torch.zeros(layer.channels, dtype=torch.float64), 0]
 
-    def observe(self, layer: snncompress.Layer, state: list[Any], spikes: Tensor, membrane: Tensor | None) -> list[Any]:
+    def observe(self, layer: Layer, state: list[Any], spikes: Tensor, membrane: Tensor | None) -> list[Any]:
         return [state[0] + spikes.double().sum(0), state[1], state[2] + len(spikes)]
 
-    def end_batch(self, layer: snncompress.Layer, state: list[Any]) -> list[Any]:
+    def end_batch(self, layer: Layer, state: list[Any]) -> list[Any]:
         sigma = torch.linalg.svdvals(state[0] / state[2])
         return [0.0, state[1] + (sigma > 1e-6).sum(-1).double().sum(0) + 1e-6 * sigma.sum((0, 2)), 0]
 
-    def score(self, layer: snncompress.Layer, state: list[Any]) -> Tensor:
+    def score(self, layer: Layer, state: list[Any]) -> Tensor:
         return state[1]
 
 

@@ -108,7 +108,7 @@ def network(schedule: str | snncompress_fire.Keep, seed: int, norm: bool = True)
     net = squeezenet(norm=norm)
     net.after_conv10 = nn.Identity()
     functional.set_step_mode(net, "m")
-    chosen = snncompress_fire.schedule(schedule, repair="reinit") if isinstance(schedule, str) else schedule
+    chosen = snncompress_fire.Keep.named(schedule, repair="reinit") if isinstance(schedule, str) else schedule
     return snncompress.apply(net, chosen, bits=None, data=torch.rand(1, 3, 32, 32), timesteps=1, seed=seed)
 
 
@@ -192,7 +192,7 @@ def study(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         note(name, lambda name=name: measured(snn(name), test))
     note("ablation", lambda: measured(snn("ablation", by_ablation), test))
     for repair in ("project", "slice", "reinit"):
-        keep = snncompress_fire.schedule("ref_1", repair=repair)
+        keep = snncompress_fire.Keep.named("ref_1", repair=repair)
         note(f"ref_1, {repair}", lambda keep=keep: repaired(full, keep, train, test, seed))
     for repair in ("project", "slice", "reinit"):
         keep = snncompress_fire.Keep(tuple(n for n in range(8) if n != 4), repair=repair)

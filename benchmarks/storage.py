@@ -31,6 +31,7 @@ from vgg16 import vgg16
 
 import snncompress
 from snncompress.contract.detection import find_adapter
+from snncompress.running.data import Feed
 
 HERE = Path(__file__).resolve().parent
 # classes, ratio of conv 1-7, of conv 8-12
@@ -129,7 +130,7 @@ def speeds(folder: Path) -> list[str]:
 
 
 def forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
-    feed = snncompress.Feed(find_adapter(net), x, T)
+    feed = Feed(find_adapter(net), x, T)
 
     def run() -> object:
         with torch.no_grad():
@@ -156,7 +157,7 @@ def predictions(framework: str, path: Path, data: Path) -> Tensor:
 
 
 def answers(net: nn.Module, data: Path) -> Tensor:
-    feed = snncompress.Feed(find_adapter(net), loader(*read(data, "test"), shuffle=False), T)
+    feed = Feed(find_adapter(net), loader(*read(data, "test"), shuffle=False), T)
     with torch.no_grad():
         return torch.cat([feed(net, batch).mean(0) for batch in feed])
 

@@ -25,8 +25,8 @@ Forward = Callable[[nn.Module, Any], Any]
 """How to run a model on one batch: ``forward(model, batch) -> output``."""
 Loss = Callable[[Any, Tensor], Tensor]
 """A user's own loss: ``loss(output, y) -> scalar``, with the model's output as it comes and the batch's labels."""
-Fire = Callable[[nn.Module, Tensor], Tensor]
-"""Stands in for a neuron while channels are traced: ``fire(neuron, input) -> output`` of the same shape."""
+StandIn = Callable[[nn.Module, Tensor], Tensor]
+"""Stands in for a neuron while channels are traced: ``stand_in(neuron, input) -> output`` of the same shape."""
 Observer = Callable[[Tensor, "Tensor | None"], None]
 """Called with spikes S and membrane potential Ũ, each [T', N, C, ...]; T' consecutive timesteps at once."""
 
@@ -242,10 +242,10 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def identities(self, model: nn.Module, fire: Fire) -> AbstractContextManager[None]:
-        """Inside, every neuron outputs ``fire(neuron, input)`` instead of spikes, and one timestep stands for all.
+    def identities(self, model: nn.Module, stand_in: StandIn) -> AbstractContextManager[None]:
+        """Inside, every neuron outputs ``stand_in(neuron, input)`` instead of spikes, and one timestep stands for all.
 
-        Used on a private copy, to see how channels flow: what remains is a feed-forward network. ``fire`` gets one
+        Used on a private copy, to see how channels flow: what remains is a feed-forward network. ``stand_in`` gets one
         timestep [N, C, ...] and returns a tensor of that shape.
         """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from snncompress import Adapter, hookimpl
+from snncompress.extend import Adapter, hookimpl
 
 from .adapter import SNNTorchAdapter
 

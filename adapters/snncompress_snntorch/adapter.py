@@ -10,7 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snncompress import Adapter, Dynamics, Fire, ModelError, Observer, patched, remove_along, remove_from_layer
+from snncompress.extend import (
+    Adapter,
+    Dynamics,
+    ModelError,
+    Observer,
+    StandIn,
+    patched,
+    remove_along,
+    remove_from_layer,
+)
 
 _STATES = {"mem", "syn", "spk", "syn_exc", "syn_inh"}
 
@@ -49,11 +58,11 @@ class SNNTorchAdapter(Adapter):
         return model(x.unsqueeze(0).expand(timesteps, *x.shape))
 
     @contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
-        """Each neuron runs for the shape of what it returns; all of it is replaced by ``fire``'s output."""
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
+        """Each neuron runs for the shape of what it returns; all of it is replaced by ``stand_in``'s output."""
         with ExitStack() as stack:
             for neuron in self.neurons(model).values():
-                stack.enter_context(patched(neuron, "forward", _firing(neuron, neuron.forward, fire)))
+                stack.enter_context(patched(neuron, "forward", _firing(neuron, neuron.forward, stand_in)))
             yield
         self.reset(model)
 
@@ -190,7 +199,7 @@ def _stack(outputs: list[Any]) -> Any:
     return torch.stack(outputs)
 
 
-def _firing(neuron: nn.Module, forward: Callable[..., Any], fire: Fire) -> Callable[..., Any]:
+def _firing(neuron: nn.Module, forward: Callable[..., Any], stand_in: StandIn) -> Callable[..., Any]:
     def call(*args: Any, **named: Any) -> Any:
         x: Tensor = args[0] if args else named["input_"]
         with torch.no_grad():
@@ -198,7 +207,7 @@ def _firing(neuron: nn.Module, forward: Callable[..., Any], fire: Fire) -> Calla
         first = real[0] if isinstance(real, tuple) else real
         if first.shape != x.shape:  # holds weights of its own, as SLSTM does: followed as it is
             return forward(*args, **named)
-        y = fire(neuron, x)
+        y = stand_in(neuron, x)
         return tuple(y for _ in real) if isinstance(real, tuple) else y
 
     return call

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snncompress import Adapter, Dynamics, Fire, ModelError, Observer, patched, remove_along
+from snncompress.extend import Adapter, Dynamics, ModelError, Observer, StandIn, patched, remove_along
 
 _CONTAINERS = (
     "MultiStepContainer", "SeqToANNContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer", "StepModeContainer",
@@ -48,7 +48,7 @@ class SpikingJellyAdapter(Adapter):
         return torch.stack([model(x) for _ in range(timesteps)])
 
     @contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         """Multi-step modules run the first timestep alone and repeat its result over all T.
 
         What can't run a single step (BN over time, PSN) runs all of them.
@@ -57,7 +57,7 @@ class SpikingJellyAdapter(Adapter):
             module: Any  # nor of step modes
             for module in list(model.modules()):
                 if self.is_neuron(module):
-                    single: Callable[..., Any] | None = _firing(module, fire)
+                    single: Callable[..., Any] | None = _firing(module, stand_in)
                 elif _derives(module, "layer.container", _RECURRENT):
                     single = _twice(_in_single_step(module))
                 elif _is_container(module):
@@ -199,8 +199,8 @@ def _is_multi_step(module: nn.Module) -> bool:
     return supported is not None and ("s" not in supported() or getattr(module, "step_mode", "s") == "m")
 
 
-def _firing(neuron: nn.Module, fire: Fire) -> Callable[..., Tensor]:
-    return lambda *args, **named: fire(neuron, next(iter((*args, *named.values()))))
+def _firing(neuron: nn.Module, stand_in: StandIn) -> Callable[..., Tensor]:
+    return lambda *args, **named: stand_in(neuron, next(iter((*args, *named.values()))))
 
 
 def _in_single_step(module: nn.Module) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from snncompress import Criterion, hookimpl
+from snncompress.extend import Criterion, hookimpl
 
 from .baselines import BNScale, FiringRate, Magnitude, Random, Taylor
 from .weights import LAMP, SNIP, WeightGradient, WeightMagnitude, WeightRandom

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from snncompress import Criterion, Layer, OptionError, PluginError, Signal
+from snncompress.extend import Criterion, Layer, OptionError, PluginError, Signal
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Magnitude(Criterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> weight = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
         >>> layer = Layer("fc", torch.nn.Identity(), weight, None, None, (), torch.Generator())
         >>> Magnitude(p=1).score(layer, None), Magnitude().score(layer, None)
@@ -72,7 +72,7 @@ class Random(Criterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> def layer():
         ...     generator = torch.Generator().manual_seed(0)
         ...     return Layer("fc", torch.nn.Identity(), torch.ones(3, 1), None, None, (), generator)
@@ -103,7 +103,7 @@ class BNScale(Criterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> norm = torch.nn.BatchNorm2d(2)
         >>> with torch.no_grad():
         ...     _ = norm.weight.copy_(torch.tensor([0.5, -2.0]))
@@ -159,7 +159,7 @@ class FiringRate(Criterion):
         Two neurons, one sample, T = 4:
 
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> layer = Layer("fc", torch.nn.Identity(), torch.ones(2, 1), None, None, (), torch.Generator())
         >>> spikes = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]).unsqueeze(1)
         >>> rate = FiringRate()
@@ -209,7 +209,7 @@ class Taylor(Criterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> weight, gradient = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[1.0, -1.0], [0.5, 9.0]])
         >>> layer = Layer("fc", torch.nn.Identity(), weight, gradient, None, (), torch.Generator())
         >>> taylor = Taylor()

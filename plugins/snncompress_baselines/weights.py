@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from snncompress import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal, layer_adaptive
+from snncompress.extend import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal, layer_adaptive
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class WeightMagnitude(_WeightCriterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> layer = Layer("fc", torch.nn.Identity(), torch.tensor([[3.0, -4.0]]), None, None, (), torch.Generator())
         >>> WeightMagnitude().score(layer, None)
         tensor([[3., 4.]])
@@ -65,7 +65,7 @@ class LAMP(_WeightCriterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> layer = Layer("fc", torch.nn.Identity(), torch.tensor([[3.0, -4.0]]), None, None, (), torch.Generator())
         >>> LAMP().score(layer, None)  # 9 / (9 + 16), 16 / 16
         tensor([[0.3600, 1.0000]], dtype=torch.float64)
@@ -89,7 +89,7 @@ class WeightRandom(_WeightCriterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> layer = Layer("fc", torch.nn.Identity(), torch.ones(2, 3), None, None, (), torch.Generator())
         >>> WeightRandom().score(layer, None).shape
         torch.Size([2, 3])
@@ -150,7 +150,7 @@ class WeightGradient(_GradientCriterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> weight, slope = torch.ones(1, 2), torch.tensor([[-0.5, 0.25]])
         >>> layer = Layer("fc", torch.nn.Identity(), weight, slope, None, (), torch.Generator())
         >>> gradient = WeightGradient()
@@ -188,7 +188,7 @@ class SNIP(_GradientCriterion):
 
     Example:
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> weight, slope = torch.tensor([[2.0, -1.0]]), torch.tensor([[-0.5, 0.25]])
         >>> layer = Layer("fc", torch.nn.Identity(), weight, slope, None, (), torch.Generator())
         >>> snip = SNIP()

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from snncompress import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal, layer_adaptive
+from snncompress.extend import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal, layer_adaptive
 
 Unit = Literal["weight", "input"]
 
@@ -44,7 +44,7 @@ class CQP(Criterion):
         unit: "weight" scores each weight by itself; "input" a whole input (column of a linear layer, input channel of
             a convolution) by mean|w| · C^α, C being its mean |∂L/∂w| over the column divided by the largest.
         scope: "global" compares weights across all layers of the same ratio, made comparable as in LAMP
-            (:func:`snncompress.layer_adaptive`); "layer" removes the same share of every layer.
+            (:func:`snncompress.extend.layer_adaptive`); "layer" removes the same share of every layer.
 
     Shapes:
         weight, weight_grad [C, ...] → score [C, ...], float64: that of LAMP, in [0, 1], which keeps the order of v, and
@@ -61,7 +61,7 @@ class CQP(Criterion):
         Criticality is [[1, 0.5], [0, 0.25]], so at τ = 0.9 the first weight is critical though v is only 0.1:
 
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> weight, gradient = torch.tensor([[0.1, -3.0], [2.0, 1.0]]), torch.tensor([[4.0, 2.0], [0.0, -1.0]])
         >>> layer = Layer("fc", torch.nn.Identity(), weight, gradient, None, (), torch.Generator())
         >>> cqp = CQP(alpha=1.0, tau=0.9, scope="layer")

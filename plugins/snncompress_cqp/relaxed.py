@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from snncompress import Layer, OptionError
+from snncompress.extend import Layer, OptionError
 
 from .cqp import CQP, Slopes
 

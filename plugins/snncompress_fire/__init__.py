@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from snncompress import Criterion, hookimpl
+from snncompress.extend import Criterion, hookimpl
 
-from .fire import SCHEDULES, Ablation, Fire, Keep, schedule
+from .fire import SCHEDULES, Ablation, Fire, Keep
 
-__all__ = ["SCHEDULES", "Ablation", "Fire", "Keep", "schedule"]
+__all__ = ["SCHEDULES", "Ablation", "Fire", "Keep"]
 
 
 @hookimpl
 def register_criteria(register: Callable[[type[Criterion]], None]) -> None:
-    """Offer what is found by measuring; a schedule is made with :func:`schedule`."""
+    """Offer what is found by measuring; a schedule is made with :meth:`Keep.named`."""
     register(Ablation)
     register(Fire)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from snncompress import BlockCriterion, OptionError
+from snncompress.extend import BlockCriterion, OptionError
 
 SCHEDULES: dict[str, tuple[int, ...]] = {
     "full": (2, 3, 4, 5, 6, 7, 8, 9),
@@ -71,7 +71,7 @@ class Fire(Ablation):
 class Keep(BlockCriterion):
     """Keeps the blocks at these positions, counted from 0 in order of execution, whatever ratio is asked for.
 
-    Made by :func:`schedule`. Raises OptionError where the network has fewer blocks.
+    :meth:`named` makes the schedules of the paper. Raises OptionError where the network has fewer blocks.
     """
 
     name: ClassVar[str] = "keep"
@@ -94,15 +94,15 @@ class Keep(BlockCriterion):
         """Whatever isn't kept."""
         return scores == 0
 
+    @classmethod
+    def named(cls, schedule: str, *, repair: str = "project") -> Keep:
+        """A schedule of the paper, for a network of eight fire modules F2 … F9: "full", "head_1" … "ref_2".
 
-def schedule(name: str, *, repair: str = "project") -> Keep:
-    """A schedule of the paper, for a network of eight fire modules F2 … F9: "full", "head_1" … "ref_2".
+        Raises OptionError for a name that isn't one of :data:`SCHEDULES`.
 
-    Raises OptionError for a name that isn't one of :data:`SCHEDULES`.
-
-    >>> schedule("ref_1").keep  # F4, F6, F8, F9
-    (2, 4, 6, 7)
-    """
-    if name not in SCHEDULES:
-        raise OptionError(f"There is no schedule {name!r}. The paper's: {', '.join(SCHEDULES)}.")
-    return Keep(tuple(number - _FIRST for number in SCHEDULES[name]), repair=repair)
+        >>> Keep.named("ref_1").keep  # F4, F6, F8, F9
+        (2, 4, 6, 7)
+        """
+        if schedule not in SCHEDULES:
+            raise OptionError(f"There is no schedule {schedule!r}. The paper's: {', '.join(SCHEDULES)}.")
+        return cls(tuple(number - _FIRST for number in SCHEDULES[schedule]), repair=repair)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from snncompress import EnergyModel, hookimpl
+from snncompress.extend import EnergyModel, hookimpl
 
 from .horowitz import Horowitz45nm
 

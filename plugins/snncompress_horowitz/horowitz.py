@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from snncompress import EnergyModel, OperationCounts, OptionError
+from snncompress.extend import EnergyModel, OperationCounts, OptionError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Horowitz45nm(EnergyModel):
     Example:
         11.20 M accumulates and 4.23 M multiply-accumulates, in millijoules:
 
-        >>> from snncompress import OperationCounts
+        >>> from snncompress.extend import OperationCounts
         >>> round(Horowitz45nm().energy_pj(OperationCounts(n_ac=11.20e6, n_mac=4.23e6)) * 1e-9, 4)
         0.0295
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from snncompress import Quantizer, hookimpl
+from snncompress.extend import Quantizer, hookimpl
 
 from .rescaw import ReScaW, Uniform
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
-from snncompress import OptionError, Quantizer
+from snncompress.extend import OptionError, Quantizer
 
 from .gamma import Gamma
 

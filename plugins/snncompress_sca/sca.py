@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from snncompress import Criterion, Layer, PluginError, Signal
+from snncompress.extend import Criterion, Layer, PluginError, Signal
 
 
 @dataclass
@@ -43,7 +43,7 @@ class SCA(Criterion):
         -3.
 
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> layer = Layer("conv", torch.nn.Identity(), torch.ones(2, 1), None, None, (), torch.Generator())
         >>> membrane = torch.tensor([[0.5, -0.5], [-3.0, -3.0]]).expand(2, 1, 2, 2)
         >>> sca = SCA()

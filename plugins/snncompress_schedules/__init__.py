@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from snncompress import Scheduler, hookimpl
+from snncompress.extend import Scheduler, hookimpl
 
 from .schedules import Gradual, Iterative, OneShot
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from snncompress import OptionError, Scheduler
+from snncompress.extend import OptionError, Scheduler
 
 
 def _check_steps(name: str, steps: int) -> None:

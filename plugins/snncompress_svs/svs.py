@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from snncompress import Criterion, DataError, Layer, OptionError, PluginError, Signal
+from snncompress.extend import Criterion, DataError, Layer, OptionError, PluginError, Signal
 
 _EPS = torch.finfo(torch.float64).eps
 _CHUNK = 1 << 20  # elements of spike maps decomposed at a time: 8 MB of float64
@@ -61,7 +61,7 @@ class SVS(Criterion):
         Three channels of one 2 × 2 map, T = 2: rank 2, rank 1, silent.
 
         >>> import torch
-        >>> from snncompress import Layer
+        >>> from snncompress.extend import Layer
         >>> layer = Layer("conv", torch.nn.Identity(), torch.ones(3, 1), None, None, (), torch.Generator())
         >>> spikes = torch.zeros(2, 1, 3, 2, 2)
         >>> spikes[0, 0, 0] = torch.eye(2)

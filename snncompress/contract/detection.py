@@ -26,7 +26,7 @@ def find_adapter(model: nn.Module, adapter: Adapter | str | None = None, *, plai
     if isinstance(adapter, str):
         candidates: list[Adapter] = [registry().find("adapter", adapter)()]
     elif adapter is not None and not isinstance(adapter, Adapter):
-        raise OptionError(f"adapter must be the name of a framework or a snncompress.Adapter, not {adapter!r}.")
+        raise OptionError(f"adapter must be the name of a framework or a snncompress.extend.Adapter, not {adapter!r}.")
     else:
         candidates = [adapter] if adapter is not None else list(adapters())
     found = {a.framework: (a, neurons) for a in candidates if (neurons := a.neurons(model))}

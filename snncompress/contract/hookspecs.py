@@ -6,7 +6,7 @@ A plugin is an importable module that a distribution names in the entry-point gr
     my_criterion = "my_package"
 
     # my_package/__init__.py
-    from snncompress import hookimpl
+    from snncompress.extend import hookimpl
 
     @hookimpl
     def register_criteria(register):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from snncompress.errors import ModelError
-from snncompress.interfaces import Adapter, Fire, Observer
+from snncompress.interfaces import Adapter, Observer, StandIn
 
 
 class PlainAdapter(Adapter):
@@ -28,7 +28,7 @@ class PlainAdapter(Adapter):
         """The batch as it is, once, however many timesteps spiking networks get."""
         return model(x)
 
-    def identities(self, model: nn.Module, fire: Fire) -> AbstractContextManager[None]:
+    def identities(self, model: nn.Module, stand_in: StandIn) -> AbstractContextManager[None]:
         """Nothing to replace."""
         return nullcontext()
 

@@ -82,7 +82,7 @@ class Registry:
                 getattr(manager.hook, hook)(register=register)
             if not offered:
                 raise PluginError(
-                    "it registers nothing. Likely cause: a hook without @snncompress.hookimpl, or an empty one."
+                    "it registers nothing. Likely cause: a hook without @snncompress.extend.hookimpl, or an empty one."
                 )
             self._add(offered)
         except (Exception, SystemExit) as error:  # a plugin may fail in any way; that must stay its own affair
@@ -142,7 +142,9 @@ class Registry:
                 raise OptionError(f"{type(value).__name__} has no name: give the class one, as in name = 'mine'.")
             return value
         hint = " (a class: add parentheses to make an instance)" if isinstance(value, type) else ""
-        raise OptionError(f"{kind} must be a name or an instance of snncompress.{base.__name__}, not {value!r}{hint}.")
+        raise OptionError(
+            f"{kind} must be a name or an instance of snncompress.extend.{base.__name__}, not {value!r}{hint}."
+        )
 
 
 def _distribution(point: EntryPoint, *, version: bool = False) -> str:
@@ -153,7 +155,7 @@ def _distribution(point: EntryPoint, *, version: bool = False) -> str:
 
 def _collect(offered: list[Entry], kind: str, base: type, attribute: str, distribution: str, cls: type) -> None:
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise PluginError(f"register() takes a subclass of snncompress.{base.__name__}, not {cls!r}.")
+        raise PluginError(f"register() takes a subclass of snncompress.extend.{base.__name__}, not {cls!r}.")
     name = getattr(cls, attribute, None)
     if not isinstance(name, str) or not name:
         raise PluginError(f"{cls.__name__} has no {attribute!r}: set it to the name that users will write.")

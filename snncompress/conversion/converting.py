@@ -118,7 +118,9 @@ def _adapter(framework: str | Adapter) -> Adapter:
     if isinstance(framework, Adapter):
         return framework
     if not isinstance(framework, str):
-        raise OptionError(f"framework must be the name of a framework or a snncompress.Adapter, not {framework!r}.")
+        raise OptionError(
+            f"framework must be the name of a framework or a snncompress.extend.Adapter, not {framework!r}."
+        )
     found: Adapter = registry().find("adapter", framework)()
     return found
 

@@ -51,14 +51,14 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that can only be removed together: ``size`` of them, in ``blocks`` equal runs (grouped convolutions).
+    """Channels that can only be removed together: ``size`` of them, in ``runs`` equal runs (grouped convolutions).
 
-    From each block the same positions are removed.
+    From each run the same positions are removed.
     """
 
     members: tuple[Member, ...]
     size: int
-    blocks: int = 1
+    runs: int = 1
 
     def names(self, side: Side) -> tuple[str, ...]:
         """Modules in the group on this side."""
@@ -80,12 +80,12 @@ def without(groups: list[ChannelGroup], which: int, removed: Tensor) -> list[Cha
     for number, group in enumerate(groups):
         if number == which:
             members = tuple(m.without(removed) for m in group.members)
-            result.append(ChannelGroup(members, group.size - len(removed), group.blocks))
+            result.append(ChannelGroup(members, group.size - len(removed), group.runs))
         else:
             members = tuple(
                 m.shifted(gone[m.module, m.side]) if (m.module, m.side) in gone else m for m in group.members
             )
-            result.append(ChannelGroup(members, group.size, group.blocks))
+            result.append(ChannelGroup(members, group.size, group.runs))
     return result
 
 
@@ -94,7 +94,7 @@ class Network:
     """What tracing found. ``layers`` are the weight layers in order of execution.
 
     ``drives`` binds each weight layer to the neurons that its output reaches before any other weight layer;
-    ``producers`` to the weight layers that feed it. ``groups`` can be pruned; ``whole`` says why others can't.
+    ``producers`` to the weight layers that feed it. ``groups`` can be pruned; ``skipped`` says why others can't.
     """
 
     layers: tuple[str, ...]
@@ -104,7 +104,7 @@ class Network:
     norms: dict[str, str]
     classifiers: tuple[str, ...]
     groups: list[ChannelGroup] = field(default_factory=list)
-    whole: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def first(self) -> str:

@@ -17,7 +17,7 @@ from snncompress.interfaces import Adapter
 from .copying import private_copy
 from .edits import Edit, MaskWeights, RemoveBlock, RemoveChannels, TruncateTimesteps, edit_from_dict
 
-FORMAT = 1
+FORMAT = 2
 M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_snncompress_plan"
 _DETACHED = "_snncompress_detached"
@@ -27,7 +27,7 @@ _DETACHED = "_snncompress_detached"
 class Plan:
     """What was done to a network.
 
-    ``edits`` in order; ``whole`` says which layers kept all their channels, and why; ``origin`` which settings and
+    ``edits`` in order; ``skipped`` says which layers kept all their channels, and why; ``origin`` which settings and
     versions produced the plan. A plan is JSON: it reads back equal to itself.
 
     >>> from snncompress import Plan, QuantizeWeights
@@ -37,7 +37,7 @@ class Plan:
     """
 
     edits: tuple[Edit, ...] = ()
-    whole: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def apply(self, model: nn.Module, adapter: Adapter | str | None = None) -> nn.Module:
@@ -95,7 +95,7 @@ class Plan:
         data = {
             "format": FORMAT,
             "edits": [edit.to_dict() for edit in self.edits],
-            "whole": dict(self.whole),
+            "skipped": dict(self.skipped),
             "origin": dict(self.origin),
         }
         return json.dumps(data, indent=indent, allow_nan=False)
@@ -107,12 +107,13 @@ class Plan:
             data = json.loads(text)
             if not isinstance(data, dict) or "format" not in data:
                 raise PlanError("Not a plan: it has no format number. Plan.to_json() writes one.")
-            if data["format"] != FORMAT:
+            if data["format"] not in (1, FORMAT):
                 raise PlanError(
-                    f"Plan format {data['format']!r} is unknown to this version, which reads {FORMAT}. Upgrade."
+                    f"Plan format {data['format']!r} is unknown to this version, which reads 1 and {FORMAT}. Upgrade."
                 )
             edits = tuple(edit_from_dict(e) for e in data["edits"])
-            return cls(edits, dict(data["whole"]), dict(data["origin"]))
+            skipped = data["whole" if data["format"] == 1 else "skipped"]
+            return cls(edits, dict(skipped), dict(data["origin"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PlanError(f"Not a plan: {type(error).__name__}: {error}") from error
 
@@ -129,7 +130,7 @@ class Plan:
                 lines.append(f"  {edit.layer}: {kept.numel() - int(kept.sum())} of {kept.numel()} weights removed")
             elif not isinstance(edit, RemoveChannels):
                 lines.append("  " + ", ".join(f"{k}={v}" for k, v in edit.to_dict().items()))
-        lines += [f"  {layer} kept whole: {why}" for layer, why in self.whole.items()]
+        lines += [f"  {layer} kept whole: {why}" for layer, why in self.skipped.items()]
         return "\n".join(lines)
 
 
@@ -168,4 +169,4 @@ def continued(original: nn.Module, plan: Plan) -> Plan:
         before = plan_of(original)
     except PlanError:
         return plan
-    return Plan(before.edits + plan.edits, plan.whole, {**plan.origin, "before": dict(before.origin)})
+    return Plan(before.edits + plan.edits, plan.skipped, {**plan.origin, "before": dict(before.origin)})

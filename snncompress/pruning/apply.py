@@ -115,7 +115,7 @@ def apply(
         >>> small[0].weight.shape, len(small[2].weight.unique()) <= 16
         (torch.Size([4, 1, 3, 3]), True)
         >>> from snncompress import plan_of
-        >>> plan_of(small).whole["2"]
+        >>> plan_of(small).skipped["2"]
         'it feeds the classifier'
     """
     found = find_adapter(model, adapter)
@@ -141,11 +141,11 @@ def apply(
         names = weight_layers(work)
         skips = resolve_skip(skip, network, names, chosen.granularity if chosen is not None else "channel")
         widths: dict[str, int | None] = per_layer(bits, names, "bits", check_bits)
-        pruning, whole = _pruning(work, feed, network, chosen, ratio, skips)
+        pruning, skipped = _pruning(work, feed, network, chosen, ratio, skips)
         _check_quantizable(work, widths, skips)
         _warn_of_overruled("bits", overruled(bits, skips.quantize))
         if chosen is not None:
-            _warn_of_overruled("ratio", overruled(ratio, whole))
+            _warn_of_overruled("ratio", overruled(ratio, skipped))
 
         def quantize(what: str) -> list[Edit]:
             return _quantize(work, codec, widths, skips)
@@ -200,7 +200,7 @@ def apply(
                 edits.append(cut)
 
     if not edits and (any(widths.values()) or (chosen is not None and _positive(ratio))):
-        left = {**(skips.quantize if any(widths.values()) else {}), **whole}
+        left = {**(skips.quantize if any(widths.values()) else {}), **skipped}
         reasons = "; ".join(f"{name!r}: {why}" for name, why in left.items())
         remedy = "skip=[] leaves out nothing that can be compressed"
         warnings.warn(
@@ -213,7 +213,7 @@ def apply(
     found.reset(work)
     found.adopt(work)
     _restore_flags(model, work)
-    attach(work, continued(model, Plan(tuple(edits), whole, settings)))
+    attach(work, continued(model, Plan(tuple(edits), skipped, settings)))
     return work
 
 
@@ -237,13 +237,13 @@ def _pruning(
     if isinstance(criterion, BlockCriterion):
         share = check_ratio(ratio, "ratio", all_may_go=True)
         blocks = BlockPruning(model, feed.adapter, criterion, feed, share)
-        return blocks, blocks.whole
+        return blocks, blocks.skipped
     if criterion.granularity == "channel":
-        todo, whole = targets(network, ratio, skips)
-        return ChannelPruning(model, feed.adapter, criterion, network, todo), whole
-    unused = {name: why for name, why in network.whole.items() if name not in network.layers}
-    ratios, whole = weight_ratios(weight_layers(model), ratio, skips, unused | computed_or_shared(model))
-    return WeightPruning(model, feed.adapter, criterion, network, ratios), whole
+        todo, skipped = targets(network, ratio, skips)
+        return ChannelPruning(model, feed.adapter, criterion, network, todo), skipped
+    unused = {name: why for name, why in network.skipped.items() if name not in network.layers}
+    ratios, skipped = weight_ratios(weight_layers(model), ratio, skips, unused | computed_or_shared(model))
+    return WeightPruning(model, feed.adapter, criterion, network, ratios), skipped
 
 
 def _joined(edits: list[Edit], new: list[Edit]) -> list[Edit]:

@@ -40,12 +40,12 @@ class BlockPruning(Pruning):
                 f"Criterion {criterion.name!r}: repair must be one of {', '.join(REPAIRS)}, not {criterion.repair!r}."
             )
         self._feed, self._ratio = feed, ratio
-        self.whole: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         """Blocks whose place no wire can take, with the reason."""
         self._all: tuple[str, ...] | None = criterion.blocks
         self._all = tuple(self.blocks())
         if not self._all:
-            why = "; ".join(f"{name!r}: {reason}" for name, reason in self.whole.items()) or "none was found"
+            why = "; ".join(f"{name!r}: {reason}" for name, reason in self.skipped.items()) or "none was found"
             raise ModelError(
                 f"{type(model).__name__} has no block whose place a wire could take ({why}). Name the modules to "
                 f"consider: {criterion.name}(blocks=(...))."
@@ -58,8 +58,8 @@ class BlockPruning(Pruning):
         found = find_blocks(self.model, self.adapter, self._feed.example(), network, left)
         blocks = {b.name: b for b in found if b.kind in {*self.criterion.kinds, "named"}}
         if self._all is None:
-            self.whole = {name: str(why) for name, b in blocks.items() if (why := self._refusal(b))}
-        return {name: b for name, b in blocks.items() if name not in self.whole}
+            self.skipped = {name: str(why) for name, b in blocks.items() if (why := self._refusal(b))}
+        return {name: b for name, b in blocks.items() if name not in self.skipped}
 
     def on(self, model: nn.Module) -> BlockPruning:
         """The same for a copy of the model."""

@@ -92,7 +92,7 @@ def collapse(
     found.adopt(work)
     settings = {"function": "collapse", "timesteps": feed.timesteps, "data": "synthetic" if data is None else "given"}
     versions = {"snncompress": __version__, "torch": torch.__version__, "framework": found.framework}
-    attach(work, _continued(model, Plan(tuple(edits), network.whole, {**versions, **settings})))
+    attach(work, _continued(model, Plan(tuple(edits), network.skipped, {**versions, **settings})))
     return work
 
 
@@ -224,9 +224,9 @@ def _in_all_neurons(group: ChannelGroup, silent: dict[str, Tensor]) -> Tensor:
 
 def _removable(group: ChannelGroup, dead: Tensor) -> Tensor:
     """Positions to remove, the same in each block; one stays where all are dead."""
-    in_all = dead.view(group.blocks, -1).all(0)
+    in_all = dead.view(group.runs, -1).all(0)
     in_all[0] &= not in_all.all()
-    return in_all.repeat(group.blocks).nonzero().flatten()
+    return in_all.repeat(group.runs).nonzero().flatten()
 
 
 def _columns(group: ChannelGroup, positions: Tensor) -> dict[str, Tensor]:
@@ -254,10 +254,10 @@ def _tried(model: M, edit: RemoveChannels, muted: dict[str, Tensor], feed: Feed)
 def _currents(model: nn.Module, muted: dict[str, Tensor], feed: Feed) -> list[Tensor]:
     columns = {model.get_submodule(name): index for name, index in muted.items()}
 
-    def fire(neuron: nn.Module, x: Tensor) -> Tensor:
+    def wire(neuron: nn.Module, x: Tensor) -> Tensor:
         return x.index_fill(1, columns[neuron].to(x.device), 0.0) if neuron in columns else x * 1.0
 
-    with feed.adapter.identities(model, fire):
+    with feed.adapter.identities(model, wire):
         return [t for t in tensors_in(feed.example()(model)) if t.is_floating_point()]
 
 
@@ -282,5 +282,5 @@ def _continued(original: nn.Module, plan: Plan) -> Plan:
     if not plan.edits:
         return before
     gone = plan.removed_channels()
-    whole = {layer: why for layer, why in before.whole.items() if layer not in gone}
-    return Plan(before.edits + plan.edits, whole, {**plan.origin, "before": dict(before.origin)})
+    skipped = {layer: why for layer, why in before.skipped.items() if layer not in gone}
+    return Plan(before.edits + plan.edits, skipped, {**plan.origin, "before": dict(before.origin)})

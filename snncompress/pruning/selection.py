@@ -119,8 +119,8 @@ class Target:
 
     def count(self, ratio: float) -> int:
         """How many more channels must go to reach ``ratio`` of the original ones: ⌈ratio · c⌉ in all."""
-        local = self.original // self.group.blocks
-        wanted = math.ceil(round(ratio * local, 9)) * self.group.blocks
+        local = self.original // self.group.runs
+        wanted = math.ceil(round(ratio * local, 9)) * self.group.runs
         return max(0, wanted - (self.original - self.group.size))
 
 
@@ -130,30 +130,30 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
     A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked.
     """
     ratios: dict[str, float] = per_layer(ratio, network.layers, "ratio", check_ratio)
-    whole = dict(network.whole)
+    skipped = dict(network.skipped)
     found: list[Target] = []
     for group in network.groups:
         names = [n for n in group.names("out") if n in network.layers]
         kept = next((n for n in names if n in skips.prune), None)
         if kept is not None:
             for n in names:
-                whole[n] = skips.prune[kept] if n == kept else f"coupled with {kept}: {skips.prune[kept]}"
+                skipped[n] = skips.prune[kept] if n == kept else f"coupled with {kept}: {skips.prune[kept]}"
             continue
         smallest = min(names, key=lambda n: ratios.get(n, 0.0))
         share = ratios.get(smallest, 0.0)
         if share == 0:
             reason = "ratio is 0" if smallest in ratios else "no key of ratio matches it"
             for n in names:
-                whole[n] = reason if n == smallest else f"coupled with {smallest}: {reason}"
+                skipped[n] = reason if n == smallest else f"coupled with {smallest}: {reason}"
             continue
         target = Target(group, group.size, share)
         if target.count(share) >= group.size:
             raise OptionError(
                 f"ratio {share} would remove all {group.size} channels of {', '.join(map(repr, names))} (⌈{share}·"
-                f"{group.size // group.blocks}⌉). Give the layer a smaller ratio, or name it in skip."
+                f"{group.size // group.runs}⌉). Give the layer a smaller ratio, or name it in skip."
             )
         found.append(target)
-    return found, whole
+    return found, skipped
 
 
 def weight_ratios(
@@ -161,11 +161,11 @@ def weight_ratios(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Layer → share of its weights to remove, and why the other layers stay whole."""
     ratios: dict[str, float] = per_layer(ratio, names, "ratio", check_ratio)
-    whole = {n: why for n in names if (why := skips.prune.get(n) or unusable.get(n))}
+    skipped = {n: why for n in names if (why := skips.prune.get(n) or unusable.get(n))}
     for name in names:
-        if name not in whole and not ratios.get(name):
-            whole[name] = "ratio is 0" if name in ratios else "no key of ratio matches it"
-    return {n: r for n, r in ratios.items() if n not in whole}, whole
+        if name not in skipped and not ratios.get(name):
+            skipped[name] = "ratio is 0" if name in ratios else "no key of ratio matches it"
+    return {n: r for n, r in ratios.items() if n not in skipped}, skipped
 
 
 def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int) -> Tensor:
@@ -180,7 +180,7 @@ def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int) -> Ten
         if len(involved) > 1:
             mine = mine / mine.abs().mean().clamp_min(1e-300)
         combined += mine
-    local = group.size // group.blocks
-    order = torch.argsort(combined.view(group.blocks, local).mean(0), stable=True)
-    chosen = order[: count // group.blocks].sort().values
-    return (chosen + torch.arange(group.blocks)[:, None] * local).flatten()
+    local = group.size // group.runs
+    order = torch.argsort(combined.view(group.runs, local).mean(0), stable=True)
+    chosen = order[: count // group.runs].sort().values
+    return (chosen + torch.arange(group.runs)[:, None] * local).flatten()

@@ -71,13 +71,13 @@ def _refusal(model: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | Non
     """Why the batch doesn't go through with every neuron seeing one row per sample; empty if it does."""
     rows: set[int] = set()
 
-    def fire(neuron: nn.Module, current: Tensor) -> Tensor:
+    def wire(neuron: nn.Module, current: Tensor) -> Tensor:
         rows.add(len(current) if current.dim() > 1 else 0)
         return current * 1.0
 
     adapter.reset(model)
     try:
-        with torch.no_grad(), adapter.identities(model, fire):
+        with torch.no_grad(), adapter.identities(model, wire):
             adapter.run(model, x, timesteps)
     except Exception as error:  # the model is the user's: anything can come out of it
         return f"{type(error).__name__}: {error}"

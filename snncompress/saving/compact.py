@@ -64,7 +64,7 @@ def compact(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 edits[-1]["layers"] += data["layers"]
                 continue
         edits.append(data)
-    return {**json.loads(Plan((), plan.whole, plan.origin).to_json()), "edits": edits}, tensors
+    return {**json.loads(Plan((), plan.skipped, plan.origin).to_json()), "edits": edits}, tensors
 
 
 def expanded(data: Any, tensors: Mapping[str, Tensor], most: int) -> Plan:
@@ -74,7 +74,7 @@ def expanded(data: Any, tensors: Mapping[str, Tensor], most: int) -> Plan:
         edits = list(islice(_edits(data["edits"], dict(tensors), Budget(most)), MOST_EDITS + 1))
         if len(edits) > MOST_EDITS:
             raise StorageError(f"The file's plan has more than {MOST_EDITS:,} edits, the most that are read.")
-        return Plan(tuple(edits), rest.whole, rest.origin)
+        return Plan(tuple(edits), rest.skipped, rest.origin)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         raise PlanError(f"The file's plan is damaged: {type(error).__name__}: {error}") from error
 

@@ -32,7 +32,8 @@ def describe(path: str | os.PathLike[str]) -> str:
     held = sum(_bytes(tensor) for tensor in file.tensors.values())
     try:
         edits = [_shown(line) for line in _edits(plan["edits"], file)]
-        whole = [_shown(f"{name} left whole: {why}") for name, why in plan["whole"].items()]
+        skipped = plan["whole" if plan["format"] == 1 else "skipped"]
+        whole = [_shown(f"{name} left whole: {why}") for name, why in skipped.items()]
         rows = [[*map(_shown, row[:2]), row[2]] for row in _rows(file)]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StorageError(f"{path} can't be described: {type(error).__name__}: {error}.") from error

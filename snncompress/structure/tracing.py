@@ -61,11 +61,11 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None) -
     watched = {**weights, **neurons, **norms}
     shapes: dict[nn.Module, torch.Size] = {}
 
-    def fire(neuron: nn.Module, x: Tensor) -> Tensor:
+    def wire(neuron: nn.Module, x: Tensor) -> Tensor:
         shapes[neuron] = x.shape
         return x * 1.0  # out of place: the input keeps its own node in the graph
 
-    with adapter.identities(copy, fire), calls.watching(watched), warnings.catch_warnings():
+    with adapter.identities(copy, wire), calls.watching(watched), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning's remarks are about its own internals
         outputs = _build(graph, copy, adapter, run, neurons)
 
@@ -93,10 +93,10 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None) -
         )
     for name in weights:
         if name not in layers:
-            network.whole[name] = "the model never calls it on this input"
+            network.skipped[name] = "the model never calls it on this input"
     exposed = [name for name in visible if name not in last]
-    whole = computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
-    _add_groups(network, graph, copy, {n: shapes[m] for n, m in neurons.items() if m in shapes}, whole)
+    skipped = computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
+    _add_groups(network, graph, copy, {n: shapes[m] for n, m in neurons.items() if m in shapes}, skipped)
     leave_out_what_breaks(network, copy, adapter, run)
     return network
 
@@ -262,7 +262,7 @@ class _NeuronPruner(BasePruningFunc):  # type: ignore[misc]
 
 
 def _add_groups(
-    network: Network, graph: _Graph, model: nn.Module, neurons: dict[str, torch.Size], whole: dict[str, str]
+    network: Network, graph: _Graph, model: nn.Module, neurons: dict[str, torch.Size], skipped: dict[str, str]
 ) -> None:
     names = {m: n for n, m in model.named_modules()}
     done: set[str] = set()
@@ -272,36 +272,38 @@ def _add_groups(
         try:
             group = _group(graph, model.get_submodule(layer), names, neurons)
         except UnfitError as error:
-            network.whole[layer] = str(error)
+            network.skipped[layer] = str(error)
             continue
         except Exception as error:  # torch-pruning gives up in many ways; each means: don't touch this layer
-            network.whole[layer] = f"its channels can't be followed ({type(error).__name__} in torch-pruning: {error})"
+            network.skipped[layer] = (
+                f"its channels can't be followed ({type(error).__name__} in torch-pruning: {error})"
+            )
             continue
         outs = group.names("out")
         weight_outs = [n for n in outs if n in network.layers]
         done.update(weight_outs)
-        reason = _why_whole(network, group, weight_outs, whole)
+        reason = _why_whole(network, group, weight_outs, skipped)
         if reason:
-            network.whole.update(dict.fromkeys(weight_outs, reason))
+            network.skipped.update(dict.fromkeys(weight_outs, reason))
         else:
             network.groups.append(group)
 
 
-def _why_whole(network: Network, group: ChannelGroup, outs: list[str], whole: dict[str, str]) -> str:
+def _why_whole(network: Network, group: ChannelGroup, outs: list[str], skipped: dict[str, str]) -> str:
     for name in outs:
         if name in network.classifiers:
             return f"{name} is the classifier: its outputs are the model's"
     for name in (m.module for m in group.members):
-        if name in whole:
-            return whole[name] if name in outs else f"coupled with {name}: {whole[name]}"
+        if name in skipped:
+            return skipped[name] if name in outs else f"coupled with {name}: {skipped[name]}"
     for name in outs:
         cut = [n for n in network.drives[name] if n not in group.names("neuron")]
         if cut or not network.drives[name]:
             return f"no spiking neuron follows {name} that its channels could be traced to"
     if not group.names("in"):
         return "no layer that takes these channels in could be traced"
-    if group.size // group.blocks < 2:
-        return "it has a single channel" if group.blocks == 1 else f"each of its {group.blocks} groups has one channel"
+    if group.size // group.runs < 2:
+        return "it has a single channel" if group.runs == 1 else f"each of its {group.runs} groups has one channel"
     return ""
 
 
@@ -325,7 +327,7 @@ def _group(
         indices, runs = {key: _index(idxs, roots, size) for key, (idxs, roots) in everything.items()}, 1
         if any(touched([probe])[own][0] != [probe] for probe in {0, size // 2}):
             raise UnfitError("its channels are tied to one another")
-    members, blocks = [], {1, runs}
+    members, counts = [], {1, runs}
     for (name, side), index in indices.items():
         member, target = Member(name, side, index), graph.model.get_submodule(name)
         if name in neurons:  # [N, C, ...]
@@ -333,10 +335,10 @@ def _group(
         elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.shape != (width(target, side), 1):
             raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
         members.append(member)
-        blocks.add(_blocks(target, member))
-    if len(blocks) > 2:
-        raise UnfitError(f"it is coupled with convolutions of different group counts ({sorted(blocks - {1})})")
-    return ChannelGroup(tuple(members), size, max(blocks))
+        counts.add(_runs(target, member))
+    if len(counts) > 2:
+        raise UnfitError(f"it is coupled with convolutions of different group counts ({sorted(counts - {1})})")
+    return ChannelGroup(tuple(members), size, max(counts))
 
 
 def _touched(graph: _Graph, group: Any, names: dict[nn.Module, str], neurons: Iterable[str]) -> Touched:
@@ -368,7 +370,7 @@ def _index(idxs: list[int], roots: list[int], size: int) -> Tensor:
     return index[order].view(size, -1)
 
 
-def _blocks(module: nn.Module, member: Member) -> int:
+def _runs(module: nn.Module, member: Member) -> int:
     groups = getattr(module, "groups", 1)
     depthwise = groups == getattr(module, "out_channels", None) == getattr(module, "in_channels", None)
     if groups == 1 or depthwise:

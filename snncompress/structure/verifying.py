@@ -23,7 +23,7 @@ _TOLERANCE = 1e-3  # of the output's largest value, more in half precision; a wr
 
 
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
-    """Drop every group whose removal differs from silencing its neurons; ``network.whole`` says so.
+    """Drop every group whose removal differs from silencing its neurons; ``network.skipped`` says so.
 
     ``model`` is a copy for this purpose: its parameters are overwritten.
 
@@ -44,10 +44,10 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
             if why is None:
                 sound.append((group, removed))
             else:
-                network.whole.update({n: why for n in group.names("out") if n in network.layers})
+                network.skipped.update({n: why for n in group.names("out") if n in network.layers})
         why = _difference(model, adapter, run, sound) if sound else None
     if why is not None:  # sound one by one, not together: nothing is safe
-        network.whole.update({n: why for group, _ in sound for n in group.names("out") if n in network.layers})
+        network.skipped.update({n: why for group, _ in sound for n in group.names("out") if n in network.layers})
         sound = []
     network.groups = [group for group, _ in sound]
 
@@ -70,9 +70,9 @@ def _randomize(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _random_half(group: ChannelGroup, generator: torch.Generator) -> Tensor:
-    local = group.size // group.blocks
+    local = group.size // group.runs
     some = torch.randperm(local, generator=generator)[: max(1, local // 2)].sort().values
-    return (some + torch.arange(group.blocks)[:, None] * local).flatten()
+    return (some + torch.arange(group.runs)[:, None] * local).flatten()
 
 
 def _difference(model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[ChannelGroup, Tensor]]) -> str | None:
@@ -104,8 +104,8 @@ def _difference(model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[
 
 
 def _run(model: nn.Module, adapter: Adapter, run: Run, masks: dict[nn.Module, Tensor]) -> list[Tensor]:
-    def fire(neuron: nn.Module, x: Tensor) -> Tensor:
+    def wire(neuron: nn.Module, x: Tensor) -> Tensor:
         return x.index_fill(1, masks[neuron].to(x.device), 0.0) if neuron in masks else x * 1.0
 
-    with adapter.identities(model, fire):
+    with adapter.identities(model, wire):
         return [t for t in tensors_in(run(model)) if t.is_floating_point()]

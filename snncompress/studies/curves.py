@@ -22,7 +22,7 @@ class Sensitivity:
         accuracy: layer → [len(ratios)] accuracies, 0 to 1; None where the ratio would leave the layer no channel.
         ratios: shares removed.
         criterion: name of the criterion that chose what goes.
-        whole: layers that were left out, with the reason.
+        skipped: layers that were left out, with the reason.
         title: the model's class.
 
     Example:
@@ -39,7 +39,7 @@ class Sensitivity:
     accuracy: Mapping[str, tuple[float | None, ...]]
     ratios: tuple[float, ...]
     criterion: str
-    whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     title: str = "model"
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Sensitivity:
         header = ["layer", *(f"{100 * ratio:g} % removed" for ratio in self.ratios)]
         rows = [[name, *map(_percent, row)] for name, row in self.accuracy.items()]
         note = "\nempty: no channel would be left" if any(None in row for row in self.accuracy.values()) else ""
-        left_out = "".join(f"\nleft out: {name}: {why}" for name, why in self.whole.items())
+        left_out = "".join(f"\nleft out: {name}: {why}" for name, why in self.skipped.items())
         return (
             f"{self.title}: accuracy (%) with one layer pruned by {self.criterion}; {_percent(self.dense)} before\n"
             f"{table(header, rows)}{note}{left_out}"

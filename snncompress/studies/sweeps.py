@@ -100,7 +100,7 @@ def sensitivity(
     chosen = _resolved(criterion, seed)
     shares = tuple(check_ratio(ratio, "ratios") for ratio in _listed(ratios, "ratios"))
     with _bench(model, data, test, timesteps, forward, loss, adapter, seed) as bench:
-        units, whole = _units(bench, chosen, layers)
+        units, skipped = _units(bench, chosen, layers)
         scored = {name: unit.group for unit in units for name in unit.layers}
         scores = record(bench.model, bench.network, bench.data, chosen, scored, seed + 1, progress)
         dense = bench.accuracy(bench.model)
@@ -118,7 +118,7 @@ def sensitivity(
             for name in unit.layers:
                 rows[name].append(found)
     accuracies = {name: tuple(row) for name, row in rows.items()}
-    return Sensitivity(dense, accuracies, shares, chosen.name, whole, type(model).__name__)
+    return Sensitivity(dense, accuracies, shares, chosen.name, skipped, type(model).__name__)
 
 
 def threshold_sweep(
@@ -178,10 +178,10 @@ def threshold_sweep(
     with _bench(model, data, test, timesteps, forward, loss, adapter, seed) as bench:
         names = weight_layers(bench.model)
         skips = resolve_skip(None, bench.network, names, "weight")
-        shares, whole = weight_ratios(names, ratio, skips, computed_or_shared(bench.model))
-        _refuse("ratio", overruled(ratio, whole))
+        shares, skipped = weight_ratios(names, ratio, skips, computed_or_shared(bench.model))
+        _refuse("ratio", overruled(ratio, skipped))
         if not shares:
-            raise OptionError(f"No layer is left to prune. {_reasons(whole)}.")
+            raise OptionError(f"No layer is left to prune. {_reasons(skipped)}.")
         layers = dict.fromkeys(shares)
         recording = Recording(bench.model, bench.network, bench.data, chosen, layers, seed + 1, progress)
         critical = torch.cat([c.flatten() for c in recording.scores(criticality).values()])
@@ -270,20 +270,20 @@ def _units(
     skips = resolve_skip(None if layers is None else [], network, names, criterion.granularity)
     if criterion.granularity == "channel":
         names = list(network.layers)
-        todo, whole = targets(network, _ANY, skips)
+        todo, skipped = targets(network, _ANY, skips)
         units = [_Unit(tuple(n for n in t.group.names("out") if n in names), t.group) for t in todo]
     else:
-        prunable, whole = weight_ratios(names, _ANY, skips, computed_or_shared(bench.model))
+        prunable, skipped = weight_ratios(names, _ANY, skips, computed_or_shared(bench.model))
         units = [_Unit((name,)) for name in prunable]
     if layers is not None:
         asked = dict.fromkeys(_listed([layers] if isinstance(layers, str) else layers, "layers"), True)
-        _refuse("layers", overruled(asked, whole))
+        _refuse("layers", overruled(asked, skipped))
         wanted = per_layer(asked, names, "layers", lambda value, _: value)
         units = [unit for unit in units if wanted.keys() & set(unit.layers)]
-        whole = {name: why for name, why in whole.items() if name in wanted}
+        skipped = {name: why for name, why in skipped.items() if name in wanted}
     if not units:
-        raise OptionError(f"No layer is left to prune. {_reasons(whole)}.")
-    return units, whole
+        raise OptionError(f"No layer is left to prune. {_reasons(skipped)}.")
+    return units, skipped
 
 
 def _resolved(criterion: str | Criterion, seed: int) -> Criterion:
@@ -336,8 +336,8 @@ def _refuse(what: str, layers: Mapping[str, str]) -> None:
         raise OptionError(f"{what} names {name!r}, which can't be pruned: {why}. Leave it out.")
 
 
-def _reasons(whole: Mapping[str, str]) -> str:
-    return "; ".join(f"{name!r}: {why}" for name, why in whole.items()) or "The model has none"
+def _reasons(skipped: Mapping[str, str]) -> str:
+    return "; ".join(f"{name!r}: {why}" for name, why in skipped.items()) or "The model has none"
 
 
 def _fully(target: float) -> float:

@@ -30,7 +30,7 @@ def check_adapter(adapter: Adapter, model: nn.Module, x: Tensor, timesteps: int 
     twice is resetting once, and a reset neuron is out of the autograd graph; an observer sees the spikes that
     the neuron puts out, every timestep once, and, only when asked for, a membrane potential that is higher
     where the neuron fires (so it is read before the reset); observing changes no output and stops when told;
-    inside ``identities`` every neuron puts out what ``fire`` returns for one timestep, differentiably, and
+    inside ``identities`` every neuron puts out what ``stand_in`` returns for one timestep, differentiably, and
     afterwards, also after an exception, all is as it was before.
 
     Raises:
@@ -175,7 +175,7 @@ def _check_identities(trial: _Trial) -> None:
     adapter, model = trial.adapter, trial.model
     shapes: list[list[int]] = []
 
-    def fire(neuron: nn.Module, current: Tensor) -> Tensor:
+    def stand_in(neuron: nn.Module, current: Tensor) -> Tensor:
         shapes.append(list(current.shape))
         return current * 0.0 + 0.5
 
@@ -186,22 +186,22 @@ def _check_identities(trial: _Trial) -> None:
     before = _fingerprint(model)
     with ExitStack() as stack:
         heard = trial.listen(stack)
-        with calling(adapter, "identities()"), adapter.identities(model, fire):
+        with calling(adapter, "identities()"), adapter.identities(model, stand_in):
             output = trial.run(grad=True)
     if set(heard) != set(ran) or bool((_flat(t for ts in heard.values() for t in ts) != 0.5).any()):
-        raise broken(adapter, "inside identities(), a neuron puts out something else than fire() returns.")
+        raise broken(adapter, "inside identities(), a neuron puts out something else than stand_in() returns.")
     if trial.timesteps is not None and any(len(s) < 2 or s[0] != len(trial.x) for s in shapes):
-        raise broken(adapter, f"fire() must get one timestep, [{len(trial.x)}, C, ...], not {shapes[0]}.")
+        raise broken(adapter, f"stand_in() must get one timestep, [{len(trial.x)}, C, ...], not {shapes[0]}.")
     if any(p.requires_grad for p in model.parameters()) and not any(t.requires_grad for t in output):
         raise broken(adapter, "inside identities(), the output must be differentiable.")
     _check_restored(trial, before, plain, "after identities()")
-    _check_passes_on(adapter, model, fire)
+    _check_passes_on(adapter, model, stand_in)
     _check_restored(trial, before, plain, "after an exception inside identities()")
 
 
-def _check_passes_on(adapter: Adapter, model: nn.Module, fire: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def _check_passes_on(adapter: Adapter, model: nn.Module, stand_in: Callable[[nn.Module, Tensor], Tensor]) -> None:
     try:
-        with adapter.identities(model, fire):
+        with adapter.identities(model, stand_in):
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         return

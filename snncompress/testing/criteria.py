@@ -32,7 +32,7 @@ def check_criterion(criterion: Criterion) -> None:
         PluginError: the first of these that fails, or an exception in the criterion.
 
     Example:
-        >>> from snncompress import Criterion
+        >>> from snncompress.extend import Criterion
         >>> class Mean(Criterion):
         ...     name = "mean"
         ...     def score(self, layer, state):

@@ -166,11 +166,11 @@ def check_whole(name: str, model: nn.Module, plan: snncompress.Plan) -> None:
         if not isinstance(module, WEIGHT_LAYERS):
             continue
         if layer_name in removed:
-            assert layer_name not in plan.whole
+            assert layer_name not in plan.skipped
             continue
         pattern = next((p for p in reasons if fnmatch.fnmatchcase(layer_name, p)), None)
         expected = reasons[pattern] if pattern else "is the classifier"
-        assert any(part in plan.whole[layer_name] for part in expected.split("|")), plan.whole[layer_name]
+        assert any(part in plan.skipped[layer_name] for part in expected.split("|")), plan.skipped[layer_name]
 
 
 @pytest.mark.usefixtures("traced_once")

@@ -123,7 +123,7 @@ def test_channels_that_the_output_shows_stay() -> None:
     compressed = compress(Tutorial(hidden_records=True), timesteps=None)
     plan = snncompress.plan_of(compressed)
     assert set(plan.removed_channels()) == {"fc2"}
-    assert plan.whole["fc1"] == "the channels of fc1 are part of the model's output"
+    assert plan.skipped["fc1"] == "the channels of fc1 are part of the model's output"
 
 
 class ExplicitRecurrence(nn.Module):
@@ -211,7 +211,7 @@ def test_inhibition_is_left_whole() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), node, nn.Linear(8, 4))
     plan = snncompress.plan_of(compress(model))
     assert not plan.removed_channels()
-    assert "inhibition lets only the strongest neuron fire" in plan.whole["1"]
+    assert "inhibition lets only the strongest neuron fire" in plan.skipped["1"]
 
 
 class NormPerStep(nn.Module):
@@ -243,7 +243,7 @@ def test_neurons_with_weights_of_their_own_are_left_whole() -> None:
     )  # fmt: skip
     plan = snncompress.plan_of(compress(model))
     assert set(plan.removed_channels()) == {"0"}
-    assert "2" in plan.whole
+    assert "2" in plan.skipped
 
 
 def test_buffers_of_a_neuron_of_ones_own_survive() -> None:

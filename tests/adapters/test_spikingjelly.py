@@ -56,8 +56,8 @@ def test_every_neuron_in_both_step_modes(node: type[nn.Module], mode: str) -> No
 def test_defaults_leave_the_classifier_and_what_feeds_it(mode: str) -> None:
     plan = compress(convolutional(mode=mode), skip=None)
     assert set(plan.removed_channels()) == {"0", "1", "4", "5"}
-    assert plan.whole["9"] == "it feeds the classifier"
-    assert plan.whole["11"] == "11 is the classifier: its outputs are the model's"
+    assert plan.skipped["9"] == "it feeds the classifier"
+    assert plan.skipped["11"] == "11 is the classifier: its outputs are the model's"
 
 
 def test_observed_membrane_is_before_reset() -> None:
@@ -126,7 +126,7 @@ def test_batch_norm_through_time_is_left_whole() -> None:
     functional.set_step_mode(model, "m")
     plan = snncompress.plan_of(prune(Case(model.double(), X, 3), "magnitude"))
     assert set(plan.removed_channels()) == {"3"}
-    assert "can't be removed safely" in plan.whole["0"]
+    assert "can't be removed safely" in plan.skipped["0"]
 
 
 def test_recurrent_containers() -> None:
@@ -139,7 +139,7 @@ def test_recurrent_containers() -> None:
     functional.set_step_mode(model, "m")
     plan = compress(model, timesteps=4)
     assert {"1", "3.sub_module.0"} <= set(plan.removed_channels())  # coupled through the feedback sum
-    assert "4.sub_module.0" in plan.whole  # its width is written into the container
+    assert "4.sub_module.0" in plan.skipped  # its width is written into the container
 
 
 class Branches(nn.Module):
@@ -239,9 +239,9 @@ class OneNeuronForAll(nn.Module):
 @pytest.mark.parametrize("tied", [True, False])
 def test_shared_neurons_and_weights(tied: bool) -> None:
     plan = compress(OneNeuronForAll(tied), timesteps=1)
-    assert plan.whole["d"] == "d is the classifier: its outputs are the model's"
+    assert plan.skipped["d"] == "d is the classifier: its outputs are the model's"
     if tied:
-        assert plan.whole["b"] == plan.whole["c"] == "b and c share their weight"
+        assert plan.skipped["b"] == plan.skipped["c"] == "b and c share their weight"
 
 
 @pytest.mark.parametrize("how", ["weight_norm", "old weight_norm", "prune"])
@@ -257,7 +257,7 @@ def test_computed_weights_are_left_whole(how: str) -> None:
             torch.nn.utils.weight_norm(model[4])
     compressed = prune(Case(model.double(), X, 2), "magnitude", skip=None)
     plan = snncompress.plan_of(compressed)
-    assert "its weight is computed" in plan.whole["4"]
+    assert "its weight is computed" in plan.skipped["4"]
     assert compressed(X).shape == (3, 10)
     with pytest.raises(snncompress.PlanError, match="4 can't be quantized: its weight is computed"):
         prune(Case(model, X, 2), None, bits=4)
@@ -272,7 +272,7 @@ def test_multi_step_neurons_outside_base_node() -> None:
     functional.set_step_mode(model, "m")
     plan = snncompress.plan_of(prune(Case(model.double(), X, 3), "magnitude"))
     assert set(plan.removed_channels()) == {"0"}
-    assert "2" in plan.whole
+    assert "2" in plan.skipped
 
 
 @pytest.mark.parametrize("context", ["autocast", "no_grad", "inference_mode"])
@@ -316,7 +316,7 @@ class Reshapes(nn.Module):
 def test_what_cannot_be_followed_is_left_whole_and_named() -> None:
     plan = compress(Reshapes())
     assert set(plan.removed_channels()) == {"mix"}
-    assert "can't be removed safely" in plan.whole["conv"]
+    assert "can't be removed safely" in plan.skipped["conv"]
 
 
 def test_norm_after_the_neuron_is_left_whole() -> None:
@@ -327,7 +327,7 @@ def test_norm_after_the_neuron_is_left_whole() -> None:
     )  # fmt: skip
     plan = compress(model)
     assert set(plan.removed_channels()) == {"3"}
-    assert "not the same as silencing" in plan.whole["0"]
+    assert "not the same as silencing" in plan.skipped["0"]
 
 
 SINGLE = ("s", 0.0, neuron.IFNode)
@@ -366,7 +366,7 @@ def test_model_zoo(
         weights = [m.weight for m in quantized.modules() if hasattr(m, "parametrizations")]
         assert all(len(w.unique()) <= 16 for w in weights)
         assert len(weights) > 15
-    assert set(plan.whole) == {"classifier.6" if "vgg" in name else "fc"}
+    assert set(plan.skipped) == {"classifier.6" if "vgg" in name else "fc"}
 
 
 def test_attention_is_left_whole() -> None:
@@ -376,5 +376,5 @@ def test_attention_is_left_whole() -> None:
     functional.set_step_mode(model, "m")
     case = Case(model, torch.rand(1, 3, 32, 32), 2)
     plan = snncompress.plan_of(prune(case, "magnitude"))
-    assert {n for n in plan.whole if "qkv" in n} == {f"blocks.{i}.attn.qkv_conv_bn.0" for i in range(4)}
+    assert {n for n in plan.skipped if "qkv" in n} == {f"blocks.{i}.attn.qkv_conv_bn.0" for i in range(4)}
     assert any("mlp" in n for n in plan.removed_channels())

@@ -16,7 +16,7 @@ from snncompress.contract.registry import PluginRecord, Registry, registry
 _number = itertools.count()
 
 HEADER = """
-from snncompress import Criterion, EnergyModel, Quantizer, Scheduler, hookimpl
+from snncompress.extend import Criterion, EnergyModel, Quantizer, Scheduler, hookimpl
 
 class Scored(Criterion):
     def score(self, layer, state):
@@ -76,7 +76,7 @@ def test_one_plugin_may_offer_every_kind(site: Site) -> None:
     site.install(
         "all-kinds",
         """
-        from snncompress import Adapter
+        from snncompress.extend import Adapter
 
         class Q(Quantizer):
             name = "q"
@@ -95,7 +95,7 @@ def test_one_plugin_may_offer_every_kind(site: Site) -> None:
             def is_neuron(self, module): ...
             def reset(self, model): ...
             def run(self, model, x, timesteps): ...
-            def identities(self, model, fire): ...
+            def identities(self, model, stand_in): ...
             def observe(self, neuron, observer, *, membrane): ...
             def remove_channels(self, neuron, indices, axis): ...
 
@@ -134,11 +134,11 @@ BROKEN = {
     "not a class": ("@hookimpl\ndef register_criteria(register): register(42)", "not 42"),
     "an instance": (
         criterion("instance").replace("register(C0)", "register(C0())"),
-        "takes a subclass of snncompress.Criterion",
+        "takes a subclass of snncompress.extend.Criterion",
     ),
     "another kind of class": (
         criterion("kind").replace("register_criteria", "register_quantizers"),
-        "takes a subclass of snncompress.Quantizer",
+        "takes a subclass of snncompress.extend.Quantizer",
     ),
     "abstract class": (
         "class A(Criterion):\n    name = 'a'\n@hookimpl\ndef register_criteria(register): register(A)",
@@ -271,9 +271,9 @@ def test_where_nothing_is_installed(site: Site) -> None:
 def test_a_name_becomes_an_instance_and_an_instance_stays(site: Site) -> None:
     site.install("good", criterion("fine"))
     found = site.registry()
-    made = found.resolve("criterion", "fine", snncompress.Criterion)
+    made = found.resolve("criterion", "fine", snncompress.extend.Criterion)
     assert type(made).name == "fine"
-    assert found.resolve("criterion", made, snncompress.Criterion) is made
+    assert found.resolve("criterion", made, snncompress.extend.Criterion) is made
 
 
 def test_a_class_in_place_of_an_instance_is_told_so(site: Site) -> None:
@@ -281,9 +281,9 @@ def test_a_class_in_place_of_an_instance_is_told_so(site: Site) -> None:
     found = site.registry()
     cls = found.find("criterion", "fine")
     with pytest.raises(OptionError, match="add parentheses"):
-        found.resolve("criterion", cls, snncompress.Criterion)
-    with pytest.raises(OptionError, match=r"must be a name or an instance of snncompress\.Criterion, not 3"):
-        found.resolve("criterion", 3, snncompress.Criterion)
+        found.resolve("criterion", cls, snncompress.extend.Criterion)
+    with pytest.raises(OptionError, match=r"must be a name or an instance of snncompress\.extend\.Criterion, not 3"):
+        found.resolve("criterion", 3, snncompress.extend.Criterion)
 
 
 def test_plugins_gives_records_that_a_caller_may_change() -> None:

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import snncompress
-from snncompress import Feed
 from snncompress.contract.detection import find_adapter
 from snncompress.conversion.converting import convert
 from snncompress.conversion.rate_coding import CalibratedNeuron, RateMaxPool
 from snncompress.measuring.evaluation import accuracy
+from snncompress.running.data import Feed
 from snncompress.running.scores import class_scores
 from tests.equivalence import largest_difference, same, snapshot
 

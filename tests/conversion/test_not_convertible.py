@@ -150,6 +150,6 @@ def test_wrong_arguments(cnn: nn.Module, options: dict[str, object], kind: type[
 
 def test_an_adapter_that_makes_no_neurons_says_so() -> None:
     adapter = find_adapter(nn.Sequential(neuron.IFNode()))
-    silent = type("Silent", (type(adapter),), {"make_neuron": snncompress.Adapter.make_neuron})()
+    silent = type("Silent", (type(adapter),), {"make_neuron": snncompress.extend.Adapter.make_neuron})()
     with pytest.raises(ModelError, match="The adapter of spikingjelly makes no neurons"):
         convert(with_hidden(nn.ReLU()), silent)

@@ -13,15 +13,8 @@ from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import (
-    DataError,
-    ModelError,
-    OptionError,
-    PlanError,
-    PluginError,
-    SNNCompressError,
-    UnknownNameError,
-)
+import snncompress.extend
+from snncompress import DataError, ModelError, OptionError, PlanError, PluginError, SNNCompressError, UnknownNameError
 from tests.end_to_end.test_truths import snntorch_case, spikingjelly_case
 from tests.equivalence import same, snapshot
 from tests.networks import Case
@@ -246,7 +239,7 @@ def test_finetune_options(case: Case, options: dict[str, object]) -> None:
         snncompress.finetune(case.model, (case.x, torch.zeros(4).long()), timesteps=4, **options)
 
 
-class Returning(snncompress.Criterion):
+class Returning(snncompress.extend.Criterion):
     """A criterion that breaks its contract."""
 
     name = "returning"
@@ -254,7 +247,7 @@ class Returning(snncompress.Criterion):
     def __init__(self, value: object) -> None:
         self.value = value
 
-    def score(self, layer: snncompress.Layer, state: object) -> Tensor:
+    def score(self, layer: snncompress.extend.Layer, state: object) -> Tensor:
         return self.value(layer) if callable(self.value) else self.value
 
 
@@ -415,18 +408,18 @@ def test_timesteps_for_a_model_that_loops_itself() -> None:
 
 
 def test_criterion_without_a_name_or_a_returned_state(case: Case) -> None:
-    class Unnamed(snncompress.Criterion):
-        def score(self, layer: snncompress.Layer, state: object) -> Tensor:
+    class Unnamed(snncompress.extend.Criterion):
+        def score(self, layer: snncompress.extend.Layer, state: object) -> Tensor:
             return torch.ones(layer.channels)
 
     class Forgets(Unnamed):
         name = "forgets"
         needs = frozenset({"spikes"})
 
-        def begin(self, layer: snncompress.Layer) -> Tensor:
+        def begin(self, layer: snncompress.extend.Layer) -> Tensor:
             return torch.zeros(layer.channels)
 
-        def observe(self, layer: snncompress.Layer, state: Tensor, spikes: Tensor, membrane: None) -> None:
+        def observe(self, layer: snncompress.extend.Layer, state: Tensor, spikes: Tensor, membrane: None) -> None:
             state += 1
 
     with pytest.raises(OptionError, match="Unnamed has no name"):

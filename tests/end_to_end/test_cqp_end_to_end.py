@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import snncompress
 from snncompress.contract.detection import find_adapter
+from snncompress.running.data import Feed
 from snncompress.running.scores import class_scores
 
 T = 6
@@ -47,7 +48,7 @@ def multi_step() -> nn.Module:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, timesteps: int | None) -> float:
-    feed = snncompress.Feed(find_adapter(model), (x, y), timesteps)
+    feed = Feed(find_adapter(model), (x, y), timesteps)
     model.eval()
     with torch.no_grad():
         right = class_scores(feed(model, feed.first())).argmax(1) == y

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snncompress
-from snncompress import Adapter, DataError, ModelError, OptionError, StorageError
+from snncompress import DataError, ModelError, OptionError, StorageError
 from snncompress.contract.detection import find_adapter
 from snncompress.contract.plain import PlainAdapter
 from snncompress.export.exporting import export
+from snncompress.extend import Adapter
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import stored_weight
 from tests.equivalence import same, snapshot

@@ -19,9 +19,10 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import ModelError, Quantizer
+from snncompress import ModelError
 from snncompress.contract.detection import find_adapter
 from snncompress.export.exporting import export
+from snncompress.extend import Quantizer
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import quantize_weight, stored_weight, weight_mask

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import snncompress
 from examples.networks.sew_resnet18 import sew_resnet18
 from examples.networks.squeezenet import squeezenet
-from snncompress import DataError, Feed, PlanError, evaluate, freeze, plan_of, profile
+from snncompress import DataError, PlanError, evaluate, freeze, plan_of, profile
 from snncompress.contract.detection import find_adapter
+from snncompress.running.data import Feed
 from tests.equivalence import same, snapshot
 
 

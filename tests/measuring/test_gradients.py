@@ -16,6 +16,7 @@ import snncompress
 from snncompress import DataError, GradientAwareLoss, GradientFlow, ModelError, OptionError, cross_entropy
 from snncompress.contract.detection import find_adapter
 from snncompress.measuring.gradients import gradient_flow
+from snncompress.running.data import Feed
 from tests.equivalence import same, snapshot
 
 
@@ -115,7 +116,7 @@ def test_in_a_loop_of_ones_own_on_a_compressed_network(framework: str) -> None:
     small = snncompress.apply(spiking(framework), "magnitude", 0.4, 4, skip=[], **options)
     masked = snncompress.apply(small, "weight_magnitude", 0.5, None, **options)
     loss = GradientAwareLoss(masked, weight=10.0, eps=1e-2)
-    feed = snncompress.Feed(find_adapter(masked), (x, y), 4)
+    feed = Feed(find_adapter(masked), (x, y), 4)
     optimizer = torch.optim.Adam(masked.parameters(), lr=5e-3)
     gone, totals = masked[2].weight == 0, []
     for _ in range(15):

@@ -13,16 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from snncompress import (
-    Adapter,
-    DataError,
-    EnergyModel,
-    ModelError,
-    OperationCounts,
-    OptionError,
-    Quantizer,
-    UnknownNameError,
-)
+from snncompress import DataError, ModelError, OptionError, UnknownNameError
+from snncompress.extend import Adapter, EnergyModel, OperationCounts, Quantizer
 from snncompress.measuring.conventions import Conventions
 from snncompress.measuring.profiling import Comparison, Profile, compare, profile
 from snncompress.model.parametrizations import quantize_weight
@@ -58,7 +50,7 @@ class ToyAdapter(Adapter):
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
         return model(x) if timesteps is None else torch.stack([model(x) for _ in range(timesteps)])
 
-    def identities(self, model: nn.Module, fire: Any) -> AbstractContextManager[None]:
+    def identities(self, model: nn.Module, stand_in: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
     def observe(self, neuron: nn.Module, observer: Any, *, membrane: bool) -> Callable[[], None]:

@@ -18,7 +18,8 @@ from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
-from snncompress import DataError, EnergyModel, ModelError, OperationCounts, OptionError, profile
+from snncompress import DataError, ModelError, OptionError, profile
+from snncompress.extend import EnergyModel, OperationCounts
 from snncompress.measuring.temporal import TemporalAnalysis, temporal_analysis
 from tests.networks import Case, ClassStyle, liven
 

@@ -210,7 +210,7 @@ def test_a_ratio_for_each_layer_and_layers_left_whole() -> None:
     small = prune(case, CQP(scope="layer"), {"0": 0.5, "2": 0.25, "1*": 0.0}, skip=["8"])
     assert lost(small) == {"0": 18, "2": 18}  # of 36 and 72
     shared = "9 and 10.recurrent share their weight"
-    assert snncompress.plan_of(small).whole == {
+    assert snncompress.plan_of(small).skipped == {
         "4": "no key of ratio matches it", "8": "skip names it", "9": shared, "10.recurrent": shared,
         "11": "ratio is 0",
     }  # fmt: skip

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from snncompress_baselines import BNScale, FiringRate, Magnitude, Random, Taylor
 from torch import Tensor, nn
 
-from snncompress import Criterion, Layer, OptionError, PluginError
+from snncompress import OptionError, PluginError
+from snncompress.extend import Criterion, Layer
 
 
 def make_layer(weight: Tensor, grad: Tensor | None = None, norm: nn.Module | None = None, seed: int = 0) -> Layer:

@@ -11,7 +11,8 @@ from snncompress_cqp import CQP, CQPRelaxed
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import Layer, OptionError, PluginError
+from snncompress import OptionError, PluginError
+from snncompress.extend import Layer
 from snncompress.testing import check_criterion
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snncompress_horowitz import Horowitz45nm
 
-from snncompress import OperationCounts, OptionError
+from snncompress import OptionError
+from snncompress.extend import OperationCounts
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snncompress_sca import SCA
 
-from snncompress import Layer, PluginError
+from snncompress import PluginError
+from snncompress.extend import Layer
 
 
 def make_layer(channels: int) -> Layer:

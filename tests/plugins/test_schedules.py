@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snncompress_schedules import Gradual, Iterative, OneShot
 
-from snncompress import OptionError, Scheduler
+from snncompress import OptionError
+from snncompress.extend import Scheduler
 
 
 def test_golden_ratios() -> None:

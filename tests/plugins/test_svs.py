@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from snncompress_svs import SVS
 from torch import Tensor
 
-from snncompress import DataError, Layer, OptionError, PluginError
+from snncompress import DataError, OptionError, PluginError
+from snncompress.extend import Layer
 
 
 def make_layer(channels: int) -> Layer:

@@ -277,7 +277,7 @@ def test_neurons_with_inhibition_are_left_alone() -> None:
     zero(model[2], columns=(1,))
     small = collapsed(Case(model, torch.rand(2, 2), 3))
     assert gone(small) == []
-    assert "inhibition" in plan_of(small).whole["0"]
+    assert "inhibition" in plan_of(small).skipped["0"]
 
 
 class Sideways(nn.Module):
@@ -308,7 +308,7 @@ def test_ways_without_weights_are_found_by_trying(sums: bool) -> None:
     else:
         zero(case.model.conv, 0)  # no weight leads to channel 0, where the image alone is too weak to fire
     small = collapsed(case)
-    assert sums or "conv" not in plan_of(small).whole
+    assert sums or "conv" not in plan_of(small).skipped
     assert gone(small, "conv") == []
 
 
@@ -407,12 +407,12 @@ def test_the_plan_continues_and_so_does_compression() -> None:
     plan = plan_of(small)
     assert plan.edits[:2] == plan_of(pruned).edits
     assert plan.origin["before"] == plan_of(pruned).origin
-    assert "2" in plan_of(collapse(model, **data)).whole
+    assert "2" in plan_of(collapse(model, **data)).skipped
     kept = Plan((), {"0": "of its reasons", "2": "of others"}, {})
     attach(model, kept)
     assert plan_of(collapse(model, **data)) == kept
     zero(model[2], columns=(3,))
-    assert plan_of(collapse(model, **data)).whole == {"2": "of others"}
+    assert plan_of(collapse(model, **data)).skipped == {"2": "of others"}
     again = snncompress.apply(small, "magnitude", 0.5, None, skip=[], **data)
     assert again[0].out_features == (20 - len(died)) // 2
     assert snncompress.profile(small, **data).n_params < snncompress.profile(pruned, **data).n_params

@@ -16,9 +16,9 @@ from snncompress.model.network import ChannelGroup, Member, without
 from snncompress.pruning.selection import Target, lowest
 
 
-def group(size: int, blocks: int = 1, layers: int = 1) -> ChannelGroup:
+def group(size: int, runs: int = 1, layers: int = 1) -> ChannelGroup:
     index = torch.arange(size)[:, None]
-    return ChannelGroup(tuple(Member(f"layer{i}", "out", index) for i in range(layers)), size, blocks)
+    return ChannelGroup(tuple(Member(f"layer{i}", "out", index) for i in range(layers)), size, runs)
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_count_never_rounds_below_the_ratio(size: int, ratio: float) -> None:
 
 
 def test_count_in_steps_and_blocks() -> None:
-    """12 channels in 4 blocks of 3: ⌈0.5·3⌉ = 2 of each; after 4 are gone, 4 more."""
-    target = Target(group(12, blocks=4), 12, 0.5)
+    """12 channels in 4 runs of 3: ⌈0.5·3⌉ = 2 of each; after 4 are gone, 4 more."""
+    target = Target(group(12, runs=4), 12, 0.5)
     assert target.count(0.5) == 8
-    target.group = group(8, blocks=4)
+    target.group = group(8, runs=4)
     assert target.count(0.5) == 4
 
 
@@ -60,9 +60,9 @@ def test_coupled_layers_weigh_the_same() -> None:
 
 
 def test_blocks_lose_the_same_positions() -> None:
-    """Two blocks of three; position sums [0+5, 3+0, 1+1]: position 2 goes in both."""
+    """Two runs of three; position sums [0+5, 3+0, 1+1]: position 2 goes in both."""
     scores = {"layer0": torch.tensor([0.0, 3.0, 1.0, 5.0, 0.0, 1.0], dtype=torch.float64)}
-    assert lowest(group(6, blocks=2), scores, 2).tolist() == [2, 5]
+    assert lowest(group(6, runs=2), scores, 2).tolist() == [2, 5]
 
 
 def test_other_groups_move_up_when_a_shared_module_shrinks() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import snncompress
 from snncompress import DataError
 from snncompress.contract.detection import find_adapter
+from snncompress.running.data import Feed
 from tests.pruning.checkpointed_run import network
 
 X, Y = 6 * torch.rand(12, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
@@ -57,7 +58,7 @@ def test_the_trainer_minimises_the_loss_it_is_given() -> None:
         return (output.mean(0) - 3).square().mean()
 
     def distance() -> float:
-        feed = snncompress.Feed(find_adapter(net), (X, Y), 3)
+        feed = Feed(find_adapter(net), (X, Y), 3)
         with torch.no_grad():
             return float(output_to_three(feed(net, feed.first()), Y))
 

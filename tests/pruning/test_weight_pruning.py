@@ -9,7 +9,8 @@ from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import Layer, NothingToDoWarning, PluginError, SilentNeuronsWarning
+from snncompress import NothingToDoWarning, PluginError, SilentNeuronsWarning
+from snncompress.extend import Layer
 
 
 def test_a_ratio_of_its_own_holds_for_each_layer_though_weights_are_compared_globally() -> None:
@@ -37,7 +38,7 @@ def test_a_layer_that_never_runs_takes_no_part() -> None:
     for criterion in ("weight_magnitude", "cqp"):
         small = snncompress.apply(Auxiliary(), criterion, 0.5, None, data=data, timesteps=4)
         assert not (small.aux.weight == 0).any()
-        assert "never calls it" in snncompress.plan_of(small).whole["aux"]
+        assert "never calls it" in snncompress.plan_of(small).skipped["aux"]
 
 
 def test_no_gradient_is_warned_about() -> None:

@@ -94,7 +94,7 @@ ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "plan of another format": lambda m, t: m["plan"].update(format=99),
     "no plan": lambda m, t: m.pop("plan"),
     "plan is a list": lambda m, t: m.update(plan=[]),
-    "whole is a number": lambda m, t: m["plan"].update(whole=3),
+    "skipped is a number": lambda m, t: m["plan"].update(skipped=3),
     "packed is a list": lambda m, t: m.update(packed=[]),
     "packed of numbers": lambda m, t: m["packed"].update({"7.weight": 3}),
     "no zero point": lambda m, t: m["packed"]["7.weight"].pop("zero_point"),

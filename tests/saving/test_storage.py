@@ -16,19 +16,11 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 import snncompress
-from snncompress import (
-    Feed,
-    ModelError,
-    OptionError,
-    StorageError,
-    load,
-    plan_of,
-    profile,
-    save,
-)
+from snncompress import ModelError, OptionError, StorageError, load, plan_of, profile, save
 from snncompress.contract import registry
 from snncompress.contract.detection import find_adapter
 from snncompress.model.parametrizations import weight_bits, weight_mask
+from snncompress.running.data import Feed
 from snncompress.saving.container import Container
 from tests.equivalence import same, snapshot
 from tests.structure.test_blocks import DATA, network

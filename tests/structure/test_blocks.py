@@ -7,13 +7,14 @@ import json
 import pytest
 import snntorch as snn
 import torch
-from snncompress_fire import SCHEDULES, Ablation, Fire, Keep, schedule
+from snncompress_fire import SCHEDULES, Ablation, Fire, Keep
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import Feed, ModelError, NothingToDoWarning, OptionError, Plan, PlanError, plan_of
+from snncompress import ModelError, NothingToDoWarning, OptionError, Plan, PlanError, plan_of
 from snncompress.contract.detection import find_adapter
+from snncompress.running.data import Feed
 from snncompress.structure.blocks import Block, find_blocks
 from snncompress.structure.tracing import trace
 from tests.equivalence import same, snapshot
@@ -222,7 +223,7 @@ def test_greedy_removal_scores_again_after_every_step() -> None:
 def test_fire_takes_fire_modules_only() -> None:
     small = remove(network("spikingjelly"), "fire", 0.99)
     assert set(gone(small)) <= {"2", "3"}
-    assert "behind it the widths don't fit" in plan_of(small).whole["5"]  # 12 channels into a residual sum of 16
+    assert "behind it the widths don't fit" in plan_of(small).skipped["5"]  # 12 channels into a residual sum of 16
 
 
 class Eight(nn.Sequential):
@@ -238,18 +239,18 @@ class Eight(nn.Sequential):
 def test_schedules_of_the_paper(name: str) -> None:
     if name == "full":
         with pytest.warns(NothingToDoWarning):
-            small = remove(Eight(), schedule(name))
+            small = remove(Eight(), Keep.named(name))
     else:
-        small = remove(Eight(), schedule(name))
+        small = remove(Eight(), Keep.named(name))
     # F2 … F9 are modules 2 … 9 here
     assert sorted({*range(2, 10)} - {int(n) for n in gone(small)}) == sorted(SCHEDULES[name])
 
 
 def test_what_cannot_be() -> None:
     with pytest.raises(OptionError, match="no schedule 'ref_3'"):
-        schedule("ref_3")
+        Keep.named("ref_3")
     with pytest.raises(OptionError, match="keeps block number 8 of a network that has 2"):
-        remove(network("spikingjelly"), schedule("ref_1"))
+        remove(network("spikingjelly"), Keep.named("ref_1"))
     with pytest.raises(OptionError, match="repair must be one of project, slice, reinit, not 'glue'"):
         remove(network("spikingjelly"), Fire(repair="glue"))
     plain = nn.Sequential(layer.Linear(3, 4), neuron.LIFNode(), layer.Linear(4, 5))

@@ -18,10 +18,11 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import Feed, ModelError, OptionError, Plan, PlanError, QuantizeWeights, TruncateTimesteps, profile
+from snncompress import ModelError, OptionError, Plan, PlanError, QuantizeWeights, TruncateTimesteps, profile
 from snncompress.contract.detection import find_adapter
 from snncompress.measuring.temporal import temporal_analysis
 from snncompress.model.copying import private_copy
+from snncompress.running.data import Feed
 from snncompress.structure.truncation import truncation
 from tests.networks import Case, liven, snntorch_cases, spikingjelly_cases
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import snncompress
-from snncompress import Criterion, DataError, Layer, ModelError, OptionError, PluginError, UnknownNameError
+from snncompress import DataError, ModelError, OptionError, PluginError, UnknownNameError
 from snncompress.contract.detection import find_adapter
+from snncompress.extend import Criterion, Layer
 from snncompress.measuring.evaluation import accuracy
 from snncompress.model.network import WEIGHT_LAYERS
 from snncompress.running.data import Feed
@@ -129,7 +130,7 @@ def test_coupled_layers_share_one_measurement() -> None:
     assert list(result.accuracy) == ["0", "2.body.0"]
     assert result.accuracy["0"] == result.accuracy["2.body.0"]
     assert told == [2, 2]  # one unit, two ratios
-    assert result.whole == {"3": "it feeds the classifier", "6": result.whole["6"]}
+    assert result.skipped == {"3": "it feeds the classifier", "6": result.skipped["6"]}
     alone = sensitivity(net, data, "magnitude", (0.5,), layers="2.*", timesteps=2)
     assert alone.accuracy["0"] == alone.accuracy["2.body.0"] == result.accuracy["0"][1:]
 

@@ -12,9 +12,9 @@ from snncompress_snntorch import SNNTorchAdapter
 from snncompress_spikingjelly import SpikingJellyAdapter
 from torch import Tensor, nn
 
-from snncompress import Observer
 from snncompress.contract.registry import adapters
-from snncompress.interfaces import Fire
+from snncompress.extend import Observer
+from snncompress.interfaces import StandIn
 from snncompress.model.modules import patched
 from snncompress.testing import (
     check_adapter,
@@ -237,37 +237,37 @@ class LeavesATrace(SpikingJellyAdapter):
 
 class KeepsFiring(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         yield
 
 
 class FailsToTrace(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         raise RuntimeError("no tracing")
         yield
 
 
 class TracesAllSteps(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for neuron in self.neurons(model).values():
-                stack.enter_context(patched(neuron, "forward", lambda x, n=neuron: fire(n, x)))
+                stack.enter_context(patched(neuron, "forward", lambda x, n=neuron: stand_in(n, x)))
             yield
 
 
 class CutsTheGraph(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
-        with super().identities(model, lambda neuron, x: fire(neuron, x).detach()):
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
+        with super().identities(model, lambda neuron, x: stand_in(neuron, x).detach()):
             yield
 
 
 class LeavesAPatch(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
-        with super().identities(model, fire):
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
+        with super().identities(model, stand_in):
             yield
         neuron = next(iter(self.neurons(model).values()))
         neuron.forward = neuron.forward
@@ -275,33 +275,33 @@ class LeavesAPatch(SpikingJellyAdapter):
 
 class LeavesAHook(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         model.register_forward_hook(lambda module, args, output: output)
-        with super().identities(model, fire):
+        with super().identities(model, stand_in):
             yield
 
 
 class ChangesAWeight(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
-        with super().identities(model, fire):
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
+        with super().identities(model, stand_in):
             yield
         next(model.parameters()).data.mul_(0.1)
 
 
 class TrainsOnException(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         model.train()
-        with super().identities(model, fire):
+        with super().identities(model, stand_in):
             yield
         model.eval()
 
 
 class Swallows(SpikingJellyAdapter):
     @contextlib.contextmanager
-    def identities(self, model: nn.Module, fire: Fire) -> Iterator[None]:
-        with contextlib.suppress(BaseException), super().identities(model, fire):
+    def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
+        with contextlib.suppress(BaseException), super().identities(model, stand_in):
             yield
 
 
@@ -331,9 +331,9 @@ ADAPTERS = {
     Disturbs: "observing changes the output (membrane=False)",
     NeverStops: "doesn't stop the observer (membrane=False)",
     LeavesATrace: "after observing, the output isn't what it was",
-    KeepsFiring: "something else than fire() returns",
+    KeepsFiring: "something else than stand_in() returns",
     FailsToTrace: "identities() failed: RuntimeError: no tracing",
-    TracesAllSteps: "fire() must get one timestep, [5, C, ...], not [3, 5, 8]",
+    TracesAllSteps: "stand_in() must get one timestep, [5, C, ...], not [3, 5, 8]",
     CutsTheGraph: "the output must be differentiable",
     LeavesAPatch: "after identities(), 1 isn't as it was before",
     LeavesAHook: "after identities(), the model isn't as it was before",

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import snncompress
-from snncompress import Criterion, OptionError, PluginError
+from snncompress import OptionError, PluginError
 from snncompress.contract.registry import Entry
+from snncompress.extend import Criterion
 from snncompress.testing import (
     check_criterion,
 )

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import snncompress
-from snncompress import EnergyModel
 from snncompress.contract.registry import Entry
+from snncompress.extend import EnergyModel
 from snncompress.testing import (
     check_energy_model,
 )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import Quantizer
 from snncompress.contract.registry import Entry, registry
+from snncompress.extend import Quantizer
 from snncompress.testing import (
     check_quantizer,
 )

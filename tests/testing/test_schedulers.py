@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import snncompress
-from snncompress import Scheduler
 from snncompress.contract.registry import Entry
+from snncompress.extend import Scheduler
 from snncompress.testing import (
     check_scheduler,
 )

@@ -1,6 +1,6 @@
 """The criterion ``peak``: a channel whose membrane potential never came near its threshold goes first."""
 
-from snncompress import Criterion, hookimpl
+from snncompress.extend import Criterion, hookimpl
 
 
 class Peak(Criterion):

@@ -1,0 +1,58 @@
+"""For authors of plugins and adapters: the interfaces, the hook, and what their code may need.
+
+    from snncompress.extend import Criterion, Layer, hookimpl
+
+Users find everything that they call in :mod:`snncompress` itself. A plugin that imports from nowhere else keeps working
+when the core is rearranged; :mod:`snncompress.testing` checks it against the contract.
+"""
+
+from .base.ranking import layer_adaptive
+from .contract.hookspecs import hookimpl
+from .errors import DataError, ModelError, OptionError, PluginError, SNNCompressError
+from .interfaces import (
+    Adapter,
+    BlockCriterion,
+    Criterion,
+    Dynamics,
+    EnergyModel,
+    Granularity,
+    Layer,
+    Memory,
+    Observer,
+    OperationCounts,
+    Quantizer,
+    Scheduler,
+    Scope,
+    Signal,
+    StandIn,
+)
+from .model.modules import patched, remove_along
+from .model.network import remove_from_layer
+
+__all__ = [
+    "Adapter",
+    "BlockCriterion",
+    "Criterion",
+    "DataError",
+    "Dynamics",
+    "EnergyModel",
+    "Granularity",
+    "Layer",
+    "Memory",
+    "ModelError",
+    "Observer",
+    "OperationCounts",
+    "OptionError",
+    "PluginError",
+    "Quantizer",
+    "SNNCompressError",
+    "Scheduler",
+    "Scope",
+    "Signal",
+    "StandIn",
+    "hookimpl",
+    "layer_adaptive",
+    "patched",
+    "remove_along",
+    "remove_from_layer",
+]
