@@ -15,7 +15,7 @@ from snncompress.errors import PlanError, SNNCompressError
 from snncompress.interfaces import Adapter
 
 from .copying import private_copy
-from .edits import Edit, MaskWeights, RemoveBlock, RemoveChannels, TruncateTimesteps, edit_from_dict
+from .edits import Edit, RemoveChannels, TruncateTimesteps, edit_from_dict
 
 FORMAT = 2
 M = TypeVar("M", bound=nn.Module)
@@ -52,7 +52,7 @@ class Plan:
         result = private_copy(model, adapter)
         for edit in self.edits:
             try:
-                if largest is not None and isinstance(edit, RemoveBlock):
+                if largest is not None:
                     edit.check_growth(result, largest)
                 edit.apply(result, adapter)
             except SNNCompressError:
@@ -122,14 +122,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"Plan of {len(self.edits)} edits"]
-        for layer, gone in self.removed_channels().items():
-            lines.append(f"  {layer}: {len(gone)} channels removed")
-        for edit in self.edits:
-            if isinstance(edit, MaskWeights):
-                kept = edit.mask()
-                lines.append(f"  {edit.layer}: {kept.numel() - int(kept.sum())} of {kept.numel()} weights removed")
-            elif not isinstance(edit, RemoveChannels):
-                lines.append("  " + ", ".join(f"{k}={v}" for k, v in edit.to_dict().items()))
+        lines += [f"  {edit.describe()}" for edit in self.edits]
         lines += [f"  {layer} kept whole: {why}" for layer, why in self.skipped.items()]
         return "\n".join(lines)
 

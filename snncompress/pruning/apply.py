@@ -19,7 +19,7 @@ from snncompress.errors import DataError, ModelError, NothingToDoWarning, Option
 from snncompress.interfaces import Adapter, BlockCriterion, Criterion, Forward, Loss, Quantizer, Scheduler, Scope
 from snncompress.measuring.temporal import analyse
 from snncompress.model.copying import cuda_devices, private_copy, set_seed
-from snncompress.model.edits import Edit, MaskWeights, QuantizeWeights
+from snncompress.model.edits import Edit, QuantizeWeights
 from snncompress.model.network import Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import quantize_weight
 from snncompress.model.plan import Plan, attach, continued
@@ -247,9 +247,8 @@ def _pruning(
 
 
 def _joined(edits: list[Edit], new: list[Edit]) -> list[Edit]:
-    """A mask takes the place of the same layer's earlier one, whose weights it leaves out too."""
-    masked = {e.layer for e in new if isinstance(e, MaskWeights)}
-    return [e for e in edits if not (isinstance(e, MaskWeights) and e.layer in masked)] + new
+    """The edits so far, less those that new ones make superfluous, and the new ones."""
+    return [edit for edit in edits if not any(later.supersedes(edit) for later in new)] + new
 
 
 def _check_options(criterion: Criterion | None, order: str, finetune: Finetune, seed: int, truncate: Any) -> None:
