@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from snncompress.contract.detection import find_adapter
-from snncompress.errors import PlanError, SNNCompressError
+from snncompress.errors import ModelError, PlanError, SNNCompressError
 from snncompress.interfaces import Adapter
 
 from .copying import private_copy
@@ -49,6 +49,7 @@ class Plan:
 
     def replayed(self, model: M, adapter: Adapter, largest: int | None = None) -> M:
         """:meth:`apply`, for those who know the adapter; no layer may grow beyond ``largest`` weights."""
+        refuse_frozen(model, "compressed")
         result = private_copy(model, adapter)
         for edit in self.edits:
             try:
@@ -146,6 +147,17 @@ def has_plan(model: nn.Module) -> bool:
 def is_detached(model: nn.Module) -> bool:
     """Is this a network that no plan leads to?"""
     return bool(vars(model).get(_DETACHED, False))
+
+
+def refuse_frozen(model: nn.Module, what: str) -> None:
+    """Raise ModelError for a frozen network, or one with a frozen part: no plan leads to it."""
+    frozen = next((name for name, module in model.named_modules() if is_detached(module)), None)
+    if frozen is not None:
+        part = f"its part {frozen!r} is" if frozen else "it is"
+        raise ModelError(
+            f"This {type(model).__name__} can't be {what}: {part} frozen, so no plan leads to it. Take the network "
+            f"that it was made from."
+        )
 
 
 def plan_of(model: nn.Module) -> Plan:

@@ -17,7 +17,7 @@ from snncompress.errors import DataError, ModelError, OptionError, PlanError, Pl
 from snncompress.interfaces import Adapter, BlockCriterion
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import REPAIRS, Edit, RemoveBlock, Repair
-from snncompress.model.modules import mode
+from snncompress.model.modules import in_mode
 from snncompress.model.network import WEIGHT_LAYERS, width
 from snncompress.model.parametrizations import stored_weight
 from snncompress.running.data import Batch, Feed
@@ -175,7 +175,7 @@ class _Wire(nn.Module):
 def _mean_loss(model: nn.Module, feed: Feed, progress: Progress | None, what: str) -> float:
     total = samples = 0.0
     try:
-        with mode(model, training=False), torch.no_grad():
+        with in_mode(model, training=False), torch.no_grad():
             for batch in tracked(feed, progress, what):
                 output = feed(model, batch)
                 count = 1 if batch.y is None else len(batch.y)

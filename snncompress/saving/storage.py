@@ -15,10 +15,10 @@ from snncompress.base.packing import pack_codes, unpack_codes
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, OptionError, PlanError, StorageError
 from snncompress.interfaces import Adapter
-from snncompress.model.copying import cuda_devices
+from snncompress.model.chance import undisturbed
 from snncompress.model.grids import Grid
 from snncompress.model.parametrizations import CompressedWeight, compression_of, gridded, hold
-from snncompress.model.plan import Plan, has_plan, is_detached, plan_of
+from snncompress.model.plan import Plan, has_plan, plan_of, refuse_frozen
 from snncompress.version import __version__
 
 from .compact import MASK, compact, expanded
@@ -106,7 +106,7 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
             f"This {type(into).__name__} is compressed already. Build a fresh one for load(path, into=model)."
         )
     total = sum(p.numel() for p in into.parameters()) + 1_000_000
-    with torch.random.fork_rng(cuda_devices(into)), torch.inference_mode(False), torch.no_grad():
+    with undisturbed(into), torch.inference_mode(False), torch.no_grad():
         plan = expanded(part(file, "plan"), file.tensors, 64 * total)
         model = plan.replayed(into, found, largest=64 * total)
         try:
@@ -122,13 +122,12 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
 
 def _plan_of(model: nn.Module) -> Plan:
     """The plan; raises ModelError for a network that no plan leads to."""
+    refuse_frozen(model, "saved")
     try:
         return plan_of(model)
     except PlanError as error:
         inner = next((name for name, module in model.named_modules() if name and has_plan(module)), "")
-        if is_detached(model):
-            why = "it is frozen, so no plan leads to it. Save the network that it was made from."
-        elif inner:
+        if inner:
             why = f"the compressed network is its part {inner!r}. Save that part."
         elif _compressed(model):
             why = "layers of it are compressed, and there is no plan. Save the model that snncompress.apply returned."
