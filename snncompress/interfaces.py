@@ -118,6 +118,21 @@ class Criterion(_Plugin):
         return gone
 
 
+class CriticalityCriterion(Criterion):
+    """Scores single weights, and protects those that are more critical than a threshold ``tau``.
+
+    :func:`snncompress.threshold_sweep` varies the threshold. A subclass is a dataclass with a field ``tau`` in [0, 1].
+    Only ``score`` and ``select`` may depend on it, since a state is recorded once for all thresholds.
+    """
+
+    granularity: ClassVar[Granularity] = "weight"
+    tau: float = 1.0
+
+    @abstractmethod
+    def criticality(self, layer: Layer, state: Any) -> Tensor:
+        """How critical each weight is, in [0, 1], shaped like ``layer.weight``; above ``tau`` it is protected."""
+
+
 class BlockCriterion(Criterion):
     """Scores whole blocks of layers; higher = keep.
 

@@ -42,7 +42,8 @@ class Run(Generic[M]):
     def __init__(self, model: M, feed: Feed, settings: Settings, skip: Any, progress: Progress | None) -> None:
         self.model, self.feed, self.settings, self.progress = model, feed, settings, progress
         self.edits: list[Edit] = []
-        network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps)
+        channels = settings.criterion is not None and settings.granularity == "channel"
+        network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps, groups=channels)
         names = weight_layers(model)
         self.skips = resolve_skip(skip, network, names, settings.granularity)
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
@@ -135,7 +136,8 @@ class Run(Generic[M]):
         if criterion is None:
             return None, {}
         if isinstance(criterion, BlockCriterion):
-            blocks = BlockPruning(model, adapter, criterion, self.feed, check_ratio(ratio, "ratio", all_may_go=True))
+            share = check_ratio(ratio, "ratio", all_may_go=True)
+            blocks = BlockPruning(model, adapter, criterion, self.feed, share, network)
             return blocks, blocks.skipped
         if criterion.granularity == "channel":
             todo, skipped = targets(network, ratio, self.skips)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, ModelError, OptionError
-from snncompress.interfaces import Adapter, Criterion, Forward, Layer, Loss
+from snncompress.interfaces import Adapter, Criterion, CriticalityCriterion, Forward, Loss
 from snncompress.measuring.evaluation import accuracy
 from snncompress.model.network import ChannelGroup, Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import stored_weight, weight_mask
@@ -148,10 +148,8 @@ def threshold_sweep(
     Args:
         taus: thresholds, each in [0, 1]; 1 protects nothing.
         ratio: share of the weights to remove: a number, or a mapping from layer name or glob.
-        criterion: name or instance of a criterion of single weights that is a dataclass with a field ``tau`` and has a
-            method ``criticality(layer, state)`` → Tensor in [0, 1], shaped like ``layer.weight``: those above ``tau``
-            are the protected ones. Only ``score`` and ``select`` may depend on ``tau``, as the state is recorded once.
-            The instance's own ``tau`` isn't used.
+        criterion: name or instance of a :class:`snncompress.extend.CriticalityCriterion`. The instance's own ``tau``
+            isn't used.
         model, data, test, timesteps, forward, loss, adapter, seed, progress: as in :func:`sensitivity`.
 
     Raises:
@@ -172,9 +170,9 @@ def threshold_sweep(
         ((0.5, 0.5), 0.0)
     """
     chosen = _resolved(criterion, seed)
-    criticality = _criticality(chosen)
+    protecting = _protecting(chosen)
     thresholds = tuple(_check_tau(tau) for tau in _listed(taus, "taus"))
-    variants: list[Criterion] = [dataclasses.replace(cast(Any, chosen), tau=tau) for tau in thresholds]
+    variants: list[Criterion] = [dataclasses.replace(cast(Any, protecting), tau=tau) for tau in thresholds]
     with _traced(model, data, test, timesteps, forward, loss, adapter, seed) as (table, network):
         names = weight_layers(table.model)
         skips = resolve_skip(None, network, names, "weight")
@@ -184,7 +182,7 @@ def threshold_sweep(
             raise OptionError(f"No layer is left to prune. {_reasons(skipped)}.")
         layers = dict.fromkeys(shares)
         recording = Recording(table.model, network, table.feed, chosen, layers, seed + 1, progress)
-        critical = torch.cat([c.flatten() for c in recording.scores(criticality).values()])
+        critical = torch.cat([c.flatten() for c in recording.scores(protecting.criticality).values()])
         dense = _accuracy(table, table.model)
 
         def measured(variant: Criterion) -> tuple[float, float]:
@@ -280,25 +278,17 @@ def _resolved(criterion: str | Criterion, seed: int) -> Criterion:
     return chosen
 
 
-def _criticality(criterion: Any) -> Callable[[Layer, Any], Tensor]:
-    """The method that says how critical each weight is, of a criterion that has a threshold for it."""
-    fields = {field.name for field in dataclasses.fields(criterion)} if dataclasses.is_dataclass(criterion) else set()
-    method: Callable[[Layer, Any], Tensor] | None = getattr(criterion, "criticality", None)
-    lacks = [
-        what
-        for what, there in (
-            ("granularity 'weight'", criterion.granularity == "weight"),
-            ("a dataclass field 'tau'", "tau" in fields),
-            ("a method criticality(layer, state)", callable(method)),
-        )
-        if not there
-    ]
-    if method is None or lacks:
-        raise OptionError(
-            f"threshold_sweep varies the threshold tau of a criterion that protects critical weights; "
-            f"{criterion.name!r} lacks {', '.join(lacks)}. Take 'cqp', or add what is missing."
-        )
-    return method
+def _protecting(criterion: Criterion) -> CriticalityCriterion:
+    """The criterion, where it has a threshold to vary."""
+    fields = [field.name for field in dataclasses.fields(criterion)] if dataclasses.is_dataclass(criterion) else []
+    if isinstance(criterion, CriticalityCriterion) and "tau" in fields:
+        return criterion
+    lacks = ["granularity 'weight'"] if criterion.granularity != "weight" else []
+    lacks += ["a dataclass field 'tau'", "a method criticality(layer, state)"]
+    raise OptionError(
+        f"threshold_sweep varies the threshold tau of a criterion that protects critical weights; {criterion.name!r} "
+        f"lacks {', '.join(lacks)}: it is no snncompress.extend.CriticalityCriterion. Take 'cqp', or derive it so."
+    )
 
 
 def _listed(values: Any, what: str) -> list[Any]:
