@@ -280,7 +280,9 @@ def _resolved(criterion: str | Criterion, seed: int) -> Criterion:
 
 def _protecting(criterion: Criterion) -> CriticalityCriterion:
     """The criterion, where it has a threshold to vary."""
-    fields = [field.name for field in dataclasses.fields(criterion)] if dataclasses.is_dataclass(criterion) else []
+    fields: list[str] = (
+        [field.name for field in dataclasses.fields(criterion)] if dataclasses.is_dataclass(criterion) else []
+    )
     if isinstance(criterion, CriticalityCriterion) and "tau" in fields:
         return criterion
     lacks = ["granularity 'weight'"] if criterion.granularity != "weight" else []
