@@ -287,11 +287,18 @@ class Adapter(ABC):
         that can't be shrunk.
         """
 
-    # --- given: for adapters to use, and for the core ---
+    # --- given: for adapters to use, and for the core; all but ``stateful`` stay as they are ---
 
     def neurons(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's spiking neurons by name."""
         return {name: m for name, m in model.named_modules() if self.is_neuron(m)}
+
+    def stateful(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that ``states`` may be asked for, by name: the neurons.
+
+        An adapter adds what else remembers in its framework, such as leaky integrators that never fire.
+        """
+        return self.neurons(model)
 
     def reset_memories(self, model: nn.Module) -> None:
         """Make every :class:`Memory` forget; to be called by ``reset``."""

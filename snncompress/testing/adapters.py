@@ -63,7 +63,7 @@ def check_adapter(adapter: Adapter, model: nn.Module, x: Tensor, timesteps: int 
     if not neurons:
         raise broken(adapter, f"is_neuron() finds no neuron in {type(model).__name__}.")
     with torch.random.fork_rng(devices=[]):
-        with calling(adapter, "reset()"):
+        with calling(adapter, "copying the model, or reset()"):
             work = private_copy(model, adapter).eval()
         trial = Trial(adapter, work, x, timesteps)
         for required in ("is_neuron", "run"):
@@ -213,10 +213,10 @@ def _check_memories(trial: Trial) -> None:
 
 
 def _check_remove_channels(trial: Trial) -> None:
-    adapter, calls = trial.adapter, trial.calls()
+    adapter, calls, model = trial.adapter, trial.calls(), trial.copy()
+    neurons = trial.neurons(model)
     for name, shape in trial.currents.items():
-        model = trial.copy()
-        neuron = trial.neurons(model)[name]
+        neuron = neurons[name]
         if len(shape) < 2 or shape[1] < 2:
             trial.missing.append(f"remove_channels of {name} ({type(neuron).__name__}): it has a single channel")
             continue

@@ -127,8 +127,10 @@ def _total(trial: Trial, pieces: list[Tensor]) -> Tensor:
 def check_states(trial: Trial) -> None:
     """``states`` is all that a neuron remembers, and ``set_states`` puts it back."""
     adapter, model = trial.adapter, trial.copy()
-    neurons = trial.neurons(model)
+    neurons = adapter.stateful(model)
     for name, call in trial.calls().items():
+        if name not in neurons:
+            raise broken(adapter, f"stateful() leaves out the neuron {name}.")
         neuron = neurons[name]
         with trial.optional("states", (name, neuron)):
             fresh = _states(trial, name, neuron)
@@ -163,14 +165,15 @@ def _states(trial: Trial, name: str, neuron: nn.Module) -> dict[str, Tensor]:
 def check_equations(trial: Trial) -> None:
     """``dynamics`` predicts a neuron's spikes on random currents."""
     adapter, model = trial.adapter, trial.copy()
-    neurons = trial.neurons(model)
-    for name, call in trial.calls().items():
-        neuron = neurons[name]
+    calls = trial.calls()
+    for name, neuron in trial.neurons(model).items():
+        if name not in calls:
+            continue
         with trial.optional("equations", (name, neuron)):
             equation = adapter.dynamics(neuron)
             if not isinstance(equation, Dynamics):
                 raise broken(adapter, f"dynamics() must return a Dynamics, not a {type(equation).__name__}.")
-            current = next(tensors_in([call.args, call.named]))
+            current = next(tensors_in([calls[name].args, calls[name].named]))
             if not _follows(trial, neuron, equation, current):
                 raise broken(adapter, f"dynamics() of {name} predicts other spikes than the neuron's.")
         adapter.reset(model)

@@ -96,7 +96,7 @@ class Trial:
         return heard
 
     def calls(self) -> dict[str, Call]:
-        """What each neuron is first called with in a run, by name."""
+        """What each neuron, or else stateful module, is first called with in a run, by name."""
         found: dict[str, Call] = {}
 
         def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -107,7 +107,7 @@ class Trial:
             return call
 
         with ExitStack() as stack:
-            for name, neuron in self.neurons().items():
+            for name, neuron in {**self.neurons(), **self.adapter.stateful(self.model)}.items():
                 stack.callback(neuron.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
             self.run()
         self.adapter.reset(self.model)

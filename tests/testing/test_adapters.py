@@ -50,7 +50,7 @@ def spikingjelly_convolutions() -> tuple[nn.Module, Tensor, int | None]:
 
 def snntorch_layers(**options: Any) -> tuple[nn.Module, Tensor, int | None]:
     def node() -> nn.Module:
-        return snn.Leaky(beta=0.8, init_hidden=True, **options)
+        return snn.Leaky(**{"beta": 0.8, "init_hidden": True, **options})
 
     return lively(nn.Sequential(nn.Linear(4, 8), node(), nn.Linear(8, 6), node()), torch.rand(5, 4), 3)
 
@@ -79,6 +79,7 @@ MODELS: dict[str, tuple[type, Callable[[], tuple[nn.Module, Tensor, int | None]]
     "snntorch, hidden states": (SNNTorchAdapter, snntorch_layers),
     "snntorch, reset to zero": (SNNTorchAdapter, lambda: snntorch_layers(reset_mechanism="zero")),
     "snntorch, reset in the same step": (SNNTorchAdapter, lambda: snntorch_layers(reset_delay=False)),
+    "snntorch, no leak": (SNNTorchAdapter, lambda: snntorch_layers(beta=1.0)),
     "snntorch, a loop of its own": (SNNTorchAdapter, lambda: lively(Loop(), torch.rand(5, 4), 3)),
 }
 
@@ -91,6 +92,7 @@ def test_our_adapters(adapter: type, make: Callable[[], tuple[nn.Module, Tensor,
     report = check_adapter(adapter(), model, x, timesteps)
     assert report.checked[:6] == ("is_neuron", "run", "reset", "observe", "identities", "remove_channels")
     assert {"conversion", "states"} <= set(report.checked)
+    assert all("equations of" in what or "export: lif" in what or "books: right" in what for what in report.missing)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(module.training for module in model.modules())
 
@@ -103,6 +105,20 @@ def test_the_report_names_what_is_missing() -> None:
     export, equations = report.missing
     assert export.startswith("export: lif (Synaptic) gets its state from Loop.forward")
     assert equations == "equations of lif (Synaptic): of snnTorch's neurons only Leaky is known by equation"
+
+
+@pytest.mark.parametrize("options", [{"reset_delay": False}, {"beta": 1.0, "reset_delay": False}, {}], ids=str)
+def test_snntorch_subtracts_the_threshold_in_its_own_way(options: dict[str, Any]) -> None:
+    report = check_adapter(SNNTorchAdapter(), *snntorch_layers(**options))
+    assert "equations" not in report.checked
+    assert "subtracting the threshold, but not at the end of a step" in report.missing[0]
+
+
+@pytest.mark.parametrize("options", [{"beta": 1.0}, {"reset_mechanism": "zero"}], ids=str)
+def test_snntorchs_equations(options: dict[str, Any]) -> None:
+    report = check_adapter(SNNTorchAdapter(), *snntorch_layers(**options))
+    assert "equations" in report.checked
+    assert report.missing == ()
 
 
 def test_an_adapter_that_does_only_what_it_must() -> None:
@@ -124,11 +140,38 @@ def test_samples_first() -> None:
     }  # fmt: skip
 
 
+class ShowsOtherSamples(ToyAdapter):
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        return super().observe(neuron, lambda s, u: observer(s.flip(1), u), membrane=membrane)
+
+
+class ShowsTimeAsSamples(ToyAdapter):
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        steps: list[Tensor] = []
+
+        def collect(spikes: Tensor, potential: Tensor | None) -> None:
+            steps.append(spikes)
+            if len(steps) == 3:
+                observer(torch.cat(steps).transpose(0, 1), None)
+                steps.clear()
+
+        return super().observe(neuron, collect, membrane=membrane)
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [(ShowsOtherSamples, "the spikes observed aren't those"), (ShowsTimeAsSamples, "5 timesteps observed, not 3")],
+)
+def test_samples_first_and_wrong(cls: type[ToyAdapter], said: str) -> None:
+    model, x = toy_layers()
+    assert said in broken(check_adapter, cls(), model, x, 3)
+
+
 def test_every_method_is_required_or_optional_or_given() -> None:
     optional = [method for methods in Adapter.OPTIONAL.values() for method in methods]
     assert len(optional) == len(set(optional))
     methods = {name for name, value in vars(Adapter).items() if callable(value) and not name.startswith("_")}
-    assert methods == {*Adapter.__abstractmethods__, *optional, "neurons", "reset_memories", "offers"}
+    assert methods == {*Adapter.__abstractmethods__, *optional, "neurons", "stateful", "reset_memories", "offers"}
 
 
 def test_a_neuron_that_cant_be_shrunk_is_named() -> None:
@@ -506,6 +549,11 @@ class StartsWithAShape(SpikingJellyAdapter):
         return {name: state.reshape(1) if state.dim() == 0 else state for name, state in super().states(neuron).items()}
 
 
+class ForgetsANeuron(SpikingJellyAdapter):
+    def stateful(self, model: nn.Module) -> dict[str, nn.Module]:
+        return dict(list(self.neurons(model).items())[1:])
+
+
 class SetsLess(SpikingJellyAdapter):
     def set_states(self, neuron: nn.Module, states: dict[str, Tensor]) -> None:
         super().set_states(neuron, {name: state - 1 for name, state in states.items()})
@@ -595,6 +643,7 @@ ADAPTERS = {
     HidesStates: "states() doesn't hold all that 1 remembers",
     CountsRuns: "after reset(), states() of 1 aren't those of a fresh neuron",
     StartsWithAShape: "before the first step, 'v' of 1 must have the shape []",
+    ForgetsANeuron: "stateful() leaves out the neuron 1",
     SetsLess: "set_states(states()) changes what 1 does next",
     FailsToSet: "states of 1 (LIFNode) failed: RuntimeError: no setting",
     NeverLeaks: "dynamics() of 1 predicts other spikes",
