@@ -33,6 +33,7 @@ from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, Remove
 from .model.plan import Plan, plan_of
 from .pruning.apply import apply
 from .pruning.collapse import collapse
+from .pruning.repair import repair
 from .pruning.training import finetune
 from .running.scores import cross_entropy
 from .saving.storage import load, save
@@ -93,6 +94,7 @@ __all__ = [
     "plugins",
     "profile",
     "quantizers",
+    "repair",
     "save",
     "schedulers",
     "sensitivity",

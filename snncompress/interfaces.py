@@ -321,6 +321,14 @@ class Adapter(ABC):
             if isinstance(module, Memory):
                 module.reset()
 
+    def leak(self, neuron: nn.Module) -> Tensor:
+        """The share of the membrane potential that is lost in a timestep, [] or per channel, for ``repair``.
+
+        By default that of ``dynamics``; a neuron that follows another equation may still have one. Raises ModelError
+        where nothing can be said.
+        """
+        return self.dynamics(neuron).leak
+
     # --- optional, "books": for frameworks that keep a list of their modules ---
 
     def alone(self, model: nn.Module) -> AbstractContextManager[None]:

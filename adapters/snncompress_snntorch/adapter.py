@@ -150,6 +150,13 @@ class SNNTorchAdapter(Adapter):
         for name, state in states.items():
             setattr(neuron, name, state)
 
+    def leak(self, neuron: nn.Module) -> Tensor:
+        """1 - β of Leaky, RLeaky and Lapicque, however they are reset."""
+        if type(neuron).__name__ not in ("Leaky", "RLeaky", "Lapicque"):
+            raise ModelError("of snnTorch's neurons Leaky, RLeaky and Lapicque leak in one step alone")
+        beta: Tensor = torch.as_tensor(neuron.beta).detach().double()
+        return 1 - beta.clamp(0, 1)
+
     def dynamics(self, neuron: nn.Module) -> Dynamics:
         """Leaky: β·v + x, reset to zero, or by the threshold where β = 1.
 

@@ -31,6 +31,10 @@ class Timeline:
         self.name, self.steps, self.per_step, self.axis = name, steps, per_step, axis
         self.calls = 0
 
+    def fresh(self) -> Timeline:
+        """The same, before the first call."""
+        return Timeline(self.name, self.steps, self.per_step, self.axis)
+
     def pieces(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(step from 0, its part of ``x``) of the next call."""
         if self.axis is not None:
@@ -66,11 +70,25 @@ class Rehearsal:
         rows = 2 if name in self._neurons else x.dim() - module.weight.dim() + 1
         self._leading.setdefault(name, []).append(tuple(x.shape[:rows]))
 
-    def timelines(self, steps: int, samples: int) -> dict[str, Timeline]:
-        """How further batches run, given T and N of the rehearsal; raises ModelError where that can't be told."""
+    def called(self) -> list[str]:
+        """Weight layers and neurons in the order of their first calls."""
+        return list(self._leading)
+
+    def extent(self) -> tuple[int, int]:
+        """T and N of the rehearsal, as the neuron that was called first saw them."""
+        calls = next((self._leading[name] for name in self._leading if name in self._neurons), [(1, 1)])
+        return sum(lead[0] for lead in calls), calls[0][1]
+
+    def timelines(self, steps: int, samples: int, only: str | None = None) -> dict[str, Timeline]:
+        """How further batches run, given T and N of the rehearsal; raises ModelError where that can't be told.
+
+        Of all weight layers and neurons, or of ``only`` one.
+        """
         multi_step = any(lead[0] > 1 for name in self._neurons for lead in self._leading.get(name, ()))
         result = {}
         for name, calls in self._leading.items():
+            if only not in (None, name):
+                continue
             lead, ordered, axis = calls[0], len(calls) % steps == 0, None
             if not ordered or multi_step:
                 if lead[:2] == (steps, samples) or lead[:1] == (steps * samples,):

@@ -16,6 +16,7 @@ from snncompress.interfaces import Adapter
 
 from .copying import private_copy
 from .edits import Edit, RemoveChannels, TruncateTimesteps, edit_from_dict
+from .network import Side
 
 FORMAT = 2
 M = TypeVar("M", bound=nn.Module)
@@ -67,14 +68,17 @@ class Plan:
         attach(result, self)
         return result
 
-    def removed_channels(self) -> dict[str, list[int]]:
-        """layer → output channels that are gone, as indices in the original model; coupled layers included."""
+    def removed_channels(self, side: Side = "out") -> dict[str, list[int]]:
+        """layer → output channels that are gone, as indices in the original model; coupled layers included.
+
+        With ``side`` "neuron" the same of neurons.
+        """
         removed: dict[str, list[int]] = {}
         for edit in self.edits:
             if not isinstance(edit, RemoveChannels):
                 continue
             for piece in edit.slices:
-                if piece.side == "out":
+                if piece.side == side:
                     gone = removed.setdefault(piece.module, [])
                     left = np.delete(np.arange(piece.width + len(gone)), gone)  # original numbers of what was there
                     gone.extend(left[list(piece.indices)].tolist())

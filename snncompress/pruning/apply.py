@@ -18,6 +18,7 @@ from snncompress.model.plan import attach, continued, refuse_frozen
 from snncompress.running.bench import bench
 
 from .checkpoint import Checkpoint, digest_of
+from .repair import RepairKind
 from .run import Run
 from .settings import Finetune, Settings
 
@@ -43,6 +44,7 @@ def apply(
     seed: int = 0,
     progress: Progress | None = None,
     truncate: Literal["auto"] | int | None = None,
+    repair: RepairKind | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> M:
     """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
@@ -77,6 +79,10 @@ def apply(
         progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.
         truncate: number of timesteps that the result runs, or "auto" for those that matter
             (:func:`snncompress.temporal_analysis`); None leaves them.
+        repair: "membrane" fits the weights that are left so that the neurons integrate what they did before, in closed
+            form and without labels (:func:`snncompress.repair`); "current" fits single timesteps; None leaves the bare
+            network, which computes exactly what the original does with the removed channels silenced. It comes before
+            fine-tuning, in every step.
         checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
             the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
             torch's generators or the data loader's, as the built-in trainer's does).
@@ -104,7 +110,7 @@ def apply(
         'it feeds the classifier'
     """
     found = find_adapter(model, adapter)
-    settings = Settings.of(criterion, ratio, bits, quantizer, scheduler, order, finetune, seed, truncate)
+    settings = Settings.of(criterion, ratio, bits, quantizer, scheduler, order, finetune, seed, truncate, repair)
     if not weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune or quantize.")
     refuse_frozen(model, "compressed")
@@ -113,10 +119,11 @@ def apply(
         run = Run(table.model, table.feed, settings, skip, progress)
         store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run, synthetic=data is None), model)
         steps = run.steps()
-        done, run.edits = store.resume(run.model, run.feed, run.redo) if store else (0, [])
+        done = run.resume(store) if store else 0
         for number, step in enumerate(steps[done:], done + 1):
             what = f"step {number}/{len(steps)}: "
-            if step(what):
+            if new := step(what):
+                run.repair(new, what)
                 run.tune(what)
             if store:
                 store.save(number, run.edits, run.model, run.feed)

@@ -13,6 +13,7 @@ from snncompress.base.progress import Progress
 from snncompress.errors import NothingToDoWarning, OptionError
 from snncompress.interfaces import BlockCriterion
 from snncompress.measuring.temporal import analyse
+from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit, QuantizeWeights
 from snncompress.model.network import Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import quantize_weight
@@ -22,8 +23,10 @@ from snncompress.structure.tracing import trace
 from snncompress.structure.truncation import truncation
 
 from .block_pruning import BlockPruning
+from .checkpoint import Checkpoint
+from .repair import fit
 from .selection import check_bits, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
-from .settings import Settings
+from .settings import Finetune, Settings
 from .steps import ChannelPruning, Pruning, WeightPruning
 from .training import train
 
@@ -42,8 +45,11 @@ class Run(Generic[M]):
     def __init__(self, model: M, feed: Feed, settings: Settings, skip: Any, progress: Progress | None) -> None:
         self.model, self.feed, self.settings, self.progress = model, feed, settings, progress
         self.edits: list[Edit] = []
+        self.repaired: list[str] = []
+        self._before = private_copy(model, feed.adapter) if settings.repair else None
+        self._since: list[Edit] = []
         channels = settings.criterion is not None and settings.granularity == "channel"
-        network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps, groups=channels)
+        self._network = network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps, groups=channels)
         names = weight_layers(model)
         self.skips = resolve_skip(skip, network, names, settings.granularity)
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
@@ -77,15 +83,30 @@ class Run(Generic[M]):
             return []
         return self._keep(self._pruning.step(scores, lambda target: schedule.ratio(target, step, schedule.n_steps)))
 
+    def repair(self, new: list[Edit], what: str) -> None:
+        """Fit what is left to what the network did before, or did when it was trained last."""
+        kind, seed = self.settings.repair, self.settings.seed
+        if self._before is None or kind is None:
+            return
+        self._since += new
+        fitted = fit(self.model, self._before, self._network, self.feed, self._since, kind, seed, self.progress, what)
+        self.repaired = list(dict.fromkeys([*self.repaired, *fitted]))
+
     def tune(self, what: str) -> None:
         """Train as the user asked."""
         finetune = self.settings.finetune
+        if finetune:
+            self._train(finetune, what)
+            if self._before is not None:
+                self._before, self._since = private_copy(self.model, self.feed.adapter), []
+
+    def _train(self, finetune: Finetune, what: str) -> None:
         if callable(finetune):
             result = finetune(self.model)
             if isinstance(result, nn.Module) and result is not self.model:
                 raise OptionError("finetune= must train the model that it is handed in place, not return another.")
             self.feed.adapter.reset(self.model)
-        elif finetune:
+        elif isinstance(finetune, int):
             train(self.model, self.feed, finetune, progress=self.progress, what=what)
 
     def truncate(self) -> None:
@@ -99,6 +120,16 @@ class Run(Generic[M]):
             cut.apply(self.model, self.feed.adapter)
             self.edits.append(cut)
 
+    def resume(self, store: Checkpoint) -> int:
+        """Come to where an earlier run was; how many steps it had done."""
+        done, self.edits = store.resume(self.model, self.feed, self.redo)
+        if self._before is not None and done:
+            if self.settings.finetune:
+                self._before = private_copy(self.model, self.feed.adapter)
+            else:
+                self._since = list(self.edits)
+        return done
+
     def redo(self, edit: Edit) -> None:
         """Apply an edit of an earlier run, and note what it changed."""
         if self._pruning is not None:
@@ -109,6 +140,8 @@ class Run(Generic[M]):
     def plan(self, *, synthetic: bool) -> Plan:
         """What was done, and what it came from."""
         origin = self.settings.origin(self.feed.adapter.framework, synthetic=synthetic)
+        if self.repaired:
+            origin["repaired"] = self.repaired
         return Plan(tuple(self.edits), self.skipped, origin)
 
     def why_nothing(self) -> str:

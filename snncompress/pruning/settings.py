@@ -15,6 +15,8 @@ from snncompress.errors import OptionError
 from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope
 from snncompress.version import __version__
 
+from .repair import RepairKind, check_repair
+
 Finetune = int | Callable[[nn.Module], object] | None
 Truncate = Literal["auto"] | int | None
 
@@ -35,17 +37,20 @@ class Settings:
     finetune: Finetune
     seed: int
     truncate: Truncate
+    repair: RepairKind | None
 
     @classmethod
     def of(
         cls, criterion: str | Criterion | None, ratio: Any, bits: Any, quantizer: str | Quantizer,
         scheduler: str | Scheduler, order: str, finetune: Finetune, seed: int, truncate: Truncate,
+        repair: RepairKind | None,
     ) -> Settings:  # fmt: skip
         """Names become instances with default options."""
+        check_repair(repair)
         find = registry().resolve
         chosen = None if criterion is None else find("criterion", criterion, Criterion)
         codec, schedule = find("quantizer", quantizer, Quantizer), find("scheduler", scheduler, Scheduler)
-        return cls(chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate)
+        return cls(chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, repair)
 
     def __post_init__(self) -> None:
         criterion, order, finetune, seed, truncate = (
@@ -76,7 +81,9 @@ class Settings:
     def origin(self, framework: str, *, synthetic: bool) -> dict[str, Any]:
         """Plain JSON values: where a plan came from."""
         finetune = self.finetune if isinstance(self.finetune, int) else None if self.finetune is None else "callable"
+        repair = {} if self.repair is None else {"repair": self.repair}
         return {
+            **repair,
             "snncompress": __version__,
             "torch": torch.__version__,
             "framework": framework,

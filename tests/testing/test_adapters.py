@@ -171,7 +171,15 @@ def test_every_method_is_required_or_optional_or_given() -> None:
     optional = [method for methods in Adapter.OPTIONAL.values() for method in methods]
     assert len(optional) == len(set(optional))
     methods = {name for name, value in vars(Adapter).items() if callable(value) and not name.startswith("_")}
-    assert methods == {*Adapter.__abstractmethods__, *optional, "neurons", "stateful", "reset_memories", "offers"}
+    assert methods == {
+        *Adapter.__abstractmethods__,
+        *optional,
+        "neurons",
+        "stateful",
+        "reset_memories",
+        "offers",
+        "leak",
+    }
 
 
 def test_a_neuron_that_cant_be_shrunk_is_named() -> None:

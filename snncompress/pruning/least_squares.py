@@ -1,0 +1,83 @@
+"""Least squares from streamed sums: rows of weights that give back, from what is left to read, what is wanted.
+
+For each of G groups, min over θ of Σ ‖y − θ u‖² + ridge · ‖θ − θ₀‖², from H = Σ u uᵀ, B = Σ u yᵀ and Σ y² alone. The
+ridge draws towards the weights θ₀ that are there, so that what the data say nothing about stays as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TRIES = 4
+_ITERATIONS = 300
+
+
+class Sums:
+    """H [G, D, D], B [G, D, R] and Σ y² [G, R] of what was read, u [n, G, D], and is wanted, y [n, G, R]."""
+
+    def __init__(self, groups: int, reads: int, rows: int, device: torch.device) -> None:
+        self.gram = torch.zeros(groups, reads, reads, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(groups, reads, rows, dtype=torch.float64, device=device)
+        self.square = torch.zeros(groups, rows, dtype=torch.float64, device=device)
+
+    def add(self, read: Tensor, wanted: Tensor) -> None:
+        """More of it; products in float32 or better, sums in float64."""
+        dtype = torch.promote_types(read.dtype, torch.float32)
+        u, y = read.to(dtype).transpose(0, 1), wanted.to(dtype).transpose(0, 1)
+        self.gram += u.transpose(1, 2) @ u
+        self.cross += u.transpose(1, 2) @ y
+        self.square += y.double().square().sum(1)
+
+    def errors(self, theta: Tensor) -> Tensor:
+        """Σ (y − θ u)² of every row [G, R] of θ [G, R, D]; never below 0."""
+        quadratic = ((theta @ self.gram) * theta).sum(2)
+        errors: Tensor = quadratic - 2 * (theta * self.cross.transpose(1, 2)).sum(2) + self.square
+        return errors.clamp_min(0)
+
+
+def solved(sums: Sums, start: Tensor, ridge: float, support: Tensor | None = None) -> Tensor:
+    """θ [G, R, D], beginning at ``start``; with ``support`` (bool, like θ) it stays 0 elsewhere.
+
+    ``ridge`` is relative to the mean diagonal of H. Where H can't be factorized the ridge grows; where nothing helps,
+    the start is returned.
+    """
+    residual = sums.cross.transpose(1, 2) - start @ sums.gram  # [G, R, D]
+    scale = sums.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+    if not bool(torch.isfinite(residual).all()):
+        return start
+    eye = torch.eye(start.shape[2], dtype=torch.float64, device=start.device)
+    for attempt in range(_TRIES):
+        damped = sums.gram + (ridge * 10**attempt * scale)[:, None, None] * eye
+        if support is not None:
+            found = start + _conjugate_gradients(damped, residual.where(support, 0.0), support)
+        else:
+            factor, info = torch.linalg.cholesky_ex(damped)
+            if bool(info.any()):
+                continue
+            found = start + torch.cholesky_solve(residual.transpose(1, 2), factor).transpose(1, 2)
+        if bool(torch.isfinite(found).all()):
+            return found
+    return start
+
+
+def _conjugate_gradients(gram: Tensor, wanted: Tensor, support: Tensor) -> Tensor:
+    """Rows x with x · gram = wanted on each row's own support, 0 elsewhere: all rows at once."""
+    inverse = 1 / gram.diagonal(dim1=1, dim2=2).unsqueeze(1)  # Jacobi
+    x, r = torch.zeros_like(wanted), wanted.clone()
+    z = inverse * r
+    p, rz = z.clone(), (r * z).sum(2, keepdim=True)
+    goal = 1e-16 * rz
+    for _ in range(_ITERATIONS):
+        if bool((rz <= goal).all()):
+            break
+        q = (p @ gram).where(support, 0.0)
+        step = rz / (p * q).sum(2, keepdim=True).clamp_min(1e-300)
+        step = step.where(rz > goal, 0.0)  # rows that are done
+        x += step * p
+        r -= step * q
+        z = inverse * r
+        after = (r * z).sum(2, keepdim=True)
+        p = z + (after / rz.clamp_min(1e-300)) * p
+        rz = after
+    return x
