@@ -46,6 +46,7 @@ CACHE, RESULT = HERE / ".cache", HERE / "results" / "mnist.md"
 T = 4
 BATCH = 64
 TRAIN_EPOCHS = 3
+PAPER = ReScaW(gamma="l1_mean", per_channel=False)
 HEADLINE = {"criterion": "svs", "ratio": 0.6, "bits": 4}
 HEADLINE_EPOCHS, HEADLINE_LR = 3, 3e-3
 CRITERIA = ("svs", "sca", "firing_rate", "taylor", "magnitude", "bn_scale", "random")
@@ -130,7 +131,7 @@ def job_headline(framework: str) -> dict[str, Any]:
     some_test = loader(*some(test, 1_000, 0), shuffle=False)
     calibration = loader(*some(DATA["train"], CALIBRATION, 0), shuffle=False)
     began = time.perf_counter()
-    small = snncompress.apply(model, **HEADLINE, data=calibration, timesteps=T, progress=False)
+    small = snncompress.apply(model, **HEADLINE, quantizer=PAPER, data=calibration, timesteps=T, progress=False)
     seconds = time.perf_counter() - began
     untuned = accuracy(small, test)
     tune(small, DATA["train"], HEADLINE_EPOCHS, 0, HEADLINE_LR)
@@ -158,7 +159,7 @@ def job_ste(framework: str, bits: int, case: tuple[float, float], ste: str, seed
     """Accuracy after fine-tuning; with seed None, before it."""
     ratio, lr = case
     small = snncompress.apply(
-        dense(framework), "svs", ratio, bits, quantizer=ReScaW(gamma="l1_mean", ste=ste),
+        dense(framework), "svs", ratio, bits, quantizer=ReScaW(gamma="l1_mean", per_channel=False, ste=ste),
         data=loader(*some(DATA["train"], CALIBRATION, 0), shuffle=False), timesteps=T, progress=False,
     )  # fmt: skip
     if seed is not None:

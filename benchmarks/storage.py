@@ -26,6 +26,7 @@ from statistics import median
 import torch
 from mnist import loader, read
 from mnist_models import NETS
+from snncompress_rescaw import ReScaW
 from torch import Tensor, nn
 from vgg16 import vgg16
 
@@ -45,8 +46,9 @@ def compressed(classes: int, early: float, late: float, bits: int | None) -> nn.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", snncompress.SilentNeuronsWarning)
         return snncompress.apply(
-            vgg16(classes), "magnitude", ratios, bits, data=torch.rand(1, 3, 32, 32), timesteps=1, progress=False
-        )
+            vgg16(classes), "magnitude", ratios, bits, data=torch.rand(1, 3, 32, 32), timesteps=1, progress=False,
+            quantizer=ReScaW(gamma="l1_mean", per_channel=False),
+        )  # fmt: skip
 
 
 def megabytes(path: Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from snncompress_rescaw import ReScaW
 from torch import Tensor, nn
 
 import snncompress
@@ -12,6 +13,8 @@ from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import tensors_in
 from snncompress.running.data import Feed
+
+PAPER = ReScaW(gamma="l1_mean", per_channel=False)  # one grid per layer, as QP-SNN trains
 
 
 def silenced(model: nn.Module, plan: snncompress.Plan, feed: Feed) -> nn.Module:

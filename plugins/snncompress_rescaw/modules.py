@@ -12,7 +12,7 @@ from brevitas.inject import ExtendedInjector, value
 from brevitas.proxy import WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
-from .gamma import Gamma, range_of
+from .gamma import Gamma, range_of, scale_of
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -37,14 +37,13 @@ class ReScaWScaling(nn.Module):
     """Brevitas' ``scaling_impl``: (weight, s) → 2γ/s, with γ from the weight as it is now and constant
     backward.
 
-    An all-zero weight has γ = 0; its scale is the smallest normal number instead, so that nothing divides by
-    zero.
+    An all-zero weight has γ = 0; its scale is the smallest normal number instead.
     """
 
     def __init__(
         self,
-        gamma: Gamma | Literal["one"] = "l1_mean",
-        per_channel: bool = False,
+        gamma: Gamma | Literal["one"] = "mse",
+        per_channel: bool = True,
         percentile: float = 0.01,
         channel_dim: int = 0,
     ) -> None:
@@ -56,10 +55,8 @@ class ReScaWScaling(nn.Module):
     def forward(self, x: Tensor, steps: Tensor) -> Tensor:
         """[C, ...] → [] or one scale per channel."""
         x = x.detach()
-        if x.dtype in _HALF:
-            x = x.float()
-        scale = 2 * range_of(x, self.gamma, self.channel_dim, self.percentile) / steps
-        return scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        wide = x.float() if x.dtype in _HALF else x
+        return scale_of(range_of(wide, self.gamma, self.channel_dim, self.percentile, steps, x.dtype), steps)
 
 
 class ReScaWZeroPoint(nn.Module):
@@ -104,15 +101,15 @@ class ReScaWWeightQuant(ExtendedInjector):  # type: ignore[misc]
     """ReScaW for Brevitas layers: ``qnn.QuantConv2d(..., weight_quant=ReScaWWeightQuant,
     weight_bit_width=4)``.
 
-    The options of :class:`snncompress_rescaw.ReScaW` are given the way Brevitas has it:
-    ``weight_gamma="max"``, ``weight_per_channel=True``, ``weight_ste="pass"``. Per channel follows the
+    The options of :class:`snncompress_rescaw.ReScaW`, with the same defaults, are given the way Brevitas has it:
+    ``weight_gamma="l1_mean"``, ``weight_per_channel=False``, ``weight_ste="pass"``. Per channel follows the
     layer's output channels, also in a transposed convolution.
 
     Example:
         >>> import brevitas.nn as qnn
         >>> conv = qnn.QuantConv2d(8, 8, 3, weight_quant=ReScaWWeightQuant, weight_bit_width=2)
-        >>> len(conv.quant_weight().value.unique())
-        4
+        >>> [len(channel.unique()) for channel in conv.quant_weight().value[:2]]
+        [4, 4]
     """
 
     proxy_class = WeightQuantProxyFromInjector
@@ -127,8 +124,8 @@ class ReScaWWeightQuant(ExtendedInjector):  # type: ignore[misc]
     signed = False
     narrow_range = False
     bit_width = 4
-    gamma = "l1_mean"
-    per_channel = False
+    gamma = "mse"
+    per_channel = True
     percentile = 0.01
     ste = "pass"
 

@@ -27,9 +27,15 @@ class ReScaW(Quantizer):
     is computed from the weight at every forward and is a constant in the backward pass. It is a statistic of
     the weights that exist (≠ 0): pruning single weights doesn't shrink the grid of those that are left.
 
+    The default is for networks that are used, or fine-tuned, from where quantization leaves them: the least error,
+    channel by channel. Training as the paper does starts from ``ReScaW(gamma="l1_mean", per_channel=False)``. Without
+    training that is no good: it clamps about 42 % of normal weights, at 8 bits as at 2.
+
     Args:
-        gamma: "l1_mean" = mean|W| over the weights that exist; "max" = max|W|; "percentile" = max(|P_x|, |P_{1-x}|)
-            of the weights that exist, linearly interpolated.
+        gamma: "mse" = the γ ≤ max|W| of the least squared error ‖W - Ŵ‖² of the weights that exist, as nearly as a
+            search over some twenty values finds it, and never worse than "max"; it takes several times as long as the
+            others. "l1_mean" = mean|W| over the weights that exist, the paper's; "max" = max|W|; "percentile" =
+            max(|P_x|, |P_{1-x}|) of the weights that exist, linearly interpolated.
         per_channel: one γ per output channel, dimension 0 of the weight, instead of one per layer.
         ste: the straight-through gradient is 1 where |W/γ| ≤ 1 and 0 elsewhere ("clip"), or 1 everywhere ("pass").
             At l1_mean, where about 40 % of normal weights are clamped, the two are equal when only quantizing, and
@@ -46,26 +52,32 @@ class ReScaW(Quantizer):
     Raises:
         OptionError: an option, or the number of bits (1 to 16), has a value that can't work.
 
-    Source: QP-SNN (ICLR 2025), Eq. 9-10; "l1_mean" is the paper's best (CIFAR-100: 79.16 %, max 77.85,
-    percentile 77.80).
+    Source: QP-SNN (ICLR 2025), Eq. 9-10; "l1_mean" is the paper's best after training (CIFAR-100: 79.16 %, max
+    77.85, percentile 77.80). "mse" is not the paper's.
 
     Example:
         Two bits, γ = mean|W| = 0.5, so the grid is 0.5 · {-1, -1/3, 1/3, 1}:
 
         >>> import torch
-        >>> quant = ReScaW().tensor_quant(bits=2)
+        >>> quant = ReScaW(gamma="l1_mean", per_channel=False).tensor_quant(bits=2)
         >>> value, scale, zero_point, bits = quant(torch.tensor([[0.9, -0.3], [0.6, 0.2]]))
         >>> value
         tensor([[ 0.5000, -0.1667],
                 [ 0.5000,  0.1667]])
         >>> scale, zero_point
         (tensor(0.3333), tensor(1.5000))
+
+        One bit leaves ±γ, and the least error has γ = mean|W| of every channel:
+
+        >>> ReScaW().tensor_quant(bits=1)(torch.tensor([[0.75, -0.25], [1.0, 2.0]]))[0]
+        tensor([[ 0.5000, -0.5000],
+                [ 1.5000,  1.5000]])
     """
 
     name: ClassVar[str] = "rescaw"
 
-    gamma: Gamma = "l1_mean"
-    per_channel: bool = False
+    gamma: Gamma = "mse"
+    per_channel: bool = True
     ste: Ste = "pass"
     percentile: float = 0.01
 

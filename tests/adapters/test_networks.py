@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import snncompress
 from snncompress.model.network import WEIGHT_LAYERS
 from tests.end_to_end.test_truths import prune
-from tests.equivalence import largest_difference, outputs, same, snapshot
+from tests.equivalence import PAPER, largest_difference, outputs, same, snapshot
 from tests.networks import Case, firing_rates, liven
 
 CRITERIA = ["svs", "sca", "magnitude", "random", "firing_rate", "bn_scale", "taylor"]
@@ -178,7 +178,7 @@ def test_grid_replay_and_original(network: tuple[str, Case]) -> None:
     """Four bits: at most 16 values per layer; plan → JSON → the same model; the original as it was."""
     name, case = network
     before = snapshot(case.model)
-    compressed = prune(case, "svs", ratio=0.4, bits=4)
+    compressed = prune(case, "svs", ratio=0.4, bits=4, quantizer=PAPER)
     assert same(before, snapshot(case.model))
 
     plan = snncompress.plan_of(compressed)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import snncompress
 from snncompress.contract.detection import find_adapter
 from tests.end_to_end.test_truths import prune
-from tests.equivalence import largest_difference
+from tests.equivalence import PAPER, largest_difference
 from tests.networks import Case, liven
 
 X = torch.rand(3, 1, 8, 8)
@@ -70,7 +70,7 @@ def test_all_to_all_recurrent_weights_lose_both_sides(kind: type[nn.Module], bit
     model = sequential(node)
     original = node.recurrent.weight.detach().clone()
     case = Case(model, X, 3)
-    compressed = prune(case, "magnitude", bits=bits)
+    compressed = prune(case, "magnitude", bits=bits, quantizer=PAPER)
     keep = [c for c in range(8) if c not in snncompress.plan_of(compressed).removed_channels()["0"]]
     recurrent = compressed[1].recurrent
     stored = recurrent.parametrizations.weight.original if bits else recurrent.weight

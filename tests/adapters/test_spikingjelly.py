@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import snncompress
 from snncompress.contract.detection import find_adapter
 from tests.end_to_end.test_truths import prune
-from tests.equivalence import largest_difference, same, snapshot
+from tests.equivalence import PAPER, largest_difference, same, snapshot
 from tests.networks import Case, firing_rates, liven
 
 X = torch.rand(3, 1, 8, 8, dtype=torch.float64)
@@ -360,8 +360,8 @@ def test_model_zoo(
     plan = snncompress.plan_of(compressed)
     if "vgg" not in name:  # half a gigabyte of classifier
         assert snncompress.plan_of(prune(case, "magnitude")) == plan
-        quantized = snncompress.plan_of(prune(case, "magnitude", bits=4)).apply(model)
-        keys = {k: v.shape for k, v in prune(case, "magnitude", bits=4).state_dict().items()}
+        quantized = snncompress.plan_of(prune(case, "magnitude", bits=4, quantizer=PAPER)).apply(model)
+        keys = {k: v.shape for k, v in prune(case, "magnitude", bits=4, quantizer=PAPER).state_dict().items()}
         assert {k: v.shape for k, v in quantized.state_dict().items()} == keys
         weights = [m.weight for m in quantized.modules() if hasattr(m, "parametrizations")]
         assert all(len(w.unique()) <= 16 for w in weights)

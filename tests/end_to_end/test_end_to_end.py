@@ -17,6 +17,7 @@ import snncompress
 from snncompress.contract.detection import find_adapter
 from snncompress.running.data import Feed
 from snncompress.running.scores import class_scores
+from tests.equivalence import PAPER
 
 T = 4
 
@@ -127,7 +128,7 @@ def test_finetune_trains_and_keeps_what_was_cut(build: object) -> None:
     torch.manual_seed(0)
     x, y = torch.rand(32, 1, 8, 8), torch.arange(32) % 2
     x[y == 1, :, :4] *= 3
-    small = snncompress.apply(build(8), "magnitude", 0.5, 4, data=(x, y), timesteps=T).eval()
+    small = snncompress.apply(build(8), "magnitude", 0.5, 4, data=(x, y), timesteps=T, quantizer=PAPER).eval()
     shapes = {k: v.shape for k, v in small.state_dict().items()}
     before = small[4].parametrizations.weight.original.detach().clone()
     assert snncompress.finetune(small, (x, y), epochs=80, timesteps=T, lr=5e-3) is small

@@ -17,6 +17,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
+from tests.equivalence import PAPER
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden_plans.json"
 VERSIONS = {"snncompress", "torch"}
@@ -120,7 +121,9 @@ def plan_of(name: str) -> dict[str, Any]:
     batch = 2 * torch.rand(X), torch.arange(8) % 4
     looped = isinstance(model, OwnLoop)
     x = batch[0].expand(4, *X) if looped else batch[0]
-    compressed = snncompress.apply(model, data=(x, batch[1]), timesteps=None if looped else 4, **options)
+    compressed = snncompress.apply(
+        model, data=(x, batch[1]), timesteps=None if looped else 4, quantizer=PAPER, **options
+    )
     plan: dict[str, Any] = json.loads(snncompress.plan_of(compressed).to_json())
     plan["origin"] = {key: value for key, value in plan["origin"].items() if key not in VERSIONS}
     return plan

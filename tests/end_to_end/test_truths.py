@@ -18,7 +18,7 @@ from snncompress import NothingToDoWarning, SilentNeuronsWarning
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.network import WEIGHT_LAYERS
 from snncompress.running.data import Feed
-from tests.equivalence import largest_difference, outputs, same, silenced, snapshot
+from tests.equivalence import PAPER, largest_difference, outputs, same, silenced, snapshot
 from tests.networks import Case, firing_rates, snntorch_cases, spikingjelly_cases
 
 CRITERIA = ["svs", "sca", "magnitude", "random", "firing_rate"]
@@ -63,7 +63,7 @@ fewer = settings(max_examples=12, deadline=None, suppress_health_check=list(Heal
 @fewer
 @given(case=ANY, bits=st.integers(1, 16), order=st.sampled_from(["qp", "pq"]))
 def test_grid_on_any_network(case: Case, bits: int, order: str) -> None:
-    compressed = prune(case, "magnitude", bits=bits, order=order)
+    compressed = prune(case, "magnitude", bits=bits, order=order, quantizer=PAPER)
     quantized = [e for e in snncompress.plan_of(compressed).edits if e.kind == "quantize_weights"]
     assert quantized
     for edit in quantized:
@@ -222,7 +222,7 @@ CASES = pytest.mark.parametrize("make", [spikingjelly_case, snntorch_case])
 def test_grid(make: object, bits: int, order: str) -> None:
     """A b-bit weight has at most 2^b values, each on γ·{-1, -1 + 2/s, …, 1}, s = 2^b - 1, γ = mean|W|."""
     case = make()
-    compressed = prune(case, bits=bits, order=order)
+    compressed = prune(case, bits=bits, order=order, quantizer=PAPER)
     quantized = [e.layer for e in snncompress.plan_of(compressed).edits if e.kind == "quantize_weights"]
     assert len(quantized) == (5 if make is snntorch_case else 4)
     for name in quantized:

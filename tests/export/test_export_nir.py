@@ -24,7 +24,7 @@ from snncompress.export.exporting import export
 from snncompress.extend import Adapter
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import stored_weight
-from tests.equivalence import same, snapshot
+from tests.equivalence import PAPER, same, snapshot
 from tests.networks import Case, firing_rates, liven
 
 T = 10
@@ -162,7 +162,8 @@ def test_spikes_of_every_neuron(make: Callable[[], nn.Module], tmp_path: Path) -
 @NETWORKS
 def test_compressed(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     case = alive(make())
-    small = snncompress.apply(case.model, "svs", 0.5, 4, data=case.x, timesteps=T, progress=False, skip=[])
+    options: dict[str, Any] = {"data": case.x, "timesteps": T, "progress": False, "skip": [], "quantizer": PAPER}
+    small = snncompress.apply(case.model, "svs", 0.5, 4, **options)
     with torch.no_grad():
         for name in weight_layers(small):
             stored_weight(small.get_submodule(name)).mul_(1.5)

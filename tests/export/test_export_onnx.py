@@ -166,9 +166,10 @@ def test_quantized_and_pruned(make: Callable[[], nn.Module], bits: int, integers
 
 
 @NETWORKS
-def test_masked_per_channel(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize("gamma", ["l1_mean", "mse"])
+def test_masked_per_channel(make: Callable[[], nn.Module], gamma: Any, tmp_path: Path) -> None:
     case = alive(make())
-    quantizer = ReScaW(per_channel=True)
+    quantizer = ReScaW(gamma=gamma, per_channel=True)
     small = snncompress.apply(
         case.model,
         "weight_magnitude",
@@ -215,9 +216,10 @@ class Cubes(Quantizer):
         return Tensorwise()
 
 
-def test_output_channels_second(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gamma", ["l1_mean", "mse"])
+def test_output_channels_second(gamma: Any, tmp_path: Path) -> None:
     net = Transposed()
-    quantize_weight(net.up, ReScaW(per_channel=True), 4)
+    quantize_weight(net.up, ReScaW(gamma=gamma, per_channel=True), 4)
     model = agree(Case(net, 3 * torch.rand(3, 2, 5, 5), T), tmp_path / "net.onnx")
     node = next(n for n in model.graph.node if n.op_type == "DequantizeLinear")
     assert node.attribute[0].i == 1

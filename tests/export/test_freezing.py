@@ -16,7 +16,7 @@ from examples.networks.squeezenet import squeezenet
 from snncompress import DataError, PlanError, evaluate, freeze, plan_of, profile
 from snncompress.contract.detection import find_adapter
 from snncompress.running.data import Feed
-from tests.equivalence import same, snapshot
+from tests.equivalence import PAPER, same, snapshot
 
 
 def trained_norms(net: nn.Module) -> nn.Module:
@@ -100,7 +100,7 @@ def test_the_same_function_without_norms_and_parametrizations(framework: str) ->
 
 @FRAMEWORKS
 def test_a_quantized_layer_without_norm_keeps_its_very_weights(framework: str) -> None:
-    small = snncompress.apply(network(framework), None, bits=3, data=DATA, timesteps=4, skip=[])
+    small = snncompress.apply(network(framework), None, bits=3, data=DATA, timesteps=4, skip=[], quantizer=PAPER)
     frozen = freeze(small, X, timesteps=4)
     assert torch.equal(frozen[11].weight, small[11].weight)
     assert len(frozen[11].weight.unique()) <= 8

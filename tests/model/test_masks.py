@@ -28,7 +28,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.model.network import WEIGHT_LAYERS
 from snncompress.model.parametrizations import stored_weight, weight_mask
 from tests.end_to_end.test_zombies import dead, moved, noise, removed
-from tests.equivalence import largest_difference, outputs, same, snapshot
+from tests.equivalence import PAPER, largest_difference, outputs, same, snapshot
 from tests.networks import Case, liven
 
 
@@ -263,7 +263,7 @@ def test_channels_removed_from_masked_layers(make: Make) -> None:
 EVENTS: dict[str, dict[str, Any]] = {
     "weights": {"criterion": WITHIN, "ratio": 0.5},
     "channels": {"criterion": "magnitude", "ratio": 0.3},
-    "bits": {"criterion": None, "bits": 3},
+    "bits": {"criterion": None, "bits": 3, "quantizer": PAPER},
 }
 
 

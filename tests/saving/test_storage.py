@@ -22,7 +22,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.model.parametrizations import weight_bits, weight_mask
 from snncompress.running.data import Feed
 from snncompress.saving.container import Container
-from tests.equivalence import same, snapshot
+from tests.equivalence import PAPER, same, snapshot
 from tests.structure.test_blocks import DATA, network
 
 OPTIONS: dict[str, Any] = {"data": DATA, "timesteps": 4, "progress": False}
@@ -44,7 +44,7 @@ def sparser(net: nn.Module) -> nn.Module:
     return weights(net, 0.8)
 
 
-WIDE = ReScaW(gamma="max")  # so that quantized networks of random weights still fire
+WIDE = ReScaW(gamma="max", per_channel=False)  # so that quantized networks of random weights still fire
 
 
 def bits(count: int, quantizer: Any = WIDE) -> Callable[[nn.Module], nn.Module]:
@@ -79,6 +79,8 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "16 bits": bits(16),
     "uniform": bits(4, "uniform"),
     "per channel": bits(4, ReScaW(gamma="max", per_channel=True)),
+    "least error": bits(4, ReScaW(gamma="mse", per_channel=True)),
+    "least error per layer": bits(2, ReScaW(gamma="mse", per_channel=False)),
     "blocks": blocks,
     "timesteps": truncated,
     "mix": chain(blocks, channels, weights, bits(4)),
@@ -156,7 +158,7 @@ def test_a_weight_takes_its_bits(tmp_path: Path) -> None:
         return nn.Sequential(nn.Linear(200, 100, bias=False), neuron.IFNode())
 
     def sizes(ratio: float) -> dict[str, int]:
-        options: dict[str, Any] = {"data": torch.rand(4, 200), "timesteps": 2, "skip": []}
+        options: dict[str, Any] = {"data": torch.rand(4, 200), "timesteps": 2, "skip": [], "quantizer": PAPER}
         save(snncompress.apply(build(), "weight_magnitude", ratio, 3, **options), tmp_path / "small")
         return {
             name: tensor.numel() * tensor.element_size()
@@ -178,7 +180,7 @@ def test_what_is_trained_on_stays_on_its_grid(tmp_path: Path) -> None:
         return nn.Sequential(nn.Linear(6, 30), neuron.LIFNode(), nn.Linear(30, 4))
 
     data = 4 * torch.rand(12, 6), torch.arange(12) % 4
-    small = snncompress.apply(build(), None, bits=4, skip=[], data=data, timesteps=4)
+    small = snncompress.apply(build(), None, bits=4, skip=[], data=data, timesteps=4, quantizer=PAPER)
     save(small, tmp_path / "small")
     again = load(tmp_path / "small", into=build())
     flows = [snncompress.gradient_flow(model, data, timesteps=4).norms for model in (small, again)]
@@ -302,10 +304,11 @@ def test_a_mask_on_a_layer_that_grew(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "small", into=build())[3].weight, small[3].weight)
 
 
+@pytest.mark.parametrize("gamma", ["max", "mse"])
 @pytest.mark.parametrize(
     "parts", [(nn.Linear, {}), (nn.Conv2d, {"kernel_size": 1}), (nn.ConvTranspose2d, {"kernel_size": 1})]
 )
-def test_scales_go_with_their_channels(parts: tuple[Any, dict[str, int]], tmp_path: Path) -> None:
+def test_scales_go_with_their_channels(parts: tuple[Any, dict[str, int]], gamma: Any, tmp_path: Path) -> None:
     """Quantized per channel, saved, loaded, then pruned: the channels that are left keep their weights."""
     kind, sizes = parts
 
@@ -315,7 +318,7 @@ def test_scales_go_with_their_channels(parts: tuple[Any, dict[str, int]], tmp_pa
 
     x = torch.rand(3, 6) if kind is nn.Linear else torch.rand(3, 6, 4, 4)
     options: dict[str, Any] = {"data": x, "timesteps": 2, "skip": []}
-    small = snncompress.apply(build(), None, bits=4, quantizer=ReScaW(gamma="max", per_channel=True), **options)
+    small = snncompress.apply(build(), None, bits=4, quantizer=ReScaW(gamma=gamma, per_channel=True), **options)
     save(small, tmp_path / "small")
     pruned = snncompress.apply(load(tmp_path / "small", into=build()), "magnitude", {"0": 0.4}, None, **options)
     axis = 1 if kind is nn.ConvTranspose2d else 0

@@ -24,9 +24,10 @@ def test_our_quantizers(entry: Entry) -> None:
     check_quantizer(entry.cls())
 
 
-@pytest.mark.parametrize("options", [{"per_channel": True}, {"gamma": "percentile"}, {"ste": "pass"}], ids=str)
-def test_our_quantizers_with_other_options(options: dict[str, Any]) -> None:
-    check_quantizer(registry().find("quantizer", "rescaw")(**options))
+@pytest.mark.parametrize("gamma", ["mse", "l1_mean", "max", "percentile"])
+@pytest.mark.parametrize("options", [{"per_channel": True}, {"per_channel": False}, {"ste": "clip"}], ids=str)
+def test_our_quantizers_with_other_options(options: dict[str, Any], gamma: str) -> None:
+    check_quantizer(registry().find("quantizer", "rescaw")(gamma=gamma, **options))
 
 
 class Grid(nn.Module):
