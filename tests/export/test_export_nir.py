@@ -259,6 +259,7 @@ def test_spikingjelly_reads_it(tmp_path: Path) -> None:
         np.testing.assert_array_equal(y.detach().numpy(), expected[t])
 
 
+@pytest.mark.filterwarnings("ignore:nirtorch.load is being deprecated:DeprecationWarning")  # snnTorch 0.9.4 calls it
 def test_snntorch_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nirtorch")
     from snntorch.import_nir import import_from_nir
