@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -18,7 +19,7 @@ def bounds() -> dict[str, set[str]]:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     found: dict[str, set[str]] = {}
-    for requirement in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+    for requirement in itertools.chain(project["dependencies"], *project["optional-dependencies"].values()):
         name, operator, version = re.fullmatch(r"([\w-]+)(?:\[.*\])?(?:(>=)([\d.]+))?", requirement).groups()
         if operator:
             found.setdefault(name, set()).add(version)
