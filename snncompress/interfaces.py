@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -118,6 +119,21 @@ class Criterion(_Plugin):
         return gone
 
 
+class CriticalityCriterion(Criterion):
+    """Scores single weights, and protects those that are more critical than a threshold ``tau``.
+
+    :func:`snncompress.threshold_sweep` varies the threshold. A subclass is a dataclass with a field ``tau`` in [0, 1].
+    Only ``score`` and ``select`` may depend on it, since a state is recorded once for all thresholds.
+    """
+
+    granularity: ClassVar[Granularity] = "weight"
+    tau: float = 1.0
+
+    @abstractmethod
+    def criticality(self, layer: Layer, state: Any) -> Tensor:
+        """How critical each weight is, in [0, 1], shaped like ``layer.weight``; above ``tau`` it is protected."""
+
+
 class BlockCriterion(Criterion):
     """Scores whole blocks of layers; higher = keep.
 
@@ -217,10 +233,34 @@ class Memory(ABC):
 class Adapter(ABC):
     """Everything the core must know of one framework. The core never imports the framework itself.
 
-    An adapter must be importable where its framework isn't installed.
+    An adapter must be importable where its framework isn't installed. It must do what stands under *required*; each
+    group of methods in ``OPTIONAL`` opens one more part of the library, and :meth:`offers` says which it has.
     """
 
     framework: ClassVar[str]
+
+    OPTIONAL: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {
+            "books": ("alone", "adopt"),
+            "conversion": ("make_neuron",),
+            "export": ("make_traceable", "single_step"),
+            "states": ("states", "set_states"),
+            "equations": ("dynamics",),
+        }
+    )
+    """Groups of methods that an adapter may leave as they are."""
+
+    def offers(self) -> dict[str, bool]:
+        """For each group of ``OPTIONAL``, whether this adapter has all its methods.
+
+        For a certain model or neuron a method may still raise ModelError.
+        """
+        return {
+            group: all(getattr(type(self), method) is not getattr(Adapter, method) for method in methods)
+            for group, methods in self.OPTIONAL.items()
+        }
+
+    # --- required: recognising, running, reading, shrinking ---
 
     @abstractmethod
     def is_neuron(self, module: nn.Module) -> bool:
@@ -262,6 +302,27 @@ class Adapter(ABC):
         that can't be shrunk.
         """
 
+    # --- given: for adapters to use, and for the core; all but ``stateful`` stay as they are ---
+
+    def neurons(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The model's spiking neurons by name."""
+        return {name: m for name, m in model.named_modules() if self.is_neuron(m)}
+
+    def stateful(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that ``states`` may be asked for, by name: the neurons.
+
+        An adapter adds what else remembers in its framework, such as leaky integrators that never fire.
+        """
+        return self.neurons(model)
+
+    def reset_memories(self, model: nn.Module) -> None:
+        """Make every :class:`Memory` forget; to be called by ``reset``."""
+        for module in model.modules():
+            if isinstance(module, Memory):
+                module.reset()
+
+    # --- optional, "books": for frameworks that keep a list of their modules ---
+
     def alone(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, the framework's own books, where it keeps any, list this model's neurons only."""
         return nullcontext()
@@ -269,11 +330,7 @@ class Adapter(ABC):
     def adopt(self, model: nn.Module) -> None:  # noqa: B027 - most frameworks keep no books
         """Called with a finished copy of a model, for frameworks that keep a list of their modules."""
 
-    def reset_memories(self, model: nn.Module) -> None:
-        """Make every :class:`Memory` forget; to be called by ``reset``."""
-        for module in model.modules():
-            if isinstance(module, Memory):
-                module.reset()
+    # --- optional, "conversion": snncompress.convert, of which a CNN becomes spiking ---
 
     def make_neuron(self, kind: Literal["lif", "if"]) -> nn.Module:
         """A new neuron with threshold 1 that keeps its own state, for :func:`snncompress.convert`.
@@ -282,6 +339,8 @@ class Adapter(ABC):
         gradient: ATan. Raises ModelError where the framework isn't installed, or the adapter makes no neurons.
         """
         raise ModelError(f"The adapter of {self.framework} makes no neurons. Pass neuron=, a callable that makes one.")
+
+    # --- optional, "export": snncompress.export, for which a model becomes a single timestep ---
 
     def make_traceable(self, model: nn.Module) -> None:
         """Let the neurons of a private copy fire by a plain comparison, in any dtype, so that exporters can follow."""
@@ -294,10 +353,14 @@ class Adapter(ABC):
         """
         raise ModelError(f"The adapter of {self.framework} can't take a model apart into timesteps.")
 
+    # --- optional, "states": snncompress.export, and what stays out of saved files ---
+
     def states(self, neuron: nn.Module) -> dict[str, Tensor]:
         """What the neuron remembers from step to step, by name: [N, C, ...], or [] before the first step.
 
-        Raises ModelError for a neuron that remembers anything else.
+        Where a name is that of a persistent buffer, the buffer holds no more than a moment of the last run:
+        :func:`snncompress.save` leaves it out of files, which hold what a network has learned. Raises ModelError for a
+        neuron that remembers anything else.
         """
         raise ModelError(f"The adapter of {self.framework} can't read a neuron's state.")
 
@@ -305,10 +368,8 @@ class Adapter(ABC):
         """Put what ``states`` returned, or tensors like it, in the place of what the neuron remembers."""
         raise ModelError(f"The adapter of {self.framework} can't set a neuron's state.")
 
+    # --- optional, "equations": the NIR format ---
+
     def dynamics(self, neuron: nn.Module) -> Dynamics:
         """The neuron's equation; raises ModelError, with the reason, for a neuron that follows another one."""
         raise ModelError(f"the adapter of {self.framework} doesn't know its equation")
-
-    def neurons(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The model's spiking neurons by name."""
-        return {name: m for name, m in model.named_modules() if self.is_neuron(m)}

@@ -151,7 +151,11 @@ class SNNTorchAdapter(Adapter):
             setattr(neuron, name, state)
 
     def dynamics(self, neuron: nn.Module) -> Dynamics:
-        """Leaky: β·v + x, its reset either at the end of the step or at the start of the next."""
+        """Leaky: β·v + x, reset to zero, or by the threshold where β = 1.
+
+        snnTorch subtracts θ from β·v, where the equation has β·(v - θ); without delay, once more in the next step where
+        v is still above θ.
+        """
         node: Any = neuron
         if (type(node).__module__, type(node).__name__) != ("snntorch._neurons.leaky", "Leaky"):
             raise ModelError("of snnTorch's neurons only Leaky is known by equation")
@@ -166,6 +170,11 @@ class SNNTorchAdapter(Adapter):
             raise ModelError(f"{odd[0]} isn't part of the leaky neuron's equation")
         leak = 1 - node.beta.detach().double().clamp(0, 1)
         reset = None if node.reset_mechanism == "subtract" else 0.0
+        if reset is None and (bool(leak.any()) or not node.reset_delay):
+            raise ModelError(
+                "it resets by subtracting the threshold, but not at the end of a step, as the equation has it. Use "
+                "reset_mechanism='zero', or beta=1.0 with reset_delay=True, and fine-tune"
+            )
         threshold = node.threshold.detach().double()
         return Dynamics(leak, torch.ones_like(leak), threshold, 0.0, reset, inclusive=False)
 

@@ -8,7 +8,16 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from snncompress.extend import Criterion, Granularity, Layer, OptionError, PluginError, Scope, Signal, layer_adaptive
+from snncompress.extend import (
+    CriticalityCriterion,
+    Granularity,
+    Layer,
+    OptionError,
+    PluginError,
+    Scope,
+    Signal,
+    layer_adaptive,
+)
 
 Unit = Literal["weight", "input"]
 
@@ -22,7 +31,7 @@ class Slopes:
 
 
 @dataclass(frozen=True)
-class CQP(Criterion):
+class CQP(CriticalityCriterion):
     """Criticality-constrained pruning of single weights, solved exactly.
 
     The criticality of a weight is the mean over batches of |∂L/∂w|, through the model's own surrogate gradient,

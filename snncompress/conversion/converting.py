@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from snncompress.contract.registry import adapters, registry
 from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter
-from snncompress.model.copying import cuda_devices, private_copy
+from snncompress.model.chance import held, undisturbed
+from snncompress.model.copying import private_copy
 from snncompress.running.data import Feed
 from snncompress.structure.fx_graphs import called
 
@@ -86,7 +87,7 @@ def convert(
     """
     adapter = _adapter(framework)
     _check(cnn, adapter, neuron, data, timesteps, percentile)
-    with torch.random.fork_rng(cuda_devices(cnn)), torch.inference_mode(False):  # a DataLoader draws random numbers
+    with undisturbed(cnn), torch.inference_mode(False):  # a DataLoader draws random numbers
         return _convert(cnn, adapter, neuron, data, timesteps, percentile)
 
 
@@ -94,7 +95,9 @@ def _convert(cnn: M, adapter: Adapter, neuron: Any, data: Any, timesteps: int | 
     model = private_copy(cnn, adapter)
     names, pools = separate(model, pools=data is not None)
     if data is not None:
-        levels, scales = calibrate(model, private_copy(cnn, adapter), names, Feed(adapter, data), percentile)
+        feed = Feed(adapter, data, on=cnn)
+        with held(feed.generators()):
+            levels, scales = calibrate(model, private_copy(cnn, adapter), names, feed, percentile)
     for name in pools:
         _replace(model, name, RateMaxPool(model.get_submodule(name)))
     probe = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0)).detach().new_zeros(1, 1)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.base.files import write_whole
-from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter
+from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.modules import tensors_in
-from snncompress.running.data import Feed
+from snncompress.running.bench import bench
 
 from .freezing import freeze
 from .nir_export import nir_graph
@@ -95,13 +95,10 @@ def export(
     """
     path = Path(path)
     kind = _checked_format(format, path)
-    found = find_adapter(model, adapter)
-    feed = Feed(found, data, timesteps)
-    batch = feed.first()
-    feed.check(model, batch)
-    with torch.inference_mode(False), torch.no_grad():
-        step, x = _one_step(private_copy(model, found), found, batch.x, timesteps)
-        _check_same(model, found, step, x)
+    with bench(model, data, timesteps, adapter=adapter) as table:
+        found, batch = table.adapter, table.feed.first()
+        step, x = _one_step(table.copy(), found, batch.x, timesteps)
+        _check_same(table.model, found, step, x)
         if kind == "nir":
             frozen = freeze(model, [batch.raw], timesteps=timesteps, adapter=found)
             step, x = _one_step(frozen, found, batch.x, timesteps)
@@ -141,10 +138,10 @@ def _check_same(model: nn.Module, adapter: Adapter, step: nn.Module, x: Tensor) 
     adapter.make_traceable(whole)
     name, advice = type(model).__name__, "Let its forward handle one timestep, and leave the rest to a loop outside it."
     try:
-        with adapter.alone(whole):
+        with seeded(whole), adapter.alone(whole):
             wanted = [next(tensors_in(adapter.run(whole.double(), x.double(), _STEPS)))]
         one = Step(private_copy(step, adapter).double(), adapter)
-        with adapter.alone(one):
+        with seeded(one), adapter.alone(one):
             states = one.initial(x.double())
             outputs = []
             for _ in range(_STEPS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from functools import partial
@@ -14,16 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import fusion, parametrize
 
-from snncompress.contract.detection import find_adapter
-from snncompress.errors import DataError, SyntheticDataWarning
+from snncompress.errors import DataError
 from snncompress.interfaces import Adapter, Forward
 from snncompress.model.copying import private_copy
-from snncompress.model.modules import tensors_in
 from snncompress.model.network import WEIGHT_LAYERS, weight_layers
 from snncompress.model.parametrizations import computed_weight
 from snncompress.model.plan import detach
-from snncompress.running.data import Feed, Run
-from snncompress.running.synthetic import synthetic_feed
+from snncompress.running.bench import bench
+from snncompress.running.data import Run
+from snncompress.running.sameness import all_same, wired_outputs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,23 +65,11 @@ def freeze(
         >>> frozen[1]
         Identity()
     """
-    with torch.inference_mode(False), torch.no_grad():
-        return _frozen(model, data, timesteps, forward, find_adapter(model, adapter, plain=True))
-
-
-def _frozen(model: M, data: Any, timesteps: int | None, forward: Forward | None, found: Adapter) -> M:
-    frozen = private_copy(model, found).eval()
-    if data is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntheticDataWarning)  # it is looked at for structure alone
-            feed = synthetic_feed(frozen, found, timesteps, forward, needs_labels="")
-    else:
-        feed = Feed(found, data, timesteps, forward)
-        feed.check(frozen, feed.first())
-    for name in weight_layers(frozen):
-        _bake(frozen.get_submodule(name))
-    with found.alone(frozen):
-        _fold(frozen, found, feed.example())
+    with bench(model, data, timesteps, forward, adapter=adapter, plain=True, noise="structure") as table:
+        frozen, found = table.model.eval(), table.adapter
+        for name in weight_layers(frozen):
+            _bake(frozen.get_submodule(name))
+        _fold(frozen, found, table.feed.example())
     found.reset(frozen)
     found.adopt(frozen)
     detach(frozen)
@@ -101,17 +87,17 @@ def _fold(model: nn.Module, adapter: Adapter, run: Run) -> None:
     probe = private_copy(model, adapter)
     pairs = _pairs(probe, adapter, run)
     _randomize([probe.get_submodule(norm) for _, norm in pairs])
-    expected = _outputs(probe, adapter, run)
+    expected = wired_outputs(probe, adapter, run)
 
     def stays(folds: list[tuple[str, str]]) -> bool:
         trial = private_copy(probe, adapter)
         try:
             for fold in folds:
                 _fold_pair(trial, *fold)
-            found = _outputs(trial, adapter, run)
+            found = wired_outputs(trial, adapter, run)
         except (RuntimeError, DataError):  # of a norm over another axis than the layer's channels
             return False
-        return len(found) == len(expected) and all(map(_agree, found, expected))
+        return all_same(expected, found)
 
     for fold in pairs if stays(pairs) else [fold for fold in pairs if stays([fold])]:
         _fold_pair(model, *fold)
@@ -169,15 +155,5 @@ def _randomize(norms: list[Any]) -> None:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
 
 
-def _outputs(model: nn.Module, adapter: Adapter, run: Run) -> list[Tensor]:
-    with adapter.identities(model, _wire):
-        return list(tensors_in(run(model)))
-
-
 def _wire(neuron: nn.Module, x: Tensor) -> Tensor:
     return x * 1.0
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    slack = 1e-3 if b.dtype in (torch.float32, torch.float64) else 5e-2
-    return a.shape == b.shape and float((a - b).abs().amax()) <= slack * float(b.abs().amax())

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snncompress.contract.detection import find_adapter
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward
-from snncompress.model.modules import mode
+from snncompress.model.modules import in_mode
+from snncompress.running.bench import bench
 from snncompress.running.data import Feed
 from snncompress.running.scores import scores_and_labels
 
@@ -56,14 +56,15 @@ def evaluate(
     >>> evaluate(net, (torch.eye(2), torch.tensor([0, 1])), timesteps=1)
     Evaluation(accuracy=1.0, f1=1.0, n_samples=2)
     """
-    try:
-        from sklearn.metrics import accuracy_score, f1_score
-    except ImportError as error:
-        raise OptionError(
-            'evaluate() needs scikit-learn, which isn\'t installed: pip install "snncompress[metrics]".'
-        ) from error
-    feed = Feed(find_adapter(model, adapter, plain=True), data, timesteps, forward)
-    predicted, labels = (torch.cat(parts).cpu().numpy() for parts in zip(*_classified(model, feed), strict=True))
+    with bench(model, data, timesteps, forward, adapter=adapter, plain=True) as table:
+        try:  # on the bench, since importing scikit-learn draws from Python's generator
+            from sklearn.metrics import accuracy_score, f1_score
+        except ImportError as error:
+            raise OptionError(
+                'evaluate() needs scikit-learn, which isn\'t installed: pip install "snncompress[metrics]".'
+            ) from error
+        parts = zip(*_classified(table.model, table.feed), strict=True)
+        predicted, labels = (torch.cat(part).cpu().numpy() for part in parts)
     f1 = f1_score(labels, predicted, average="macro", zero_division=0.0)
     return Evaluation(float(accuracy_score(labels, predicted)), float(f1), len(labels))
 
@@ -89,7 +90,7 @@ def classified(output: Any, y: Tensor | None) -> tuple[Tensor, Tensor]:
 def _classified(model: nn.Module, feed: Feed) -> Iterator[tuple[Tensor, Tensor]]:
     """Predicted classes and labels [N], batch by batch."""
     try:
-        with mode(model, training=False), torch.no_grad():
+        with in_mode(model, training=False), torch.no_grad():
             for batch in feed:
                 yield classified(feed(model, batch), batch.y)
     finally:

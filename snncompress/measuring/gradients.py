@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.base.display import new_axes, number, table
-from snncompress.contract.detection import find_adapter
 from snncompress.errors import DataError, ModelError, OptionError
 from snncompress.interfaces import Adapter, Forward, Loss
-from snncompress.model.copying import cuda_devices, private_copy, set_seed
-from snncompress.model.modules import mode
+from snncompress.model.modules import in_mode
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import computed_weight, stored_weight
-from snncompress.running.data import Feed
+from snncompress.running.bench import bench
 from snncompress.running.scores import cross_entropy, loss_of
 
 if TYPE_CHECKING:
@@ -175,17 +173,13 @@ def gradient_flow(
         >>> {name: round(norm, 4) for name, norm in gradient_flow(net, data).norms.items()}  # of (-1/2, 1/2)
         {'': 0.7071}
     """
-    found = find_adapter(model, adapter, plain=True)
-    feed = Feed(found, data, timesteps, forward, loss)
-    copy, devices = private_copy(model, found), cuda_devices(model)
-    weights = _trained(copy)
-    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     samples = 0
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), found.alone(copy):
-        set_seed(seed, devices)
-        with mode(copy, training=True):
+    with bench(model, data, timesteps, forward, loss, adapter, plain=True, seed=seed, gradients=True) as table:
+        weights, feed = _trained(table.model), table.feed
+        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        with in_mode(table.model, training=True):
             for batch in feed:
-                value = loss_of(feed, feed(copy, batch), batch)
+                value = loss_of(feed, feed(table.model, batch), batch)
                 count = 1 if batch.y is None else len(batch.y)
                 gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 for total, gradient in zip(sums.values(), gradients, strict=True):

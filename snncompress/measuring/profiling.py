@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward, OperationCounts
-from snncompress.model.copying import cuda_devices, private_copy
+from snncompress.model.modules import in_mode
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
 from snncompress.model.parametrizations import weight_bits
+from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed, time_as_samples
 from snncompress.running.scores import class_scores
 
@@ -87,8 +87,8 @@ def profile(
     """
     rules = resolve_conventions(conventions)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
-    feed = Feed(find_adapter(model, adapter, plain=True), data, timesteps, forward)
-    return measure(model, feed, energy, rules)
+    with bench(model, data, timesteps, forward, adapter=adapter, plain=True) as table:
+        return measure(table.model, table.feed, energy, rules)
 
 
 def measure(
@@ -98,18 +98,18 @@ def measure(
     rules: Conventions,
     watch: Callable[[Any, Batch], None] | None = None,
 ) -> Profile:
-    """What :func:`profile` does; ``watch`` is handed every output and its batch on the way."""
-    copy = private_copy(model, feed.adapter).eval()
-    meter = _Meter(copy, feed.adapter, rules)
-    with torch.random.fork_rng(cuda_devices(copy)), torch.no_grad(), feed.adapter.alone(copy), meter.recording():
+    """What :func:`profile` does on its bench; ``watch`` is handed every output and its batch on the way."""
+    meter = _Meter(model, feed.adapter, rules)
+    with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model), meter.recording():
         for batch in feed:
-            output = feed(copy, batch)
+            output = feed(model, batch)
             if feed.timesteps is not None and feed.timesteps != len(batch.x):
                 meter.check_rows(feed.timesteps)
             meter.n_samples += _samples(output, batch)
             meter.n_batches += 1
             if watch:
                 watch(output, batch)
+    feed.adapter.reset(model)
     return Profile(
         layers=tuple(meter.rows(energy)),
         conventions=rules,

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from snncompress.base.display import new_axes, number, table
 from snncompress.base.progress import Progress, tracked
-from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward
-from snncompress.model.copying import cuda_devices, private_copy
+from snncompress.model.chance import seeded
+from snncompress.model.modules import in_mode
+from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed
 
 from .timestep_counting import Rehearsal, StepMeter
@@ -171,8 +172,8 @@ def temporal_analysis(
         >>> [round(e, 9) for e in result.energy_pj]        # 2 synapses · 4.6 pJ at every step
         [9.2, 18.4, 27.6]
     """
-    found = find_adapter(model, adapter)
-    return analyse(model, Feed(found, data, timesteps, forward), mode, share, energy_model, progress)
+    with bench(model, data, timesteps, forward, adapter=adapter) as table:
+        return analyse(table.model, table.feed, mode, share, energy_model, progress)
 
 
 def analyse(
@@ -183,23 +184,23 @@ def analyse(
     energy_model: EnergyModel | str = "horowitz_45nm",
     progress: Progress | None = None,
 ) -> TemporalAnalysis:
-    """The pass behind :func:`temporal_analysis`."""
+    """The pass behind :func:`temporal_analysis`, on a bench."""
     if mode not in get_args(Mode):
         raise OptionError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}.")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise OptionError(f"share must be a number above 0 and at most 1, such as 0.95, not {share!r}.")
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
-    devices, copy = cuda_devices(model), private_copy(model, feed.adapter).eval()
-    with torch.random.fork_rng(devices), torch.no_grad(), feed.adapter.alone(copy):
-        with torch.random.fork_rng(devices), ExitStack() as stack:
-            rehearsal = Rehearsal(copy, feed.adapter, stack)
-            output = _over_time(feed.example()(copy))
+    with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model):
+        with seeded(model), ExitStack() as stack:
+            rehearsal = Rehearsal(model, feed.adapter, stack)
+            output = _over_time(feed.example()(model))
         outputs = _Outputs(len(output), output.shape[2])
         with ExitStack() as stack:
-            meter = StepMeter(copy, feed.adapter, rehearsal.timelines(len(output), output.shape[1]), stack)
+            meter = StepMeter(model, feed.adapter, rehearsal.timelines(len(output), output.shape[1]), stack)
             for batch in tracked(feed, progress, "temporal analysis"):
                 meter.begin_batch()
-                outputs.add(_over_time(feed(copy, batch)), batch)
+                outputs.add(_over_time(feed(model, batch)), batch)
+    feed.adapter.reset(model)
     kl = outputs.divergences(mode)
     running = kl.cumsum(0)
     total = float(running[-1]) if len(kl) else 0.0

@@ -31,20 +31,6 @@ def private_copy(model: M, adapter: Adapter) -> M:
     return result
 
 
-def cuda_devices(model: nn.Module) -> list[int]:
-    """Devices whose random number generators running the model may use."""
-    found = {t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    return sorted(found)
-
-
-def set_seed(seed: int, devices: list[int]) -> None:
-    """Seed the CPU's generator and those of these CUDA devices."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA generators that aren't restored
-    for device in devices:
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
 def _graph_tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         yield from _non_leaves(vars(module))

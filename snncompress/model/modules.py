@@ -29,7 +29,7 @@ def patched(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Inside, all modules are in train or eval mode; afterwards each is in its own again."""
     before = {module: module.training for module in model.modules()}
     model.train(training)

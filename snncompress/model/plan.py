@@ -11,11 +11,11 @@ import numpy as np
 from torch import nn
 
 from snncompress.contract.detection import find_adapter
-from snncompress.errors import PlanError, SNNCompressError
+from snncompress.errors import ModelError, PlanError, SNNCompressError
 from snncompress.interfaces import Adapter
 
 from .copying import private_copy
-from .edits import Edit, MaskWeights, RemoveBlock, RemoveChannels, TruncateTimesteps, edit_from_dict
+from .edits import Edit, RemoveChannels, TruncateTimesteps, edit_from_dict
 
 FORMAT = 2
 M = TypeVar("M", bound=nn.Module)
@@ -49,10 +49,11 @@ class Plan:
 
     def replayed(self, model: M, adapter: Adapter, largest: int | None = None) -> M:
         """:meth:`apply`, for those who know the adapter; no layer may grow beyond ``largest`` weights."""
+        refuse_frozen(model, "compressed")
         result = private_copy(model, adapter)
         for edit in self.edits:
             try:
-                if largest is not None and isinstance(edit, RemoveBlock):
+                if largest is not None:
                     edit.check_growth(result, largest)
                 edit.apply(result, adapter)
             except SNNCompressError:
@@ -122,14 +123,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"Plan of {len(self.edits)} edits"]
-        for layer, gone in self.removed_channels().items():
-            lines.append(f"  {layer}: {len(gone)} channels removed")
-        for edit in self.edits:
-            if isinstance(edit, MaskWeights):
-                kept = edit.mask()
-                lines.append(f"  {edit.layer}: {kept.numel() - int(kept.sum())} of {kept.numel()} weights removed")
-            elif not isinstance(edit, RemoveChannels):
-                lines.append("  " + ", ".join(f"{k}={v}" for k, v in edit.to_dict().items()))
+        lines += [f"  {edit.describe()}" for edit in self.edits]
         lines += [f"  {layer} kept whole: {why}" for layer, why in self.skipped.items()]
         return "\n".join(lines)
 
@@ -153,6 +147,17 @@ def has_plan(model: nn.Module) -> bool:
 def is_detached(model: nn.Module) -> bool:
     """Is this a network that no plan leads to?"""
     return bool(vars(model).get(_DETACHED, False))
+
+
+def refuse_frozen(model: nn.Module, what: str) -> None:
+    """Raise ModelError for a frozen network, or one with a frozen part: no plan leads to it."""
+    frozen = next((name for name, module in model.named_modules() if is_detached(module)), None)
+    if frozen is not None:
+        part = f"its part {frozen!r} is" if frozen else "it is"
+        raise ModelError(
+            f"This {type(model).__name__} can't be {what}: {part} frozen, so no plan leads to it. Take the network "
+            f"that it was made from."
+        )
 
 
 def plan_of(model: nn.Module) -> Plan:

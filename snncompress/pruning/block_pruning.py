@@ -15,11 +15,10 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import DataError, ModelError, OptionError, PlanError, PluginError
 from snncompress.interfaces import Adapter, BlockCriterion
-from snncompress.model.copying import private_copy
 from snncompress.model.edits import REPAIRS, Edit, RemoveBlock, Repair
-from snncompress.model.modules import mode
-from snncompress.model.network import WEIGHT_LAYERS, width
-from snncompress.model.parametrizations import stored_weight
+from snncompress.model.modules import in_mode
+from snncompress.model.network import WEIGHT_LAYERS, Network, resize_inputs, width
+from snncompress.model.parametrizations import separate_classes, stored_weight
 from snncompress.running.data import Batch, Feed
 from snncompress.running.scores import loss_of
 from snncompress.structure.blocks import Block, find_blocks
@@ -33,13 +32,17 @@ class BlockPruning(Pruning):
 
     criterion: BlockCriterion
 
-    def __init__(self, model: nn.Module, adapter: Adapter, criterion: BlockCriterion, feed: Feed, ratio: float) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, criterion: BlockCriterion, feed: Feed, ratio: float,
+        network: Network | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(model, adapter, criterion)
         if criterion.repair not in REPAIRS:
             raise OptionError(
                 f"Criterion {criterion.name!r}: repair must be one of {', '.join(REPAIRS)}, not {criterion.repair!r}."
             )
-        self._feed, self._ratio = feed, ratio
+        self._feed, self._ratio, self._network = feed, ratio, network
+        self._found: dict[str, Block] | None = None  # of the model as it stands
         self.skipped: dict[str, str] = {}
         """Blocks whose place no wire can take, with the reason."""
         self._all: tuple[str, ...] | None = criterion.blocks
@@ -52,19 +55,30 @@ class BlockPruning(Pruning):
             )
 
     def blocks(self) -> dict[str, Block]:
-        """What may still go, in order of execution."""
-        network = trace(self.model, self.adapter, self._feed.example(), timesteps=self._feed.timesteps)
+        """What may still go, in order of execution; found once after each removal."""
+        if self._found is None:
+            self._found = self._find()
+        return self._found
+
+    def _find(self) -> dict[str, Block]:
+        run = self._feed.example()
+        network = self._network or trace(self.model, self.adapter, run, timesteps=self._feed.timesteps, groups=False)
         left = None if self._all is None else [n for n in self._all if not self._is_gone(n)]
-        found = find_blocks(self.model, self.adapter, self._feed.example(), network, left)
+        found = find_blocks(self.model, self.adapter, run, network, left)
         blocks = {b.name: b for b in found if b.kind in {*self.criterion.kinds, "named"}}
         if self._all is None:
             self.skipped = {name: str(why) for name, b in blocks.items() if (why := self._refusal(b))}
         return {name: b for name, b in blocks.items() if name not in self.skipped}
 
+    def redo(self, edit: Edit) -> None:
+        """What was found is no longer so."""
+        super().redo(edit)
+        self._found = self._network = None
+
     def on(self, model: nn.Module) -> BlockPruning:
         """The same for a copy of the model."""
         twin = copy.copy(self)
-        twin.model = model
+        twin.model, twin._found, twin._network = model, None, None
         return twin
 
     def _is_gone(self, name: str) -> bool:
@@ -99,40 +113,43 @@ class BlockPruning(Pruning):
     def remove(self, name: str) -> Edit:
         """Remove one block, and fit what follows it."""
         block = self.blocks()[name]
-        edit, trial = self._tried(block)
+        edit = self._edit(block)
+        with _without(self.model, edit) as fitted:
+            self._try(block)
         if self.criterion.repair == "project":
-            whole = private_copy(self.model, self.adapter).eval()
-            for piece in edit.repairs:
-                _project(whole, trial, block, piece.layer, self._feed)
+            for layer in fitted:
+                _project(self.model, edit, fitted, block, layer, self._feed)
         self.redo(edit)
-        for piece in edit.repairs:
-            fitted = stored_weight(trial.get_submodule(piece.layer))
+        for layer, new in fitted.items():
             with torch.no_grad():
-                stored_weight(self.model.get_submodule(piece.layer)).copy_(fitted)
+                stored_weight(self.model.get_submodule(layer)).copy_(stored_weight(new))
+        return edit
+
+    def _edit(self, block: Block) -> RemoveBlock:
+        edit = RemoveBlock(block.name, tuple(self._repairs(block)), self.criterion.repair)
+        edit.check(self.model)
         return edit
 
     def _refusal(self, block: Block) -> ModelError | PlanError | None:
         try:
-            self._tried(block)
+            with _without(self.model, self._edit(block)):
+                self._try(block)
         except (ModelError, PlanError) as error:
             return error
         return None
 
-    def _tried(self, block: Block) -> tuple[RemoveBlock, nn.Module]:
-        """The edit, and a copy of the model on which it worked."""
-        edit = RemoveBlock(block.name, tuple(self._repairs(block)), self.criterion.repair)
-        trial = private_copy(self.model, self.adapter).eval()
-        edit.apply(trial, self.adapter)
+    def _try(self, block: Block) -> None:
+        """Run the model, as it is now, on an example; raises ModelError where it doesn't fit."""
         try:
-            with torch.no_grad():
-                self._feed.example()(trial)
+            with in_mode(self.model, training=False), torch.no_grad():
+                self._feed.example()(self.model)
         except DataError as error:  # whatever the model's own code says of the new widths
             raise ModelError(
                 f"Block {block.name!r} can't be removed from {type(self.model).__name__}: behind it the widths don't "
                 f"fit. {error.__cause__}"
             ) from error
-        self.adapter.reset(trial)
-        return edit, trial
+        finally:
+            self.adapter.reset(self.model)
 
     def _repairs(self, block: Block) -> Iterator[Repair]:
         if block.channels_in == block.channels_out:
@@ -146,6 +163,31 @@ class BlockPruning(Pruning):
                     f"has {before} inputs, so it reads others too."
                 )
             yield Repair(name, before, after)
+
+
+@contextmanager
+def _without(
+    model: nn.Module, edit: RemoveBlock, fitted: dict[str, nn.Module] | None = None
+) -> Iterator[dict[str, nn.Module]]:
+    """Inside, the block is a wire and the layers behind it are copies of the new width; afterwards all is back.
+
+    These copies by name; ``fitted`` are such from before, to be used again.
+    """
+    if fitted is None:
+        fitted = {piece.layer: copy.deepcopy(model.get_submodule(piece.layer)) for piece in edit.repairs}
+        for layer in fitted.values():
+            separate_classes(layer)
+        for piece in edit.repairs:
+            resize_inputs(fitted[piece.layer], piece.after, fresh=edit.repair == "reinit")
+    instead = {edit.name: nn.Identity(), **fitted}
+    before = {name: model.get_submodule(name) for name in instead}
+    try:
+        for name, module in instead.items():
+            model.set_submodule(name, module)
+        yield fitted
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
 
 
 @contextmanager
@@ -175,7 +217,7 @@ class _Wire(nn.Module):
 def _mean_loss(model: nn.Module, feed: Feed, progress: Progress | None, what: str) -> float:
     total = samples = 0.0
     try:
-        with mode(model, training=False), torch.no_grad():
+        with in_mode(model, training=False), torch.no_grad():
             for batch in tracked(feed, progress, what):
                 output = feed(model, batch)
                 count = 1 if batch.y is None else len(batch.y)
@@ -186,18 +228,22 @@ def _mean_loss(model: nn.Module, feed: Feed, progress: Progress | None, what: st
     return total / samples
 
 
-def _project(model: nn.Module, trial: nn.Module, block: Block, consumer: str, feed: Feed) -> None:
-    """Fit a layer behind the block in ``trial``: W' = W P, P minimizing ‖x - P x'‖² over calibration.
+def _project(
+    model: nn.Module, edit: RemoveBlock, fitted: dict[str, nn.Module], block: Block, consumer: str, feed: Feed
+) -> None:
+    """Fit one of the new layers behind the block: W' = W P, P minimizing ‖x - P x'‖² over calibration.
 
     x [c_out] is what such a layer sees of a position, sample and timestep in ``model``, x' [c_in] what it sees where
     the block is a wire.
     """
-    old, new = model.get_submodule(consumer), trial.get_submodule(consumer)
+    old, new = model.get_submodule(consumer), fitted[consumer]
     c_in, c_out = block.channels_in, block.channels_out
     gram, cross = (torch.zeros(c_in, size, dtype=torch.float64) for size in (c_in, c_out))
     for batch in feed:
-        seen = [_inputs(net, layer, feed, batch) for net, layer in ((model, old), (trial, new))]
-        for x, y in zip(*seen, strict=True):
+        whole = _inputs(model, old, feed, batch)
+        with _without(model, edit, fitted):
+            less = _inputs(model, new, feed, batch)
+        for x, y in zip(whole, less, strict=True):
             before, after = _by_channel(x, old, c_out), _by_channel(y, new, c_in)
             gram += after.T @ after
             cross += after.T @ before
@@ -208,7 +254,7 @@ def _project(model: nn.Module, trial: nn.Module, block: Block, consumer: str, fe
 def _inputs(net: nn.Module, layer: nn.Module, feed: Feed, batch: Batch) -> list[Tensor]:
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, in_mode(net, training=False), torch.no_grad():
         stack.callback(handle.remove)
         stack.callback(feed.adapter.reset, net)
         feed(net, batch)

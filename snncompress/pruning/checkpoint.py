@@ -16,7 +16,7 @@ from torch import nn
 
 from snncompress.base.files import write_whole
 from snncompress.errors import OptionError, StorageError
-from snncompress.model.copying import cuda_devices
+from snncompress.model.chance import cuda_devices
 from snncompress.model.edits import Edit, edit_from_dict
 from snncompress.model.modules import tensors_in
 from snncompress.running.data import Feed

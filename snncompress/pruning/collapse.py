@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
@@ -12,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from snncompress.contract.detection import find_adapter
-from snncompress.errors import ModelError, PlanError, SyntheticDataWarning
+from snncompress.errors import ModelError, PlanError
 from snncompress.interfaces import Adapter, Forward
-from snncompress.model.copying import cuda_devices, plain_copy, private_copy
+from snncompress.model.copying import plain_copy, private_copy
 from snncompress.model.edits import Edit, RemoveChannels
-from snncompress.model.modules import tensors_in
-from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, Member, without
+from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, Member, weight_layers, without
 from snncompress.model.parametrizations import weight_bits
-from snncompress.model.plan import Plan, attach, plan_of
+from snncompress.model.plan import Plan, attach, plan_of, refuse_frozen
+from snncompress.running.bench import bench
 from snncompress.running.data import Feed
-from snncompress.running.synthetic import synthetic_feed
+from snncompress.running.sameness import all_same, wired_outputs
 from snncompress.structure.tracing import trace
 from snncompress.version import __version__
 
@@ -76,13 +75,12 @@ def collapse(
         Linear(in_features=5, out_features=2, bias=True)
     """
     found = find_adapter(model, adapter)
-    if not any(isinstance(module, WEIGHT_LAYERS) for module in model.modules()):
+    if not weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer, so no channels to remove.")
-    work = private_copy(model, found)
-    devices = cuda_devices(model)
+    refuse_frozen(model, "compressed")
     edits: list[Edit] = []
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), found.alone(work):
-        feed = _feed(work, found, data, timesteps, forward)
+    with bench(model, data, timesteps, forward, adapter=found, noise="structure") as table:
+        work, feed = table.model, table.feed
         network = trace(work, found, feed.example(), timesteps=feed.timesteps)
         guessed = data is None and feed.timesteps != timesteps
         groups = network.groups
@@ -94,16 +92,6 @@ def collapse(
     versions = {"snncompress": __version__, "torch": torch.__version__, "framework": found.framework}
     attach(work, _continued(model, Plan(tuple(edits), network.skipped, {**versions, **settings})))
     return work
-
-
-def _feed(model: nn.Module, adapter: Adapter, data: Any, timesteps: int | None, forward: Forward | None) -> Feed:
-    if data is not None:
-        feed = Feed(adapter, data, timesteps, forward)
-        feed.check(model, feed.first())
-        return feed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntheticDataWarning)  # it warns of bad scores; nothing is scored here
-        return synthetic_feed(model, adapter, timesteps, forward, needs_labels="")
 
 
 def _step(
@@ -243,30 +231,16 @@ def _tried(model: M, edit: RemoveChannels, muted: dict[str, Tensor], feed: Feed)
     plain, smaller = plain_copy(model, adapter), private_copy(model, adapter)
     for stored, computed in zip(_weights(plain), _weights(model), strict=True):
         stored.copy_(computed)
-    before = _currents(plain, muted, feed)
+    silent = {plain.get_submodule(name): index for name, index in muted.items()}
+    before = wired_outputs(plain, adapter, feed.example(), silent)
     edit.apply(plain, adapter)
     edit.apply(smaller, adapter)
-    pairs = [*zip(before, _currents(plain, {}, feed), strict=True)]
-    pairs += zip(_weights(plain), _weights(smaller), strict=True)
-    return smaller if all(_same(a, b) for a, b in pairs) else None
-
-
-def _currents(model: nn.Module, muted: dict[str, Tensor], feed: Feed) -> list[Tensor]:
-    columns = {model.get_submodule(name): index for name, index in muted.items()}
-
-    def wire(neuron: nn.Module, x: Tensor) -> Tensor:
-        return x.index_fill(1, columns[neuron].to(x.device), 0.0) if neuron in columns else x * 1.0
-
-    with feed.adapter.identities(model, wire):
-        return [t for t in tensors_in(feed.example()(model)) if t.is_floating_point()]
+    after = wired_outputs(plain, adapter, feed.example())
+    return smaller if all_same(before, after) and all_same(_weights(plain), _weights(smaller)) else None
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, WEIGHT_LAYERS)]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().amax() <= _tolerance(a) * a.abs().amax())
 
 
 def _tolerance(x: Tensor) -> float:

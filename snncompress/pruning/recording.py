@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
 from snncompress.interfaces import Criterion, Layer
-from snncompress.model.modules import mode
+from snncompress.model.modules import in_mode
 from snncompress.model.network import ChannelGroup, Network
 from snncompress.model.parametrizations import float_weight, stored_weight
 from snncompress.running.data import Feed
@@ -86,7 +86,7 @@ def _run(
                 observer = _observer(neuron, listening, fired)
                 module = model.get_submodule(neuron)
                 stack.callback(feed.adapter.observe(module, observer, membrane="membrane" in criterion.needs))
-        stack.enter_context(mode(model, training=False))
+        stack.enter_context(in_mode(model, training=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         if gradients:
             for weight in {stored_weight(model.get_submodule(s.layer_name)) for s in scorers}:

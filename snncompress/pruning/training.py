@@ -12,7 +12,7 @@ from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward, Loss
-from snncompress.model.modules import mode
+from snncompress.model.modules import in_mode
 from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
 
@@ -48,7 +48,7 @@ def finetune(
     """
     check_training(epochs, lr, weight_decay)
     found = find_adapter(model, adapter, plain=True)
-    train(model, Feed(found, data, timesteps, forward, loss), epochs, lr, weight_decay, progress)
+    train(model, Feed(found, data, timesteps, forward, loss, on=model), epochs, lr, weight_decay, progress)
     return model
 
 
@@ -79,7 +79,7 @@ def train(
     optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     try:
-        with mode(model, training=True), torch.inference_mode(False), torch.enable_grad():
+        with in_mode(model, training=True), torch.inference_mode(False), torch.enable_grad():
             for epoch in range(epochs):
                 for batch in tracked(feed, progress, f"{what}fine-tuning, epoch {epoch + 1}/{epochs}"):
                     optimizer.zero_grad()

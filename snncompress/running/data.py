@@ -1,7 +1,7 @@
 """What users hand in as data, and how a model is run on it.
 
-A ``Feed`` turns a tensor, an (x, y) batch, a DataLoader or any iterable of either into batches that were checked at
-the door, and runs a model on one of them.
+A ``Feed`` turns a tensor, an (x, y) batch, a Dataset, a DataLoader or any iterable of batches into batches that were
+checked at the door, and runs a model on one of them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from snncompress.errors import DataError, SNNCompressError
 from snncompress.interfaces import Adapter, Forward, Loss
-from snncompress.model.modules import timestep_limit
+from snncompress.model.modules import tensors_in, timestep_limit
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on an example batch."""
+_SAMPLES = 64
+"""In a batch of a Dataset."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Feed:
 
     ``timesteps`` = T feeds static samples [N, ...] as constant current for T steps; None feeds a batch as it is;
     ``forward(model, batch)`` runs anything else and gets the batch as the user's iterable yields it. Where gradients
-    are needed, ``loss(output, y)`` takes the place of cross-entropy.
+    are needed, ``loss(output, y)`` takes the place of cross-entropy. Batches come on the device of the model ``on``,
+    where one is given.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class Feed:
         timesteps: int | None = None,
         forward: Forward | None = None,
         loss: Loss | None = None,
+        *,
+        on: nn.Module | None = None,
     ) -> None:
         if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
             raise DataError(f"timesteps must be None or a whole number of at least 1, not {timesteps!r}.")
@@ -56,6 +62,7 @@ class Feed:
         if loss is not None and not callable(loss):
             raise DataError(f"loss must be callable as loss(output, y), not {loss!r}.")
         self.adapter, self.timesteps, self.forward, self.loss = adapter, timesteps, forward, loss
+        self._device = None if on is None else next((t.device for t in (*on.parameters(), *on.buffers())), None)
         self._data = _as_iterable(data)
         self._first: Batch | None = None
 
@@ -63,7 +70,7 @@ class Feed:
         empty = True
         for number, raw in enumerate(self._data):
             empty = False
-            yield self._checked(raw, number)
+            yield self._checked(raw if self._device is None else _moved(raw, self._device), number)
         if empty:
             raise DataError(
                 "The data hold no batch. If this is an iterator that was used up, pass a list or a DataLoader."
@@ -188,12 +195,40 @@ def _split(raw: Any) -> tuple[Any, Tensor | None]:
 def _as_iterable(data: Any) -> Iterable[Any]:
     if isinstance(data, Tensor) or _is_pair(data):
         return [data]
-    if isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
+    if isinstance(data, (str, bytes, dict)) or not isinstance(data, (Iterable, Dataset)):
         raise DataError(
-            f"data must be a tensor, an (x, y) batch, a DataLoader or an iterable of either, not {type(data).__name__}."
+            f"data must be a tensor, an (x, y) batch, a DataLoader or an iterable of either, or a Dataset, not "
+            f"{type(data).__name__}."
         )
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=_SAMPLES, collate_fn=_together)
     # Several passes are made (tracing, every pruning step), so a one-shot iterator is kept.
     return list(data) if isinstance(data, Iterator) else data
+
+
+def _together(samples: list[Any]) -> Any:
+    try:
+        return default_collate(samples)
+    except (TypeError, RuntimeError) as error:  # torch's own texts speak of its internals
+        what = samples[0][0] if isinstance(samples[0], (tuple, list)) and samples[0] else samples[0]
+        raise DataError(
+            f"Samples of this dataset, such as a {type(what).__name__}, can't be stacked to a batch. Let it yield "
+            f"tensors of one shape (a transform), or pass a DataLoader with a collate_fn of its own."
+        ) from error
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same on a device; containers without a tensor elsewhere are handed on as they are."""
+    if isinstance(value, Tensor):
+        if value.is_meta and device.type != "meta":
+            raise DataError(f"The data are on meta, the model on {device}. Move one; tensors on meta hold no values.")
+        return value.to(device)
+    if all(tensor.device == device for tensor in tensors_in(value)):
+        return value
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    items = [_moved(item, device) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def _is_pair(data: Any) -> bool:

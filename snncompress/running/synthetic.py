@@ -48,7 +48,7 @@ def synthetic_feed(
                     f"No calibration data: scores come from {_SAMPLES} synthetic samples of shape {list(shape)} "
                     f"(uniform noise, {fed}). Real data will score better: pass data=…",
                     SyntheticDataWarning,
-                    stacklevel=3,
+                    stacklevel=6,  # the call of the user: past the bench
                 )
                 return Feed(adapter, x, steps)
     raise DataError(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from snncompress.base.display import table
 from snncompress.errors import StorageError
+from snncompress.model.edits.base import KINDS
 
-from .compact import MASK, size_of
+from .compact import MASK
 from .container import Container
 from .storage import part
 
@@ -31,7 +29,7 @@ def describe(path: str | os.PathLike[str]) -> str:
     total = Path(path).stat().st_size
     held = sum(_bytes(tensor) for tensor in file.tensors.values())
     try:
-        edits = [_shown(line) for line in _edits(plan["edits"], file)]
+        edits = [_shown(KINDS[data["edit"]].summary(data, file.tensors)) for data in plan["edits"]]
         skipped = plan["whole" if plan["format"] == 1 else "skipped"]
         whole = [_shown(f"{name} left whole: {why}") for name, why in skipped.items()]
         rows = [[*map(_shown, row[:2]), row[2]] for row in _rows(file)]
@@ -52,22 +50,6 @@ def describe(path: str | os.PathLike[str]) -> str:
             ),
         ]
     )
-
-
-def _edits(edits: list[dict[str, Any]], file: Container) -> Iterator[str]:
-    for edit in edits:
-        rest = {key: value for key, value in edit.items() if key not in ("edit", "layers")}
-        if edit["edit"] == "remove_channels":
-            gone = np.unpackbits(np.frombuffer(base64.b64decode(edit["indices"]), np.uint8)).sum()
-            yield f"{edit['layer']}: {gone} of {edit['width']} channels removed"
-        elif edit["edit"] == "mask_weights":
-            size, packed = size_of(edit), file.tensors[edit["kept"]["tensor"]].numpy()
-            kept = (packed != 255).sum() if edit["kept"]["form"] == "gaps" else np.unpackbits(packed).sum()
-            yield f"{edit['layer']}: {size - kept} of {size} weights removed"
-        elif edit["edit"] == "quantize_weights":
-            yield f"{', '.join(edit['layers'])}: " + ", ".join(f"{k}={v}" for k, v in rest.items())
-        else:
-            yield f"{edit['edit']}: " + ", ".join(f"{k}={v}" for k, v in rest.items())
 
 
 def _rows(file: Container) -> Iterator[tuple[str, str, str]]:

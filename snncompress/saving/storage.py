@@ -15,10 +15,10 @@ from snncompress.base.packing import pack_codes, unpack_codes
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, OptionError, PlanError, StorageError
 from snncompress.interfaces import Adapter
-from snncompress.model.copying import cuda_devices
+from snncompress.model.chance import undisturbed
 from snncompress.model.grids import Grid
 from snncompress.model.parametrizations import CompressedWeight, compression_of, gridded, hold
-from snncompress.model.plan import Plan, has_plan, is_detached, plan_of
+from snncompress.model.plan import Plan, has_plan, plan_of, refuse_frozen
 from snncompress.version import __version__
 
 from .compact import MASK, compact, expanded
@@ -35,7 +35,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | s
     A safetensors file (docs/format.md) with the plan as JSON; of quantized layers the codes in their bit width and the
     scale, of masked ones only the weights that exist, all other parameters and buffers as they are. No pickle, no code.
     What a fresh model brings along isn't in it: classes, hooks, constants of constructors. Nor are the floats behind
-    quantized weights, unless a quantizer's values come from no uniform grid.
+    quantized weights, unless a quantizer's values come from no uniform grid; nor what neurons remember of the last run,
+    where a framework keeps it in buffers.
 
     The file is written whole or not at all: a process that is killed leaves the old file or the new one.
 
@@ -60,7 +61,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | s
     compacted, tensors = compact(plan)
     packed: dict[str, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
-    state = _state(model)
+    state = _state(model, found)
     for name, *others in _tied(state):
         tensor = state[name]
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
@@ -106,11 +107,11 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
             f"This {type(into).__name__} is compressed already. Build a fresh one for load(path, into=model)."
         )
     total = sum(p.numel() for p in into.parameters()) + 1_000_000
-    with torch.random.fork_rng(cuda_devices(into)), torch.inference_mode(False), torch.no_grad():
+    with undisturbed(into), torch.inference_mode(False), torch.no_grad():
         plan = expanded(part(file, "plan"), file.tensors, 64 * total)
         model = plan.replayed(into, found, largest=64 * total)
         try:
-            _fill(model, file)
+            _fill(model, file, found)
         except StorageError as error:
             raise StorageError(
                 f"{path} doesn't fit this {type(into).__name__}: {error} It holds {_needs(described, file.tensors)}."
@@ -122,13 +123,12 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
 
 def _plan_of(model: nn.Module) -> Plan:
     """The plan; raises ModelError for a network that no plan leads to."""
+    refuse_frozen(model, "saved")
     try:
         return plan_of(model)
     except PlanError as error:
         inner = next((name for name, module in model.named_modules() if name and has_plan(module)), "")
-        if is_detached(model):
-            why = "it is frozen, so no plan leads to it. Save the network that it was made from."
-        elif inner:
+        if inner:
             why = f"the compressed network is its part {inner!r}. Save that part."
         elif _compressed(model):
             why = "layers of it are compressed, and there is no plan. Save the model that snncompress.apply returned."
@@ -156,13 +156,27 @@ def _on_a_grid(name: str, packed: Mapping[str, Any]) -> bool:
     return bool(found) and "bits" in packed.get(f"{layer}.weight", {})
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by the names that they have in a network that isn't compressed."""
-    state = model.state_dict()
+def _state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Parameters and buffers, but for neurons' states, by the names that they have in an uncompressed network."""
+    moments = _moments(model, adapter)
+    state = {name: value for name, value in model.state_dict().items() if name not in moments}
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise ModelError(f"{other[0]} of this {type(model).__name__} isn't a tensor, so it can't be kept in a file.")
     return {name.replace(_STORED, ".weight"): tensor for name, tensor in state.items()}
+
+
+def _moments(model: nn.Module, adapter: Adapter) -> set[str]:
+    """Names of the buffers that hold no more than what neurons remember of the last run."""
+    found: set[str] = set()
+    for name, neuron in adapter.stateful(model).items():
+        try:
+            states = adapter.states(neuron)
+        except ModelError:  # nothing is known of it: all of it is kept
+            continue
+        own = {buffer for buffer, _ in neuron.named_buffers(recurse=False)}
+        found.update(f"{name}.{state}" if name else state for state in own & set(states))
+    return found
 
 
 def _compression(model: nn.Module, name: str) -> CompressedWeight | None:
@@ -196,12 +210,13 @@ def _kept(compression: CompressedWeight, stored: Tensor) -> Tensor:
     return compression.turned(mask)
 
 
-def _fill(model: nn.Module, file: Container) -> None:
+def _fill(model: nn.Module, file: Container, adapter: Adapter) -> None:
     """Put the file's tensors in; raises StorageError, the model may then be half filled."""
     packed = {name: how for name, how in part(file, "packed").items() if isinstance(how, dict)}
     aliases = {name: str(other) for name, other in part(file, "aliases").items()}
-    left = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(MASK)}
-    state = {name: tensor for name, tensor in _state(model).items() if not _on_a_grid(name, packed)}
+    moments = _moments(model, adapter)  # an adapter that didn't name them may have written the file
+    left = {name: t for name, t in file.tensors.items() if not name.startswith(MASK) and name not in moments}
+    state = {name: tensor for name, tensor in _state(model, adapter).items() if not _on_a_grid(name, packed)}
     found: dict[str, Tensor] = {}
     for name, target in state.items():
         compression = _compression(model, name)

@@ -39,17 +39,20 @@ from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_r
 from .verifying import leave_out_what_breaks
 
 
-def trace(model: nn.Module, adapter: Adapter, run: Run, *, timesteps: int | None = None) -> Network:
+def trace(
+    model: nn.Module, adapter: Adapter, run: Run, *, timesteps: int | None = None, groups: bool = True
+) -> Network:
     """The network's structure; the model itself is not touched.
 
     ``run(copy)`` must run an example; with ``timesteps``, one sample as constant current. Raises DataError where the
-    neurons took those steps for samples; ModelError where no weight layer drives a neuron.
+    neurons took those steps for samples; ModelError where no weight layer drives a neuron. Without ``groups``
+    nothing is found out, and tried, about channels that go together.
     """
     with torch.inference_mode(False), torch.enable_grad(), _full_precision():
-        return _trace(plain_copy(model, adapter), adapter, run, timesteps)
+        return _trace(plain_copy(model, adapter), adapter, run, timesteps, groups)
 
 
-def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None) -> Network:
+def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, groups: bool) -> Network:
     modules = dict(copy.named_modules())
     neurons = adapter.neurons(copy)
     inside = {f"{n}.{sub}" for n in neurons for sub, _ in neurons[n].named_modules() if sub}
@@ -94,6 +97,8 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None) -
     for name in weights:
         if name not in layers:
             network.skipped[name] = "the model never calls it on this input"
+    if not groups:
+        return network
     exposed = [name for name in visible if name not in last]
     skipped = computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
     _add_groups(network, graph, copy, {n: shapes[m] for n, m in neurons.items() if m in shapes}, skipped)

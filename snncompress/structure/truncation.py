@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter
-from snncompress.model.copying import cuda_devices, private_copy
+from snncompress.model.chance import seeded
+from snncompress.model.copying import private_copy
 from snncompress.model.edits import TruncateTimesteps
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import NORMS, WEIGHT_LAYERS
@@ -51,20 +52,19 @@ def truncation(model: nn.Module, adapter: Adapter, feed: Feed, timesteps: int) -
     """
     if type(timesteps) is not int or timesteps < 1:
         raise OptionError(f"A model runs a whole number of timesteps, at least 1, not {timesteps!r}.")
-    with torch.random.fork_rng(cuda_devices(model)):
-        run = feed.example()
-        whole = _trial(model, adapter, run)
-        steps = _steps(whole)
-        if timesteps > steps:
-            raise OptionError(f"{type(model).__name__} runs {steps} timesteps; it can't be truncated to {timesteps}.")
-        if timesteps == steps:
-            return None
-        tried = []
-        for edit in _candidates(model, feed, whole, steps, timesteps):
-            refusal = _refusal(model, adapter, run, whole, steps, edit)
-            if refusal is None:
-                return edit
-            tried.append(f"{_described(edit)}: {refusal}")
+    run = feed.example()
+    whole = _trial(model, adapter, run)
+    steps = _steps(whole)
+    if timesteps > steps:
+        raise OptionError(f"{type(model).__name__} runs {steps} timesteps; it can't be truncated to {timesteps}.")
+    if timesteps == steps:
+        return None
+    tried = []
+    for edit in _candidates(model, feed, whole, steps, timesteps):
+        refusal = _refusal(model, adapter, run, whole, steps, edit)
+        if refusal is None:
+            return edit
+        tried.append(f"{_described(edit)}: {refusal}")
     by_hand = f" Where forward= calls the model once per timestep, let it do so {timesteps} times." * bool(feed.forward)
     raise ModelError(
         f"{type(model).__name__} can't be made to run only {timesteps} of its {steps} timesteps. "
@@ -97,7 +97,7 @@ def _trial(model: nn.Module, adapter: Adapter, run: Run, edit: TruncateTimesteps
         x = next((v for v in (*args, *named.values()) if isinstance(v, Tensor)), None)
         trial.shape = () if x is None else tuple(x.shape)
 
-    with torch.random.fork_rng(cuda_devices(copy)), torch.no_grad(), adapter.alone(copy), ExitStack() as stack:
+    with seeded(copy), torch.no_grad(), adapter.alone(copy), ExitStack() as stack:
         for name, neuron in adapter.neurons(copy).items():
             stack.callback(adapter.observe(neuron, listen(name), membrane=False))
         copy.register_forward_pre_hook(note_shape, with_kwargs=True)  # after earlier cuts

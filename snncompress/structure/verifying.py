@@ -14,12 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from snncompress.interfaces import Adapter
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
-from snncompress.model.modules import tensors_in
 from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Network, without
 from snncompress.model.parametrizations import computed_weight
 from snncompress.running.data import Run
-
-_TOLERANCE = 1e-3  # of the output's largest value, more in half precision; a wrong index differs by its whole size
+from snncompress.running.sameness import same, wired_outputs
 
 
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
@@ -89,23 +87,14 @@ def _difference(model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[
         for number, (_, removed) in enumerate(pairs):
             RemoveChannels.of(pruned, groups[number], removed).apply(pruned, adapter)
             groups = without(groups, number, removed)
-        wanted = _run(model, adapter, run, masks)
-        got = _run(pruned, adapter, run, {})
+        wanted = wired_outputs(model, adapter, run, masks)
+        got = wired_outputs(pruned, adapter, run)
     except Exception as error:  # whatever goes wrong on the trial copy would go wrong on the user's model
         cause = error.__cause__ or error
         return f"its channels can't be removed safely: a trial on a copy failed ({type(cause).__name__}: {cause})"
     for a, b in zip(wanted, got, strict=True):
         if a.shape != b.shape:
             return f"removing its channels would change the output's shape from {list(a.shape)} to {list(b.shape)}"
-        scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
-        if not bool(((a - b).abs().max() / scale) <= max(_TOLERANCE, 16 * torch.finfo(a.dtype).eps)):
+        if not same(a, b):
             return "removing its channels is not the same as silencing its neurons (something adds to silent channels)"
     return None
-
-
-def _run(model: nn.Module, adapter: Adapter, run: Run, masks: dict[nn.Module, Tensor]) -> list[Tensor]:
-    def wire(neuron: nn.Module, x: Tensor) -> Tensor:
-        return x.index_fill(1, masks[neuron].to(x.device), 0.0) if neuron in masks else x * 1.0
-
-    with adapter.identities(model, wire):
-        return [t for t in tensors_in(run(model)) if t.is_floating_point()]

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from torch import nn
 
 from snncompress.base.display import new_axes, number, table
@@ -19,9 +18,11 @@ from snncompress.interfaces import Adapter, BlockCriterion, Criterion, EnergyMod
 from snncompress.measuring.conventions import resolve_conventions
 from snncompress.measuring.evaluation import classified
 from snncompress.measuring.profiling import measure
-from snncompress.model.copying import cuda_devices, private_copy, set_seed
+from snncompress.model.copying import private_copy
+from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.block_pruning import BlockPruning
 from snncompress.pruning.training import check_training, train
+from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ def block_search(
         DataError: data without labels, or that don't fit the model.
 
     Example:
+        >>> import torch
         >>> from spikingjelly.activation_based import neuron
         >>> from snncompress_fire import Ablation
         >>> one, other = (nn.Sequential(nn.Linear(4, 4), neuron.LIFNode()) for _ in range(2))
@@ -199,11 +201,9 @@ def block_search(
     check_training(epochs, lr)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
     found = find_adapter(model, adapter)
-    feed = Feed(found, data, timesteps, forward, loss)
-    tested = feed if test is None else Feed(found, test, timesteps, forward)
-    work, devices = private_copy(model, found), cuda_devices(model)
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), found.alone(work):
-        set_seed(seed, devices)
+    refuse_frozen(model, "compressed")
+    with bench(model, data, timesteps, forward, loss, found, test=test, seed=seed, gradients=True) as table:
+        work, feed = table.model, table.feed
         pruning = BlockPruning(work, found, chosen, feed, 1.0)
         blocks = tuple(pruning.blocks())
         if method == "exhaustive" and len(blocks) > MOST_BLOCKS:
@@ -218,12 +218,12 @@ def block_search(
         if method == "exhaustive":
             sets = [s for s in _subsets(blocks) if len(s) in sizes]
         else:
-            path = _greedy(pruning.on(private_copy(work, found)), feed, seed, max(sizes), progress)
+            path = _greedy(pruning.on(table.copy()), feed, seed, max(sizes), progress)
             sets = [tuple(name for name in blocks if name in path[:size]) for size in sizes]
         samples: list[int] = []
 
         def measured(removed: tuple[str, ...], network: nn.Module) -> Candidate:
-            set_seed(seed, devices)
+            table.reseed()
             if epochs:
                 network = private_copy(network, found)
                 train(network, feed, epochs, lr, progress=False)
@@ -234,7 +234,7 @@ def block_search(
                 predicted, labels = classified(output, batch.y)
                 right += int((predicted == labels).sum())
 
-            p = measure(network, tested, energy, resolve_conventions(None), watch)
+            p = measure(network, table.test, energy, resolve_conventions(None), watch)
             samples.append(p.n_samples)
             return Candidate(removed, right / p.n_samples, p.energy_pj, p.n_params, p.n_ac, p.n_mac)
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, ModelError, OptionError
-from snncompress.interfaces import Adapter, Criterion, Forward, Layer, Loss
+from snncompress.interfaces import Adapter, Criterion, CriticalityCriterion, Forward, Loss
 from snncompress.measuring.evaluation import accuracy
-from snncompress.model.copying import cuda_devices, private_copy, set_seed
 from snncompress.model.network import ChannelGroup, Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import stored_weight, weight_mask
+from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.recording import Recording, record
 from snncompress.pruning.selection import (
     Target,
@@ -32,7 +32,7 @@ from snncompress.pruning.selection import (
     weight_ratios,
 )
 from snncompress.pruning.steps import ChannelPruning, Pruning, WeightPruning
-from snncompress.running.data import Feed
+from snncompress.running.bench import Bench, bench
 from snncompress.structure.tracing import trace
 
 from .curves import Sensitivity, ThresholdSweep
@@ -99,20 +99,20 @@ def sensitivity(
     """
     chosen = _resolved(criterion, seed)
     shares = tuple(check_ratio(ratio, "ratios") for ratio in _listed(ratios, "ratios"))
-    with _bench(model, data, test, timesteps, forward, loss, adapter, seed) as bench:
-        units, skipped = _units(bench, chosen, layers)
+    with _traced(model, data, test, timesteps, forward, loss, adapter, seed) as (table, network):
+        units, skipped = _units(table.model, network, chosen, layers)
         scored = {name: unit.group for unit in units for name in unit.layers}
-        scores = record(bench.model, bench.network, bench.data, chosen, scored, seed + 1, progress)
-        dense = bench.accuracy(bench.model)
+        scores = record(table.model, network, table.feed, chosen, scored, seed + 1, progress)
+        dense = _accuracy(table, table.model)
 
         def measured(unit: _Unit, ratio: float) -> float | None:
             if not unit.bears(ratio):
                 return None
-            copy = private_copy(bench.model, bench.adapter)
-            unit.pruning(copy, bench, chosen, ratio).step(scores, _fully)
-            return bench.accuracy(copy)
+            copy = table.copy()
+            unit.pruning(copy, table.adapter, network, chosen, ratio).step(scores, _fully)
+            return _accuracy(table, copy)
 
-        rows: dict[str, list[float | None]] = {name: [] for name in weight_layers(bench.model) if name in scored}
+        rows: dict[str, list[float | None]] = {name: [] for name in weight_layers(table.model) if name in scored}
         for unit, ratio in tracked([(u, r) for u in units for r in shares], progress, "measuring accuracy"):
             found = measured(unit, ratio)
             for name in unit.layers:
@@ -148,10 +148,8 @@ def threshold_sweep(
     Args:
         taus: thresholds, each in [0, 1]; 1 protects nothing.
         ratio: share of the weights to remove: a number, or a mapping from layer name or glob.
-        criterion: name or instance of a criterion of single weights that is a dataclass with a field ``tau`` and has a
-            method ``criticality(layer, state)`` → Tensor in [0, 1], shaped like ``layer.weight``: those above ``tau``
-            are the protected ones. Only ``score`` and ``select`` may depend on ``tau``, as the state is recorded once.
-            The instance's own ``tau`` isn't used.
+        criterion: name or instance of a :class:`snncompress.extend.CriticalityCriterion`. The instance's own ``tau``
+            isn't used.
         model, data, test, timesteps, forward, loss, adapter, seed, progress: as in :func:`sensitivity`.
 
     Raises:
@@ -172,27 +170,25 @@ def threshold_sweep(
         ((0.5, 0.5), 0.0)
     """
     chosen = _resolved(criterion, seed)
-    criticality = _criticality(chosen)
+    protecting = _protecting(chosen)
     thresholds = tuple(_check_tau(tau) for tau in _listed(taus, "taus"))
-    variants: list[Criterion] = [dataclasses.replace(cast(Any, chosen), tau=tau) for tau in thresholds]
-    with _bench(model, data, test, timesteps, forward, loss, adapter, seed) as bench:
-        names = weight_layers(bench.model)
-        skips = resolve_skip(None, bench.network, names, "weight")
-        shares, skipped = weight_ratios(names, ratio, skips, computed_or_shared(bench.model))
+    variants: list[Criterion] = [dataclasses.replace(cast(Any, protecting), tau=tau) for tau in thresholds]
+    with _traced(model, data, test, timesteps, forward, loss, adapter, seed) as (table, network):
+        names = weight_layers(table.model)
+        skips = resolve_skip(None, network, names, "weight")
+        shares, skipped = weight_ratios(names, ratio, skips, computed_or_shared(table.model))
         _refuse("ratio", overruled(ratio, skipped))
         if not shares:
             raise OptionError(f"No layer is left to prune. {_reasons(skipped)}.")
         layers = dict.fromkeys(shares)
-        recording = Recording(bench.model, bench.network, bench.data, chosen, layers, seed + 1, progress)
-        critical = torch.cat([c.flatten() for c in recording.scores(criticality).values()])
-        dense = bench.accuracy(bench.model)
+        recording = Recording(table.model, network, table.feed, chosen, layers, seed + 1, progress)
+        critical = torch.cat([c.flatten() for c in recording.scores(protecting.criticality).values()])
+        dense = _accuracy(table, table.model)
 
         def measured(variant: Criterion) -> tuple[float, float]:
-            copy = private_copy(bench.model, bench.adapter)
-            WeightPruning(copy, bench.adapter, variant, bench.network, shares).step(
-                recording.scores(variant.score), _fully
-            )
-            return bench.accuracy(copy), _sparsity(copy, shares)
+            copy = table.copy()
+            WeightPruning(copy, table.adapter, variant, network, shares).step(recording.scores(variant.score), _fully)
+            return _accuracy(table, copy), _sparsity(copy, shares)
 
         found = [measured(variant) for variant in tracked(variants, progress, "measuring accuracy")]
     accuracies, sparsities = zip(*found, strict=True)
@@ -201,47 +197,31 @@ def threshold_sweep(
     return ThresholdSweep(dense, thresholds, accuracies, protected, sparsities, shares, chosen.name, title)
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """A traced private copy of the model; copies of it are pruned and measured."""
-
-    model: nn.Module
-    network: Network
-    data: Feed
-    test: Feed
-    seed: int
-
-    @property
-    def adapter(self) -> Adapter:
-        return self.data.adapter
-
-    def accuracy(self, model: nn.Module) -> float:
-        set_seed(self.seed, cuda_devices(model))
-        with self.adapter.alone(model):
-            return accuracy(model, self.test)
-
-
 @contextmanager
-def _bench(
+def _traced(
     model: nn.Module, data: Any, test: Any, timesteps: int | None, forward: Forward | None,
     loss: Loss | None, adapter: Adapter | str | None, seed: int,
-) -> Iterator[_Bench]:  # fmt: skip
+) -> Iterator[tuple[Bench[nn.Module], Network]]:  # fmt: skip
+    """A bench for pruning and measuring copies, and what the model looks like."""
     found = find_adapter(model, adapter)
-    calibration = Feed(found, data, timesteps, forward, loss)
-    tested = calibration if test is None else Feed(found, test, timesteps, forward)
     if not weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune.")
-    work, devices = private_copy(model, found), cuda_devices(model)
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), found.alone(work):
-        set_seed(seed, devices)
-        for feed in (calibration, tested):
-            feed.check(work, feed.first())
-        if tested.first().y is None:
+    refuse_frozen(model, "compressed")
+    options = {"test": test, "seed": seed, "gradients": True}
+    with bench(model, data, timesteps, forward, loss, found, **options) as table:
+        if table.test.first().y is None:
             raise DataError(
                 "Accuracy needs labels, and these data have none. Pass (x, y) batches as data or test, y being class "
                 "indices [N]."
             )
-        yield _Bench(work, trace(work, found, calibration.example(), timesteps=timesteps), calibration, tested, seed)
+        yield table, trace(table.model, found, table.feed.example(), timesteps=timesteps)
+
+
+def _accuracy(table: Bench[nn.Module], model: nn.Module) -> float:
+    """Each from the same random state."""
+    table.reseed()
+    with table.adapter.alone(model):
+        return accuracy(model, table.test)
 
 
 @dataclass(frozen=True)
@@ -255,25 +235,26 @@ class _Unit:
         """Is something left?"""
         return self.group is None or Target(self.group, self.group.size, ratio).count(ratio) < self.group.size
 
-    def pruning(self, model: nn.Module, bench: _Bench, criterion: Criterion, ratio: float) -> Pruning:
+    def pruning(
+        self, model: nn.Module, adapter: Adapter, network: Network, criterion: Criterion, ratio: float
+    ) -> Pruning:
         if self.group is None:
-            return WeightPruning(model, bench.adapter, criterion, bench.network, dict.fromkeys(self.layers, ratio))
-        todo = [Target(self.group, self.group.size, ratio)]
-        return ChannelPruning(model, bench.adapter, criterion, bench.network, todo)
+            return WeightPruning(model, adapter, criterion, network, dict.fromkeys(self.layers, ratio))
+        return ChannelPruning(model, adapter, criterion, network, [Target(self.group, self.group.size, ratio)])
 
 
 def _units(
-    bench: _Bench, criterion: Criterion, layers: str | Iterable[str] | None
+    model: nn.Module, network: Network, criterion: Criterion, layers: str | Iterable[str] | None
 ) -> tuple[list[_Unit], dict[str, str]]:
     """What to prune, and why other layers that were asked for are left out."""
-    names, network = weight_layers(bench.model), bench.network
+    names = weight_layers(model)
     skips = resolve_skip(None if layers is None else [], network, names, criterion.granularity)
     if criterion.granularity == "channel":
         names = list(network.layers)
         todo, skipped = targets(network, _ANY, skips)
         units = [_Unit(tuple(n for n in t.group.names("out") if n in names), t.group) for t in todo]
     else:
-        prunable, skipped = weight_ratios(names, _ANY, skips, computed_or_shared(bench.model))
+        prunable, skipped = weight_ratios(names, _ANY, skips, computed_or_shared(model))
         units = [_Unit((name,)) for name in prunable]
     if layers is not None:
         asked = dict.fromkeys(_listed([layers] if isinstance(layers, str) else layers, "layers"), True)
@@ -297,25 +278,19 @@ def _resolved(criterion: str | Criterion, seed: int) -> Criterion:
     return chosen
 
 
-def _criticality(criterion: Any) -> Callable[[Layer, Any], Tensor]:
-    """The method that says how critical each weight is, of a criterion that has a threshold for it."""
-    fields = {field.name for field in dataclasses.fields(criterion)} if dataclasses.is_dataclass(criterion) else set()
-    method: Callable[[Layer, Any], Tensor] | None = getattr(criterion, "criticality", None)
-    lacks = [
-        what
-        for what, there in (
-            ("granularity 'weight'", criterion.granularity == "weight"),
-            ("a dataclass field 'tau'", "tau" in fields),
-            ("a method criticality(layer, state)", callable(method)),
-        )
-        if not there
-    ]
-    if method is None or lacks:
-        raise OptionError(
-            f"threshold_sweep varies the threshold tau of a criterion that protects critical weights; "
-            f"{criterion.name!r} lacks {', '.join(lacks)}. Take 'cqp', or add what is missing."
-        )
-    return method
+def _protecting(criterion: Criterion) -> CriticalityCriterion:
+    """The criterion, where it has a threshold to vary."""
+    fields: list[str] = (
+        [field.name for field in dataclasses.fields(criterion)] if dataclasses.is_dataclass(criterion) else []
+    )
+    if isinstance(criterion, CriticalityCriterion) and "tau" in fields:
+        return criterion
+    lacks = ["granularity 'weight'"] if criterion.granularity != "weight" else []
+    lacks += ["a dataclass field 'tau'", "a method criticality(layer, state)"]
+    raise OptionError(
+        f"threshold_sweep varies the threshold tau of a criterion that protects critical weights; {criterion.name!r} "
+        f"lacks {', '.join(lacks)}: it is no snncompress.extend.CriticalityCriterion. Take 'cqp', or derive it so."
+    )
 
 
 def _listed(values: Any, what: str) -> list[Any]:

@@ -1,7 +1,7 @@
 """For plugin authors: does a plugin keep the contract of :mod:`snncompress.interfaces`?
 
-Each check raises a PluginError that says what is broken, and returns nothing otherwise. One line makes a
-test::
+Each check raises a PluginError that says what is broken, and returns nothing otherwise; ``check_adapter`` returns what
+it could check, and what the adapter doesn't offer. One line makes a test::
 
     from snncompress.testing import check_criterion
 
@@ -15,5 +15,13 @@ from .adapters import check_adapter
 from .criteria import check_criterion
 from .numbers import check_energy_model, check_scheduler
 from .quantizers import check_quantizer
+from .trials import AdapterReport
 
-__all__ = ["check_adapter", "check_criterion", "check_energy_model", "check_quantizer", "check_scheduler"]
+__all__ = [
+    "AdapterReport",
+    "check_adapter",
+    "check_criterion",
+    "check_energy_model",
+    "check_quantizer",
+    "check_scheduler",
+]

@@ -5,43 +5,54 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snncompress.interfaces import Adapter
+from snncompress.interfaces import Adapter, Memory
 from snncompress.model.copying import private_copy
-from snncompress.model.modules import tensors_in
 
 from .common import broken, calling, check_name
+from .offers import check_books, check_conversion, check_equations, check_export, check_states
+from .trials import AdapterReport, Call, Trial, check_passes_on, equal, flat, in_order, mapped, nearly
 
 _Shown = list[tuple[Tensor, "Tensor | None"]]
 
 
-def check_adapter(adapter: Adapter, model: nn.Module, x: Tensor, timesteps: int | None = None) -> None:
-    """Resets, runs, observes and traces a model of the adapter's framework.
+def check_adapter(adapter: Adapter, model: nn.Module, x: Tensor, timesteps: int | None = None) -> AdapterReport:
+    """Resets, runs, observes, traces and shrinks a model of the adapter's framework; tries what else it offers.
 
-    ``x`` and ``timesteps`` are those of ``apply``, and the model should fire on them. A copy of it is used,
-    in eval mode.
+    ``x`` and ``timesteps`` are those of ``apply``, and the model should fire on them. Take another number of samples
+    than of timesteps, so that the two axes can be told apart. A copy of the model is used, in eval mode.
 
     Checked: neurons are found, and a torch layer isn't one; a run after ``reset`` repeats bitwise, resetting
-    twice is resetting once, and a reset neuron is out of the autograd graph; an observer sees the spikes that
-    the neuron puts out, every timestep once, and, only when asked for, a membrane potential that is higher
-    where the neuron fires (so it is read before the reset); observing changes no output and stops when told;
-    inside ``identities`` every neuron puts out what ``stand_in`` returns for one timestep, differentiably, and
-    afterwards, also after an exception, all is as it was before.
+    twice is resetting once, a reset neuron is out of the autograd graph, and the library's own memories are reset too;
+    an observer sees the spikes that the neuron puts out (with time first, or samples first), every timestep once, and,
+    only when asked for, a membrane potential that is higher where the neuron fires (so it is read before the reset);
+    observing changes no output and stops when told; inside ``identities`` every neuron puts out what ``stand_in``
+    returns for one timestep, differentiably, and afterwards, also after an exception, all is as it was before; a neuron
+    that lost channels runs on the narrower input.
+
+    Then the optional parts (``Adapter.OPTIONAL``): "books" change nothing and pass exceptions on; "conversion" makes
+    the two neurons that it is asked for; "export" leaves the spikes as they were; "states" are all that a neuron
+    remembers; "equations" predict its spikes on random currents.
+
+    Returns:
+        What was checked, and what is missing: a part that the adapter doesn't offer, or not for a neuron of this model,
+        which it says by a ModelError.
 
     Raises:
-        PluginError: the first of these that fails, or an exception in the adapter.
+        PluginError: the first of these that fails, or another exception in the adapter.
 
     Example:
         >>> import torch
         >>> from snncompress_snntorch import SNNTorchAdapter
         >>> from snntorch import Leaky
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), Leaky(beta=0.9, init_hidden=True))
-        >>> check_adapter(SNNTorchAdapter(), model, 5 * torch.rand(3, 4), timesteps=2)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), Leaky(0.9, init_hidden=True, reset_mechanism="zero"))
+        >>> report = check_adapter(SNNTorchAdapter(), model, 5 * torch.rand(3, 4), timesteps=2)
+        >>> report.missing
+        ()
     """
     check_name(adapter, "framework")
     with calling(adapter, "is_neuron()"):
@@ -52,58 +63,26 @@ def check_adapter(adapter: Adapter, model: nn.Module, x: Tensor, timesteps: int 
     if not neurons:
         raise broken(adapter, f"is_neuron() finds no neuron in {type(model).__name__}.")
     with torch.random.fork_rng(devices=[]):
-        with calling(adapter, "reset()"):
+        with calling(adapter, "copying the model, or reset()"):
             work = private_copy(model, adapter).eval()
-        trial = _Trial(adapter, work, x, timesteps)
+        trial = Trial(adapter, work, x, timesteps)
+        for required in ("is_neuron", "run"):
+            trial.checked[required] = None
         _check_reset(trial)
         _check_observe(trial, membrane=False)
         _check_observe(trial, membrane=True)
         _check_identities(trial)
+        _check_remove_channels(trial)
+        for check in (check_books, check_conversion, check_export, check_states, check_equations):
+            check(trial)
+    return trial.report
 
 
-@dataclass
-class _Trial:
-    """A model under test, and how it is fed."""
-
-    adapter: Adapter
-    model: nn.Module
-    x: Tensor
-    timesteps: int | None
-
-    def run(self, *, resets: int = 1, grad: bool = False) -> list[Tensor]:
-        """Reset, run, and give all tensors of the output."""
-        torch.manual_seed(0)
-        with calling(self.adapter, "reset() or run()"), torch.set_grad_enabled(grad):
-            for _ in range(resets):
-                self.adapter.reset(self.model)
-            output = list(tensors_in(self.adapter.run(self.model, self.x, self.timesteps)))
-        if not output:
-            raise broken(self.adapter, "run() must return a tensor, or tensors in a tuple, list or dict.")
-        return output
-
-    def neurons(self) -> dict[str, nn.Module]:
-        return self.adapter.neurons(self.model)
-
-    def listen(self, stack: ExitStack) -> dict[str, list[Tensor]]:
-        """What each neuron puts out until the stack is left, by name."""
-        heard: dict[str, list[Tensor]] = {}
-
-        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def call(module: nn.Module, args: Any, output: Any) -> None:
-                heard.setdefault(name, []).append(next(tensors_in(output)).detach().clone())
-
-            return call
-
-        for name, neuron in self.neurons().items():
-            stack.callback(neuron.register_forward_hook(hook(name)).remove)
-        return heard
-
-
-def _check_reset(trial: _Trial) -> None:
+def _check_reset(trial: Trial) -> None:
     first = trial.run()
-    if not _equal(first, trial.run()):
+    if not equal(first, trial.run()):
         raise broken(trial.adapter, "a run after reset() doesn't repeat. Likely cause: reset() leaves state behind.")
-    if not _equal(first, trial.run(resets=2)):
+    if not equal(first, trial.run(resets=2)):
         raise broken(trial.adapter, "a run after reset() twice isn't the run after reset() once.")
     trial.run(grad=True)
     trial.adapter.reset(trial.model)
@@ -112,9 +91,11 @@ def _check_reset(trial: _Trial) -> None:
             copy.deepcopy(neuron)
         except RuntimeError as error:
             raise broken(trial.adapter, f"reset() leaves {name} in the autograd graph.") from error
+    _check_memories(trial)
+    trial.checked["reset"] = None
 
 
-def _check_observe(trial: _Trial, *, membrane: bool) -> None:
+def _check_observe(trial: Trial, *, membrane: bool) -> None:
     adapter, asked = trial.adapter, f"(membrane={membrane})"
     seen: dict[str, _Shown] = {}
 
@@ -137,17 +118,18 @@ def _check_observe(trial: _Trial, *, membrane: bool) -> None:
 
     if not heard:
         raise broken(adapter, "run() reaches no neuron.")
-    if not _equal(plain, observed):
+    if not equal(plain, observed):
         raise broken(adapter, f"observing changes the output {asked}.")
     if calls != sum(map(len, seen.values())):
         raise broken(adapter, f"what observe() returns doesn't stop the observer {asked}.")
-    if not _equal(plain, after):
+    if not equal(plain, after):
         raise broken(adapter, f"after observing, the output isn't what it was before {asked}.")
     for name, outputs in heard.items():
         _check_shown(adapter, f"{name} {asked}", outputs, seen.get(name, []), membrane=membrane)
         steps = sum(len(spikes) for spikes, _ in seen[name])
         if trial.timesteps not in (None, steps):
             raise broken(adapter, f"{name} {asked}: {steps} timesteps observed, not {trial.timesteps}.")
+    trial.checked["observe"] = None
 
 
 def _check_shown(adapter: Adapter, name: str, outputs: list[Tensor], shown: _Shown, *, membrane: bool) -> None:
@@ -155,14 +137,14 @@ def _check_shown(adapter: Adapter, name: str, outputs: list[Tensor], shown: _Sho
         raise broken(adapter, f"{name}: the neuron ran, but its observer wasn't called.")
     if any(spikes.dim() < 3 for spikes, _ in shown):
         raise broken(adapter, f"{name}: spikes must be [T', N, C, ...], not {list(shown[0][0].shape)}.")
-    if not torch.equal(_flat(spikes for spikes, _ in shown), _flat(outputs)):
+    if not _same_spikes([spikes for spikes, _ in shown], outputs):
         raise broken(adapter, f"{name}: the spikes observed aren't those that the neuron puts out.")
     potentials = [potential for _, potential in shown if potential is not None]
     if not membrane:
         if potentials:
             raise broken(adapter, f"{name}: the membrane potential wasn't asked for and must be None.")
         return
-    if [u.shape for u in potentials] != [s.shape for s, _ in shown] or not _flat(potentials).isfinite().all():
+    if [u.shape for u in potentials] != [s.shape for s, _ in shown] or not flat(potentials).isfinite().all():
         raise broken(adapter, f"{name}: the membrane potential must be finite and have the spikes' shape.")
     by_channel = zip(_channels(s for s, _ in shown) > 0, _channels(potentials), strict=True)
     for fired, potential in by_channel:
@@ -171,12 +153,20 @@ def _check_shown(adapter: Adapter, name: str, outputs: list[Tensor], shown: _Sho
             raise broken(adapter, f"{name}: the membrane potential isn't higher where a channel fires. {cause}.")
 
 
-def _check_identities(trial: _Trial) -> None:
+def _same_spikes(pieces: list[Tensor], outputs: list[Tensor]) -> bool:
+    if len({piece.shape[1:] for piece in pieces}) > 1:  # a neuron that is used at several places
+        return torch.equal(flat(pieces), flat(outputs))
+    return in_order(torch.cat(pieces), outputs) is not None
+
+
+def _check_identities(trial: Trial) -> None:
     adapter, model = trial.adapter, trial.model
+    names = {neuron: name for name, neuron in trial.neurons().items()}
     shapes: list[list[int]] = []
 
     def stand_in(neuron: nn.Module, current: Tensor) -> Tensor:
         shapes.append(list(current.shape))
+        trial.currents.setdefault(names[neuron], current.shape)
         return current * 0.0 + 0.5
 
     with ExitStack() as stack:
@@ -188,33 +178,76 @@ def _check_identities(trial: _Trial) -> None:
         heard = trial.listen(stack)
         with calling(adapter, "identities()"), adapter.identities(model, stand_in):
             output = trial.run(grad=True)
-    if set(heard) != set(ran) or bool((_flat(t for ts in heard.values() for t in ts) != 0.5).any()):
+    if set(heard) != set(ran) or bool((flat(t for ts in heard.values() for t in ts) != 0.5).any()):
         raise broken(adapter, "inside identities(), a neuron puts out something else than stand_in() returns.")
     if trial.timesteps is not None and any(len(s) < 2 or s[0] != len(trial.x) for s in shapes):
         raise broken(adapter, f"stand_in() must get one timestep, [{len(trial.x)}, C, ...], not {shapes[0]}.")
     if any(p.requires_grad for p in model.parameters()) and not any(t.requires_grad for t in output):
         raise broken(adapter, "inside identities(), the output must be differentiable.")
     _check_restored(trial, before, plain, "after identities()")
-    _check_passes_on(adapter, model, stand_in)
+    check_passes_on(adapter, lambda: adapter.identities(model, stand_in), "identities()")
     _check_restored(trial, before, plain, "after an exception inside identities()")
+    trial.checked["identities"] = None
 
 
-def _check_passes_on(adapter: Adapter, model: nn.Module, stand_in: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    try:
-        with adapter.identities(model, stand_in):
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        return
-    raise broken(adapter, "identities() swallows exceptions.")
+class _Note(nn.Identity, Memory):
+    """Remembers whether it was reset."""
+
+    forgot = False
+
+    def reset(self) -> None:
+        self.forgot = True
 
 
-def _check_restored(trial: _Trial, before: dict[str, Any], plain: list[Tensor], when: str) -> None:
+def _check_memories(trial: Trial) -> None:
+    model, note = trial.copy(), _Note()
+    model.add_module("snncompress_note", note)
+    with calling(trial.adapter, "reset()"):
+        trial.adapter.reset(model)
+    if not note.forgot:
+        raise broken(
+            trial.adapter,
+            "reset() leaves the library's own memories as they are, such as RateMaxPool's. Call "
+            "self.reset_memories(model) in it.",
+        )
+
+
+def _check_remove_channels(trial: Trial) -> None:
+    adapter, calls, model = trial.adapter, trial.calls(), trial.copy()
+    neurons = trial.neurons(model)
+    for name, shape in trial.currents.items():
+        neuron = neurons[name]
+        if len(shape) < 2 or shape[1] < 2:
+            trial.missing.append(f"remove_channels of {name} ({type(neuron).__name__}): it has a single channel")
+            continue
+        width, axis = shape[1], 1 - len(shape)
+
+        def kept(tensor: Tensor, width: int = width, axis: int = axis) -> Tensor:
+            fits = tensor.dim() >= -axis and tensor.shape[axis] == width
+            return tensor.movedim(axis, 0)[::2].movedim(0, axis).contiguous() if fits else tensor
+
+        call = calls[name]
+        whole = [kept(tensor) for tensor in trial.call(neuron, call, "that was reset")]
+        adapter.reset(model)
+        with trial.optional("remove_channels", (name, neuron)):
+            adapter.remove_channels(neuron, list(range(1, width, 2)), width=width, axis=axis)
+            adapter.reset(model)
+            narrow = Call(mapped(kept, call.args), mapped(kept, call.named))
+            left = trial.call(neuron, narrow, f"after remove_channels(), on {len(range(0, width, 2))} channels,")
+            if [t.shape for t in left] != [t.shape for t in whole]:
+                raise broken(adapter, f"after remove_channels(), {name} puts out {list(left[0].shape)}.")
+            alone = not any(True for child in neuron.children() for _ in child.parameters())
+            if alone and not nearly(left, whole):
+                raise broken(adapter, f"after remove_channels(), the channels left of {name} put out something else.")
+
+
+def _check_restored(trial: Trial, before: dict[str, Any], plain: list[Tensor], when: str) -> None:
     trial.adapter.reset(trial.model)
     now = _fingerprint(trial.model)
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if changed:
         raise broken(trial.adapter, f"{when}, {changed[0] or 'the model'} isn't as it was before.")
-    if not _equal(plain, trial.run()):
+    if not equal(plain, trial.run()):
         raise broken(trial.adapter, f"{when}, the output isn't what it was before.")
 
 
@@ -230,14 +263,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):  # parameters, buffers, children, hooks: which ones
         return list(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else type(value)
-
-
-def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors])
 
 
 def _channels(steps: Iterable[Tensor]) -> Tensor:

@@ -81,7 +81,7 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             TRACES[key] = trace(model, *args, **named)
         return copy.deepcopy(TRACES[key])
 
-    monkeypatch.setattr("snncompress.pruning.apply.trace", cached)
+    monkeypatch.setattr("snncompress.pruning.run.trace", cached)
     return
 
 

@@ -70,7 +70,7 @@ def test_the_example_is_found_and_prunes(site: Path) -> None:
         pytest.importorskip(framework, reason=f"{framework} is not installed")
     done = subprocess.run(
         [sys.executable, "-c", USE],
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
     )

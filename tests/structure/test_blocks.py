@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from typing import Any
 
 import pytest
 import snntorch as snn
 import torch
+import torch_pruning as tp
 from snncompress_fire import SCHEDULES, Ablation, Fire, Keep
+from snncompress_schedules import Iterative
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
@@ -278,3 +282,26 @@ def test_damaged_edits_are_refused(damage: dict[str, object]) -> None:
     with pytest.raises(PlanError):
         Plan.from_json(json.dumps(plan)).apply(net)
     assert same(before, snapshot(net))
+
+
+def test_a_step_traces_once_and_copies_what_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bench's copy; then per step one that is traced and one that is searched for blocks."""
+    counts = {"traces": 0, "copies": 0}
+    build, deepcopy = tp.DependencyGraph.build_dependency, copy.deepcopy
+
+    def traced(*args: Any, **options: Any) -> Any:
+        counts["traces"] += 1
+        return build(*args, **options)
+
+    def copied(thing: Any, *args: Any) -> Any:
+        counts["copies"] += isinstance(thing, nn.Module) and len(list(thing.children())) == len(net)
+        return deepcopy(thing, *args)
+
+    net = network("spikingjelly")
+    monkeypatch.setattr(tp.DependencyGraph, "build_dependency", traced)
+    monkeypatch.setattr(copy, "deepcopy", copied)
+    remove(net, Ablation(blocks=("2", "3", "6")), 0.34)
+    assert counts == {"traces": 1, "copies": 3}
+    counts.update(traces=0, copies=0)
+    remove(net, Ablation(blocks=("2", "3", "6")), 1.0, scheduler=Iterative(steps=3))
+    assert counts == {"traces": 3, "copies": 7}

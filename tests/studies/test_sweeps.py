@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import snncompress
 from snncompress import DataError, ModelError, OptionError, PluginError, UnknownNameError
 from snncompress.contract.detection import find_adapter
-from snncompress.extend import Criterion, Layer
+from snncompress.extend import CriticalityCriterion, Layer
 from snncompress.measuring.evaluation import accuracy
 from snncompress.model.network import WEIGHT_LAYERS
 from snncompress.running.data import Feed
@@ -162,7 +162,7 @@ def test_layers_by_name_and_glob() -> None:
 
 
 @dataclass(frozen=True)
-class Protector(Criterion):
+class Protector(CriticalityCriterion):
     """Removes the largest weights first, but for those whose size over the largest is above τ."""
 
     name: ClassVar[str] = "protector"

@@ -15,7 +15,7 @@ def named(entry: Entry) -> str:
     return entry.name
 
 
-def broken(check: Callable[..., None], *arguments: object) -> str:
+def broken(check: Callable[..., object], *arguments: object) -> str:
     """What the check says of a plugin that must fail it; the global random state must be as before."""
     state = torch.get_rng_state()
     with pytest.raises(PluginError) as raised:

@@ -1,0 +1,66 @@
+"""Random numbers: which generators a model may draw from, and how they are left as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Devices whose random number generators running the model may use."""
+    found = {t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    return sorted(found)
+
+
+def set_seed(seed: int, devices: list[int]) -> None:
+    """Seed the generators of torch's CPU and of these CUDA devices, of numpy and of Python."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA generators that aren't restored
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, anything may be drawn; afterwards torch's, numpy's and Python's generators are where they were.
+
+    >>> model = nn.Linear(1, 1)
+    >>> before = torch.get_rng_state()
+    >>> with undisturbed(model):
+    ...     _ = torch.rand(3)
+    >>> torch.equal(torch.get_rng_state(), before)
+    True
+    """
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(cuda_devices(model)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+@contextmanager
+def held(generators: Iterable[torch.Generator]) -> Iterator[None]:
+    """The same for generators of the user's own."""
+    before = [(generator, generator.get_state()) for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """:func:`undisturbed`, beginning at ``seed``: what is random inside a model is the same in every such run."""
+    with undisturbed(model):
+        set_seed(seed, cuda_devices(model))
+        yield

@@ -1,0 +1,26 @@
+"""The edits: all that compression ever does to a network.
+
+Each is immutable, has a JSON form, and is applied in place to a model that has the structure it expects. Where a
+module isn't there or has another width, PlanError is raised before anything is changed.
+"""
+
+from .base import Budget, Edit, edit_from_dict
+from .blocks import REPAIRS, RemoveBlock, Repair
+from .channels import RemoveChannels, Slice
+from .masks import MaskWeights
+from .quantization import QuantizeWeights
+from .timesteps import TruncateTimesteps
+
+__all__ = [
+    "REPAIRS",
+    "Budget",
+    "Edit",
+    "MaskWeights",
+    "QuantizeWeights",
+    "RemoveBlock",
+    "RemoveChannels",
+    "Repair",
+    "Slice",
+    "TruncateTimesteps",
+    "edit_from_dict",
+]

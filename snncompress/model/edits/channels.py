@@ -1,0 +1,153 @@
+"""Channels that go, with all that is coupled with them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from snncompress.base.packing import pack_indices, unpack_indices
+from snncompress.errors import PlanError
+from snncompress.interfaces import Adapter
+from snncompress.model.network import ChannelGroup, Side, prunable_type, remove_from_layer, width
+
+from .base import Budget, Edit, find, integers
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Indices that one module loses on one side, of ``width`` channels.
+
+    ``axis`` is where a neuron's channels stand (-1 in [N, C], -3 in [N, C, H, W]); 0 for a layer.
+    """
+
+    module: str
+    side: Side
+    indices: tuple[int, ...]
+    width: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class RemoveChannels(Edit):
+    """Remove output channels ``indices`` of ``layer``, and from every coupled module what belongs to them.
+
+    Indices count the channels as they stand when the edit is applied. ``slices`` spells out the whole coupled group,
+    the layer included, so that a replay needs no tracing.
+    """
+
+    layer: str
+    indices: tuple[int, ...]
+    slices: tuple[Slice, ...]
+    kind: ClassVar[str] = "remove_channels"
+
+    @classmethod
+    def of(cls, model: nn.Module, group: ChannelGroup, removed: Tensor) -> RemoveChannels:
+        """The edit that removes positions ``removed`` of ``group`` from ``model``; ``layer`` is the group's first."""
+        slices = tuple(
+            Slice(
+                member.module,
+                member.side,
+                tuple(sorted(member.index[removed].flatten().tolist())),
+                member.width or width(model.get_submodule(member.module), member.side),
+                member.axis,
+            )
+            for member in group.members
+        )
+        own = next(s for s in slices if s.side == "out")
+        return cls(own.module, own.indices, slices)
+
+    def check(self, model: nn.Module) -> None:
+        """Every module must be there, of a kind that can be shrunk, with the width the edit expects."""
+        if not any((s.module, s.side) == (self.layer, "out") for s in self.slices):
+            raise PlanError(f"A removal of channels of {self.layer!r} doesn't list that layer.")
+        for piece in self.slices:
+            module = find(model, piece.module, "the plan removes channels from it")
+            if piece.side == "neuron":  # its tensors may all be scalars, so it doesn't tell its width
+                found = piece.width
+            elif not prunable_type(module):
+                raise PlanError(f"{piece.module} is a {type(module).__name__}, from which channels can't be removed.")
+            else:
+                found = width(module, piece.side)
+            if found != piece.width:
+                raise PlanError(
+                    f"{piece.module} has {found} {piece.side}put channels, the plan expects {piece.width}. The model "
+                    f"isn't of the architecture that the plan was made for, or was compressed already."
+                )
+            bad = [i for i in piece.indices if not 0 <= i < piece.width]
+            if bad or len(set(piece.indices)) != len(piece.indices):
+                raise PlanError(
+                    f"{piece.module} has no channel {bad[0]}." if bad else f"{piece.module}: an index twice."
+                )
+            if len(piece.indices) >= piece.width:
+                raise PlanError(f"The plan would remove all {piece.width} channels of {piece.module}.")
+
+    def apply(self, model: nn.Module, adapter: Adapter) -> None:
+        """Shrink every module of the group."""
+        self.check(model)
+        for piece in self.slices:
+            if piece.side == "neuron":
+                neuron = model.get_submodule(piece.module)
+                adapter.remove_channels(neuron, list(piece.indices), width=piece.width, axis=piece.axis)
+            else:
+                remove_from_layer(model.get_submodule(piece.module), piece.side, list(piece.indices))
+
+    def describe(self) -> str:
+        """Layer and number of channels, and what shrinks with them."""
+        others = [piece.module for piece in self.slices if piece.module != self.layer]
+        beside = f", with what belongs to them in {', '.join(dict.fromkeys(others))}" if others else ""
+        return f"{self.layer}: {len(self.indices)} channels removed{beside}"
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RemoveChannels:
+        """Indices and slices must be whole numbers that can be."""
+        slices = tuple(slice_from_dict(piece) for piece in data["slices"])
+        return cls(str(data["layer"]), integers(data["indices"]), slices)
+
+    def packed(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Indices as bits; a slice has its own only where they differ from the layer's."""
+        width = next(s.width for s in self.slices if (s.module, s.side) == (self.layer, "out"))
+        slices: list[list[Any]] = []
+        for piece in self.slices:
+            slices.append([piece.module, piece.side, piece.width, piece.axis])
+            if (piece.indices, piece.width) != (self.indices, width):
+                slices[-1].append(pack_indices(piece.indices, piece.width))
+        indices = pack_indices(self.indices, width)
+        return {"edit": self.kind, "layer": self.layer, "width": width, "indices": indices, "slices": slices}
+
+    @classmethod
+    def unpacked(cls, data: dict[str, Any], tensors: dict[str, Tensor], budget: Budget) -> list[Edit]:
+        """Every width is spent before its bits are unfolded."""
+        indices = tuple(unpack_indices(data["indices"], data["width"]))
+        budget.spend(data["width"])
+        slices: dict[tuple[str, str], Slice] = {}
+        for module, side, size, axis, *own in data["slices"]:
+            budget.spend(size)
+            piece = slice_from_dict({"module": module, "side": side, "width": size, "axis": axis, "indices": []})
+            found = tuple(unpack_indices(own[0], size)) if own else indices
+            if (piece.module, piece.side) in slices:
+                raise PlanError(f"A removal of channels lists {piece.module[:80]!r} twice.")
+            slices[piece.module, piece.side] = replace(piece, indices=found)
+        if data["width"] != getattr(slices.get((data["layer"], "out")), "width", None):
+            raise PlanError(f"A removal of channels of {str(data['layer'])[:80]!r} doesn't list that layer.")
+        return [cls(data["layer"], indices, tuple(slices.values()))]
+
+    @classmethod
+    def summary(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+        """Layer and numbers."""
+        gone = np.unpackbits(np.frombuffer(base64.b64decode(data["indices"]), np.uint8)).sum()
+        return f"{data['layer']}: {gone} of {data['width']} channels removed"
+
+
+def slice_from_dict(data: dict[str, Any]) -> Slice:
+    """A slice from its fields; raises KeyError, TypeError or ValueError for anything else."""
+    if data["side"] not in ("out", "in", "neuron"):
+        raise ValueError(f"side {data['side']!r}")
+    width_, axis = integers([data["width"], data["axis"]])
+    if not (-8 <= axis < 0 if data["side"] == "neuron" else axis == 0):
+        raise ValueError(f"axis {axis} of a slice on side {data['side']!r}")
+    return Slice(str(data["module"]), data["side"], integers(data["indices"]), width_, axis)

@@ -1,0 +1,156 @@
+"""One call of apply() at work: it quantizes, prunes and trains its private copy, and keeps the books of the plan."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from snncompress.base.progress import Progress
+from snncompress.errors import NothingToDoWarning, OptionError
+from snncompress.interfaces import BlockCriterion
+from snncompress.measuring.temporal import analyse
+from snncompress.model.edits import Edit, QuantizeWeights
+from snncompress.model.network import Network, computed_or_shared, weight_layers
+from snncompress.model.parametrizations import quantize_weight
+from snncompress.model.plan import Plan
+from snncompress.running.data import Feed
+from snncompress.structure.tracing import trace
+from snncompress.structure.truncation import truncation
+
+from .block_pruning import BlockPruning
+from .selection import check_bits, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
+from .settings import Settings
+from .steps import ChannelPruning, Pruning, WeightPruning
+from .training import train
+
+M = TypeVar("M", bound=nn.Module)
+Step = Callable[[str], list[Edit]]
+"""Does its part of the work and returns it; called with how the text of its progress begins."""
+
+
+class Run(Generic[M]):
+    """What is done to ``model``, in place, and the ``edits`` that were made so far.
+
+    ``skip`` is the user's; ``skipped`` says which layers stay whole, and why. Warns of layers that were named one by
+    one although they are left alone; raises what the settings, the model and the data don't bear.
+    """
+
+    def __init__(self, model: M, feed: Feed, settings: Settings, skip: Any, progress: Progress | None) -> None:
+        self.model, self.feed, self.settings, self.progress = model, feed, settings, progress
+        self.edits: list[Edit] = []
+        channels = settings.criterion is not None and settings.granularity == "channel"
+        network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps, groups=channels)
+        names = weight_layers(model)
+        self.skips = resolve_skip(skip, network, names, settings.granularity)
+        self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
+        self._pruning, self.skipped = self._what_goes(network)
+        for name, bits in self._quantized().items():
+            QuantizeWeights(name, "", bits, {}).check(model)  # before anything takes time
+        _warn_of_overruled("bits", overruled(settings.bits, self.skips.quantize))
+        if settings.criterion is not None:
+            _warn_of_overruled("ratio", overruled(settings.ratio, self.skipped))
+
+    def steps(self) -> list[Step]:
+        """Quantization and the pruning steps, in the order that was asked for."""
+        steps: list[Step] = [partial(self.prune, n + 1) for n in range(self.settings.scheduler.n_steps)]
+        steps.insert(0 if self.settings.order == "qp" else len(steps), self.quantize)
+        return steps
+
+    def quantize(self, what: str) -> list[Edit]:
+        """Fake-quantize every layer that has a bit width."""
+        edits: list[Edit] = []
+        for name, bits in self._quantized().items():
+            edit = QuantizeWeights.of(name, self.settings.quantizer, bits)
+            edit.check(self.model)
+            quantize_weight(self.model.get_submodule(name), self.settings.quantizer, bits)
+            edits.append(edit)
+        return self._keep(edits)
+
+    def prune(self, step: int, what: str) -> list[Edit]:
+        """Score what is left, and remove up to the share of this step."""
+        seed, schedule = self.settings.seed + step, self.settings.scheduler
+        if self._pruning is None or not (scores := self._pruning.score(self.feed, seed, self.progress, what)):
+            return []
+        return self._keep(self._pruning.step(scores, lambda target: schedule.ratio(target, step, schedule.n_steps)))
+
+    def tune(self, what: str) -> None:
+        """Train as the user asked."""
+        finetune = self.settings.finetune
+        if callable(finetune):
+            result = finetune(self.model)
+            if isinstance(result, nn.Module) and result is not self.model:
+                raise OptionError("finetune= must train the model that it is handed in place, not return another.")
+            self.feed.adapter.reset(self.model)
+        elif finetune:
+            train(self.model, self.feed, finetune, progress=self.progress, what=what)
+
+    def truncate(self) -> None:
+        """Leave out timesteps, where that was asked for."""
+        t = self.settings.truncate
+        if t is None:
+            return
+        if t == "auto":
+            t = analyse(self.model, self.feed, progress=self.progress).t_star
+        if cut := truncation(self.model, self.feed.adapter, self.feed, t):
+            cut.apply(self.model, self.feed.adapter)
+            self.edits.append(cut)
+
+    def redo(self, edit: Edit) -> None:
+        """Apply an edit of an earlier run, and note what it changed."""
+        if self._pruning is not None:
+            self._pruning.redo(edit)
+        else:
+            edit.apply(self.model, self.feed.adapter)
+
+    def plan(self, *, synthetic: bool) -> Plan:
+        """What was done, and what it came from."""
+        origin = self.settings.origin(self.feed.adapter.framework, synthetic=synthetic)
+        return Plan(tuple(self.edits), self.skipped, origin)
+
+    def why_nothing(self) -> str:
+        """The text of a warning where something was asked for and nothing was done; else empty."""
+        quantizes = any(self._widths.values())
+        if self.edits or not (quantizes or self.settings.prunes):
+            return ""
+        left = {**(self.skips.quantize if quantizes else {}), **self.skipped}
+        if not left:
+            return "Nothing was compressed: no layer has that much left to lose."
+        reasons = "; ".join(f"{name!r}: {why}" for name, why in left.items())
+        return f"Nothing was compressed. {reasons}. skip=[] leaves out nothing that can be compressed."
+
+    def _keep(self, new: list[Edit]) -> list[Edit]:
+        """Note new edits; earlier ones that they make superfluous go."""
+        self.edits = [edit for edit in self.edits if not any(later.supersedes(edit) for later in new)] + new
+        return new
+
+    def _quantized(self) -> dict[str, int]:
+        return {name: b for name, b in self._widths.items() if b is not None and name not in self.skips.quantize}
+
+    def _what_goes(self, network: Network) -> tuple[Pruning | None, Mapping[str, str]]:
+        """What removes channels, weights or blocks, and why which layers stay whole."""
+        model, adapter, criterion, ratio = self.model, self.feed.adapter, self.settings.criterion, self.settings.ratio
+        if criterion is None:
+            return None, {}
+        if isinstance(criterion, BlockCriterion):
+            share = check_ratio(ratio, "ratio", all_may_go=True)
+            blocks = BlockPruning(model, adapter, criterion, self.feed, share, network)
+            return blocks, blocks.skipped
+        if criterion.granularity == "channel":
+            todo, skipped = targets(network, ratio, self.skips)
+            return ChannelPruning(model, adapter, criterion, network, todo), skipped
+        unused = {name: why for name, why in network.skipped.items() if name not in network.layers}
+        ratios, skipped = weight_ratios(weight_layers(model), ratio, self.skips, unused | computed_or_shared(model))
+        return WeightPruning(model, adapter, criterion, network, ratios), skipped
+
+
+def _warn_of_overruled(what: str, layers: Mapping[str, str]) -> None:
+    for name, why in layers.items():
+        warnings.warn(
+            f"{what} names {name!r}, which is left alone: {why}. skip= says which layers to leave alone; skip=[] none.",
+            NothingToDoWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,131 @@
+"""What one call of apply() was asked for: names resolved, options checked, and how a plan remembers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from snncompress.contract.registry import registry
+from snncompress.errors import OptionError
+from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope
+from snncompress.version import __version__
+
+Finetune = int | Callable[[nn.Module], object] | None
+Truncate = Literal["auto"] | int | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of :func:`snncompress.apply`; raises OptionError for what can't be.
+
+    ``ratio`` and ``bits`` are as the user wrote them: which layers they are about shows the network.
+    """
+
+    criterion: Criterion | None
+    ratio: Any
+    bits: Any
+    quantizer: Quantizer
+    scheduler: Scheduler
+    order: str
+    finetune: Finetune
+    seed: int
+    truncate: Truncate
+
+    @classmethod
+    def of(
+        cls, criterion: str | Criterion | None, ratio: Any, bits: Any, quantizer: str | Quantizer,
+        scheduler: str | Scheduler, order: str, finetune: Finetune, seed: int, truncate: Truncate,
+    ) -> Settings:  # fmt: skip
+        """Names become instances with default options."""
+        find = registry().resolve
+        chosen = None if criterion is None else find("criterion", criterion, Criterion)
+        codec, schedule = find("quantizer", quantizer, Quantizer), find("scheduler", scheduler, Scheduler)
+        return cls(chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate)
+
+    def __post_init__(self) -> None:
+        criterion, order, finetune, seed, truncate = (
+            self.criterion, self.order, self.finetune, self.seed, self.truncate,
+        )  # fmt: skip
+        _check_run(order, finetune, seed, truncate)
+        if criterion is not None:
+            _check_criterion(criterion)
+
+    @property
+    def granularity(self) -> Granularity:
+        """Of the criterion; of channels where there is none."""
+        return "channel" if self.criterion is None else self.criterion.granularity
+
+    @property
+    def prunes(self) -> bool:
+        """Was anything asked to be removed?"""
+        some = any(self.ratio.values()) if isinstance(self.ratio, Mapping) else self.ratio > 0
+        return self.criterion is not None and bool(some)
+
+    @property
+    def needs_labels(self) -> str:
+        """Why labels are needed; empty where they aren't."""
+        if self.criterion is not None and "gradients" in self.criterion.needs:
+            return f"criterion {self.criterion.name!r} needs labels"
+        return "finetune needs labels" if isinstance(self.finetune, int) and self.finetune > 0 else ""
+
+    def origin(self, framework: str, *, synthetic: bool) -> dict[str, Any]:
+        """Plain JSON values: where a plan came from."""
+        finetune = self.finetune if isinstance(self.finetune, int) else None if self.finetune is None else "callable"
+        return {
+            "snncompress": __version__,
+            "torch": torch.__version__,
+            "framework": framework,
+            "criterion": _named(self.criterion),
+            "ratio": _plain(self.ratio),
+            "bits": _plain(self.bits),
+            "quantizer": _named(self.quantizer),
+            "scheduler": _named(self.scheduler),
+            "order": self.order,
+            "finetune": finetune,
+            "seed": self.seed,
+            "data": "synthetic" if synthetic else "given",
+            "truncate": self.truncate,
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value
+
+
+def _named(plugin: Any) -> dict[str, Any] | None:
+    return None if plugin is None else {"name": plugin.name, "options": plugin.options()}
+
+
+def _check_run(order: Any, finetune: Any, seed: Any, truncate: Any) -> None:
+    if order not in ("qp", "pq"):
+        raise OptionError(f"order must be 'qp' (quantize, then prune) or 'pq', not {order!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise OptionError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
+    if truncate not in (None, "auto") and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
+        raise OptionError(f"truncate must be None, 'auto' or a number of timesteps, not {truncate!r}.")
+    if not (finetune is None or callable(finetune)) and (
+        isinstance(finetune, bool) or not isinstance(finetune, int) or finetune < 0
+    ):
+        raise OptionError(f"finetune must be None, a number of epochs or callable(model), not {finetune!r}.")
+
+
+def _check_criterion(criterion: Criterion) -> None:
+    known = ("block",) if isinstance(criterion, BlockCriterion) else ("channel", "weight")
+    if criterion.granularity not in known:
+        raise OptionError(
+            f"Criterion {criterion.name!r} has granularity {criterion.granularity!r}; a Criterion scores a 'channel' "
+            f"or a 'weight', a BlockCriterion a 'block'."
+        )
+    if criterion.scope not in get_args(Scope):
+        raise OptionError(f"Criterion {criterion.name!r}: scope must be 'layer' or 'global', not {criterion.scope!r}.")
+    if unknown := criterion.needs - {"spikes", "membrane", "gradients"}:
+        raise OptionError(
+            f"Criterion {criterion.name!r} needs {sorted(unknown)}; known are 'spikes', 'membrane', 'gradients'."
+        )
