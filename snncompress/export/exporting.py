@@ -6,7 +6,7 @@ import io
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .onnx_export import Step, onnx_model
 
 Format = Literal["nir", "onnx"]
 _NEEDS = {"nir": ("nir", "h5py"), "onnx": ("onnx", "onnxscript")}
+_ONNX_TORCH = (2, 10)  # PyTorch's exporter before it fails at batch norms or states, or keeps one side of an `if`
 _STEPS = 4
 
 
@@ -77,7 +78,7 @@ def export(
         ModelError: the format can't express a module, which is named with the reason and what to do; or the model loops
             over time itself, so that it has no single timestep.
         DataError: the data don't fit the model.
-        OptionError: no such format, or its package isn't installed.
+        OptionError: no such format, or its package isn't installed, or torch is older than 2.10 and the format ONNX.
         StorageError: the file can't be written.
 
     Example:
@@ -117,6 +118,9 @@ def _checked_format(format: str | None, path: Path) -> Format:
             raise OptionError(
                 f"Format {kind!r} needs {package} ({error}): pip install 'snncompress[export]'."
             ) from error
+    if kind == "onnx" and cast(Any, torch.__version__) < _ONNX_TORCH:  # it compares with tuples, as a version does
+        needed = ".".join(map(str, _ONNX_TORCH))
+        raise OptionError(f"Format 'onnx' needs torch {needed} or newer, and this is {torch.__version__}: update it.")
     result: Format = kind
     return result
 

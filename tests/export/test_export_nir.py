@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 import snncompress
 from snncompress import DataError, ModelError, OptionError, StorageError
@@ -25,6 +27,7 @@ from snncompress.extend import Adapter
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import stored_weight
 from tests.equivalence import PAPER, same, snapshot
+from tests.export.common import needs_onnx_export
 from tests.networks import Case, firing_rates, liven
 
 T = 10
@@ -260,6 +263,7 @@ def test_spikingjelly_reads_it(tmp_path: Path) -> None:
         np.testing.assert_array_equal(y.detach().numpy(), expected[t])
 
 
+@pytest.mark.filterwarnings("ignore:nirtorch.load is being deprecated:DeprecationWarning")  # snnTorch 0.9.4 calls it
 def test_snntorch_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nirtorch")
     from snntorch.import_nir import import_from_nir
@@ -438,7 +442,7 @@ class Counting(nn.Module):
         return x * self.calls
 
 
-@pytest.mark.parametrize("format", ["nir", "onnx"])
+@pytest.mark.parametrize("format", ["nir", pytest.param("onnx", marks=needs_onnx_export)])
 def test_no_single_timestep(format: Any, tmp_path: Path) -> None:
     def write(net: nn.Module) -> None:
         export(net, tmp_path / "net", format, data=torch.rand(2, 4), timesteps=3)
@@ -487,3 +491,12 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(OptionError, match=rf"'{format}' needs {package} .*pip install 'snncompress\[export\]'"):
             export(net, tmp_path / f"net.{format}", data=data, timesteps=2)
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.9.1+cu128"])
+def test_onnx_needs_a_newer_torch(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    net = nn.Sequential(nn.Linear(4, 3), neuron.IFNode())
+    with pytest.raises(OptionError, match=rf"torch 2\.10 or newer, and this is {re.escape(version)}"):
+        export(net, tmp_path / "net.onnx", data=torch.rand(2, 4), timesteps=2)
+    assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,10 @@ from snncompress.model.modules import tensors_in
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import quantize_weight, stored_weight, weight_mask
 from tests.equivalence import same, snapshot
+from tests.export.common import needs_onnx_export
 from tests.networks import Case, firing_rates, liven
+
+pytestmark = needs_onnx_export
 
 T = 8
 Arrays = dict[str, np.ndarray[Any, Any]]

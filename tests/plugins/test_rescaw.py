@@ -237,6 +237,7 @@ def test_options_are_plain() -> None:
     assert Uniform().options() == {"ste": "pass"}
 
 
+@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")  # Brevitas 0.12 renames its layers' inputs
 def test_the_injector_in_brevitas_layers() -> None:
     import brevitas.nn as qnn
     from snncompress_rescaw import ReScaWWeightQuant
