@@ -23,6 +23,7 @@ from snncompress.running.data import Feed
 from snncompress.running.sameness import all_same, same, wired_outputs
 from tests.equivalence import same as unchanged
 from tests.equivalence import snapshot
+from tests.export.common import needs_onnx_export
 
 
 class Noisy(nn.Module):
@@ -74,7 +75,8 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "compare": (Noisy, lambda m, p: snncompress.compare({"a": m[0], "b": m[0]}, m[1], **T)),
     "convert": (cnn, lambda m, p: snncompress.convert(m[0], neuron="if", data=m[1], timesteps=8)),
     "evaluate": (Noisy, lambda m, p: snncompress.evaluate(m[0], m[1], **T)),
-    "export": (plain, lambda m, p: snncompress.export(m[0], p / "net.onnx", data=m[1], **T)),
+    "export to ONNX": (plain, lambda m, p: snncompress.export(m[0], p / "net.onnx", data=m[1], **T)),
+    "export to NIR": (plain, lambda m, p: snncompress.export(m[0], p / "net.nir", data=m[1], **T)),
     "freeze": (Noisy, lambda m, p: snncompress.freeze(m[0], m[1], **T)),
     "gradient_flow": (Noisy, lambda m, p: snncompress.gradient_flow(m[0], m[1], **T)),
     "profile": (Noisy, lambda m, p: snncompress.profile(m[0], m[1], **T)),
@@ -93,7 +95,9 @@ def generators() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["global generator", "generator of its own"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_onnx_export if name == "export to ONNX" else ()) for name in CALLS]
+)
 def test_no_call_moves_a_generator(name: str, own: bool, tmp_path: Path) -> None:
     build, call = CALLS[name]
     generator = torch.Generator().manual_seed(3) if own else None
