@@ -13,7 +13,7 @@ import snncompress
 from snncompress import MaskWeights, ModelError, Plan, QuantizeWeights, collapse, plan_of
 from snncompress.model.parametrizations import mask_weight, stored_weight, weight_mask
 from snncompress.model.plan import attach
-from tests.equivalence import outputs, same, snapshot
+from tests.equivalence import PAPER, outputs, same, snapshot
 from tests.networks import Case, Residual, firing_rates
 
 
@@ -335,7 +335,7 @@ def test_of_a_quantized_layer_go_the_channels_that_move_no_grid() -> None:
     """Nothing reads 1 and 2, but only 2 has no weight that γ, the mean of them all, counts."""
     case = net([[1, 0.5], [9, 9], [0.3, -1]], [0, 0, 0], [[1, 0, 0], [3, 0, 0]])
     mask = MaskWeights.of("0", torch.tensor([[True, True], [True, True], [False, False]]))
-    case.model = Plan((QuantizeWeights("0", "rescaw", 4, {}), mask)).apply(case.model)
+    case.model = Plan((QuantizeWeights("0", "rescaw", 4, PAPER.options()), mask)).apply(case.model)
     assert gone(collapsed(case)) == [2]
 
 
@@ -345,7 +345,7 @@ def test_the_grid_of_a_quantized_layer_does_not_move(masked: bool) -> None:
     case = net([[1, 0.5], [9, 9], [0.3, -1]], [0, 0, 0], [[1, 0, 2], [3, 0, 4]])
     mask = torch.tensor([[True, False], [True, True]])[:, [0, 0, 1]]
     mask[:, 1] = False
-    edits = [QuantizeWeights("0", "rescaw", 4, {}), MaskWeights.of("2", mask)]
+    edits = [QuantizeWeights("0", "rescaw", 4, PAPER.options()), MaskWeights.of("2", mask)]
     if masked:
         edits.append(MaskWeights.of("0", torch.tensor([[True, True], [False, False], [True, True]])))
     case.model = Plan(tuple(edits)).apply(case.model)
