@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 def plain() -> nn.Module:
     blocks = Block(), Block()
-    net = nn.Sequential(nn.Linear(6, 8), neuron.IFNode(v_reset=None), *blocks, nn.Linear(8, 3))
+    net = nn.Sequential(nn.Linear(6, 8), neuron.IFNode(), *blocks, nn.Linear(8, 3))
     for layer in (net[0], blocks[0].body[0], blocks[1].body[0]):
         layer.weight.data.abs_().mul_(2)
     return net
