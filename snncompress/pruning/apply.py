@@ -18,7 +18,7 @@ from snncompress.model.plan import attach, continued, refuse_frozen
 from snncompress.running.bench import bench
 
 from .checkpoint import Checkpoint, digest_of
-from .repair import RepairKind
+from .fitting import RepairKind
 from .run import Run
 from .settings import Finetune, Settings
 

@@ -15,7 +15,8 @@ from snncompress.errors import OptionError
 from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope
 from snncompress.version import __version__
 
-from .repair import RepairKind, check_repair
+from .fitting import RepairKind
+from .repair import check_repair
 
 Finetune = int | Callable[[nn.Module], object] | None
 Truncate = Literal["auto"] | int | None
