@@ -68,6 +68,8 @@ class _Plugin(ABC):
 class Criterion(_Plugin):
     """Scores the output channels of a layer, or its single weights (``granularity``); higher = keep.
 
+    The one is structured pruning, the other unstructured.
+
     A criterion is a fold over calibration: ``begin`` makes a layer's empty state, ``observe`` adds what its neurons
     did in some timesteps, ``end_batch`` closes a batch, ``score`` turns the state into scores. States
     are plain values, so the same criterion serves many layers and many calls, and memory doesn't grow with the

@@ -60,8 +60,8 @@ def apply(
         bits: weight bit width, 1 to 16: a number, a mapping, or None for no quantization.
         data: calibration data: a tensor, an (x, y) batch, a DataLoader, or any iterable of either. Without any, a
             synthetic batch of the shape the model takes is used, and a SyntheticDataWarning says so.
-        timesteps: T feeds static samples [N, ...] as constant current for T steps; None feeds a batch as it is
-            ([T, N, ...] for a multi-step model).
+        timesteps: T feeds static samples [N, ...] as constant current for T steps (direct encoding); None feeds a batch
+            as it is ([T, N, ...] for a multi-step model).
         forward: ``forward(model, batch)`` runs a model that takes anything else.
         loss: ``loss(output, y)``, for criteria that need gradients and for fine-tuning by epochs; None: cross-entropy
             on the time-averaged output.
