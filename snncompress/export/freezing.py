@@ -21,7 +21,7 @@ from snncompress.model.parametrizations import computed_weight
 from snncompress.model.plan import detach
 from snncompress.running.bench import bench
 from snncompress.running.data import Run
-from snncompress.running.sameness import all_same, wired_outputs
+from snncompress.running.sameness import all_same, wire, wired_outputs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,7 +117,7 @@ def _pairs(model: nn.Module, adapter: Adapter, run: Run) -> list[tuple[str, str]
         sources[name].append(made.get(id(args[0]), ("", args[0]))[0] if args else "")
 
     with ExitStack() as stack:
-        stack.enter_context(adapter.identities(model, _wire))
+        stack.enter_context(adapter.identities(model, wire))
         for name, module in model.named_modules():
             if isinstance(module, WEIGHT_LAYERS) and not computed_weight(module):
                 stack.callback(module.register_forward_hook(partial(made_by, name)).remove)
@@ -153,7 +153,3 @@ def _randomize(norms: list[Any]) -> None:
         for tensor, low in tensors:
             if tensor is not None:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
-
-
-def _wire(neuron: nn.Module, x: Tensor) -> Tensor:
-    return x * 1.0

@@ -127,7 +127,7 @@ def apply(
                 run.repair(new, what)
                 run.tune(what)
             if store:
-                store.save(number, run.edits, run.model, run.feed)
+                store.save(number, run.edits, run.repaired, run.model, run.feed)
         run.truncate()
     if why := run.why_nothing():
         warnings.warn(why, NothingToDoWarning, stacklevel=2)

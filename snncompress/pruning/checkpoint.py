@@ -21,7 +21,7 @@ from snncompress.model.edits import Edit, edit_from_dict
 from snncompress.model.modules import tensors_in
 from snncompress.running.data import Feed
 
-FORMAT = 1
+FORMAT = 2
 _FILE = "checkpoint.pt"
 
 
@@ -42,16 +42,17 @@ class Checkpoint:
         except (OSError, TypeError) as error:
             raise StorageError(f"checkpoint={folder!r} can't be used as a folder: {error}.") from error
 
-    def resume(self, model: nn.Module, feed: Feed, redo: Callable[[Edit], None]) -> tuple[int, list[Edit]]:
-        """Bring ``model`` and the random state to the last finished step: (steps done, edits), or (0, [])."""
+    def resume(self, model: nn.Module, feed: Feed, redo: Callable[[Edit], None]) -> tuple[int, list[Edit], list[str]]:
+        """Bring ``model`` and the random state to the last finished step: (steps done, edits, layers repaired)."""
         if not self.path.exists():
-            return 0, []
+            return 0, [], []
         try:
             kept = torch.load(self.path, map_location="cpu", weights_only=True)
             if kept["format"] != FORMAT:
                 raise StorageError(f"{self.path} has format {kept['format']!r}; this version reads {FORMAT}.")
             run, edits = json.loads(kept["run"]), [edit_from_dict(e) for e in json.loads(kept["edits"])]
             step, state, generators = int(kept["step"]), kept["state"], kept["generators"]
+            repaired = [str(name) for name in kept["repaired"]]
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             what = type(error).__name__  # torch's own advice, to load it with code and all, is not ours
             raise StorageError(f"{self.path} is damaged ({what}). Delete it to start the run anew.") from error
@@ -72,15 +73,16 @@ class Checkpoint:
         model.load_state_dict(state)
         for generator, saved in zip(drawn_from, generators, strict=True):
             generator.set_state(saved)
-        return step, edits
+        return step, edits, repaired
 
-    def save(self, step: int, edits: list[Edit], model: nn.Module, feed: Feed) -> None:
+    def save(self, step: int, edits: list[Edit], repaired: list[str], model: nn.Module, feed: Feed) -> None:
         """Keep the state after ``step``; a run that is killed meanwhile finds the one before."""
         kept = {
             "format": FORMAT,
             "run": json.dumps(self._run),
             "step": step,
             "edits": json.dumps([edit.to_dict() for edit in edits]),
+            "repaired": repaired,
             "state": model.state_dict(),
             "generators": [generator.get_state() for generator in _generators(model, feed)],
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snncompress.errors import ModelError
 from snncompress.measuring.timestep_counting import Timeline
-from snncompress.model.chance import set_seed
+from snncompress.model.chance import seeded
 from snncompress.model.network import Network
 from snncompress.model.parametrizations import compression_of, stored_weight, weight_mask
 from snncompress.model.patches import as_matrix, as_weight, outputs, patches, positions, samples_first
@@ -34,7 +34,7 @@ class _BatchState:
 
     def __init__(self, generator: torch.Generator, *, compare: bool) -> None:
         self.generator, self.unchanged = generator, compare
-        self.where: Tensor | None = None
+        self.where: dict[tuple[int, ...], Tensor] = {}  # by the map's shape
         self.wanted: list[Tensor] = []
         self.inputs: list[Tensor] = []
         self.u: Any = 0.0
@@ -78,29 +78,32 @@ class LayerFit:
     def _want(self, x: Tensor, y: Tensor) -> None:
         """A timestep of the network before: what its layer put out."""
         state = self._batch
-        if state.where is None:
-            state.where = positions(self.layer, y, _POSITIONS, state.generator)
-        state.wanted.append(outputs(self.layer, y.index_select(1, self.kept.to(y.device)), state.where))
+        shape = tuple(y.shape[2:])
+        if shape not in state.where:
+            state.where[shape] = positions(self.layer, y, _POSITIONS, state.generator)
+        state.wanted.append(outputs(self.layer, y.index_select(1, self.kept.to(y.device)), state.where[shape]))
         if state.unchanged:
             state.inputs.append(x)
 
     def _read(self, x: Tensor, y: Tensor) -> None:
         """The same timestep of the network as it is: filter both sides through time, and add up products."""
         state = self._batch
-        if not state.wanted or state.where is None:
+        shape = tuple(y.shape[2:])
+        if not state.wanted or shape not in state.where:
             return
         if state.unchanged:
             then = state.inputs.pop(0)
             state.unchanged = then.shape == x.shape and torch.equal(then, x)
-        state.u = self._decay * state.u + x
-        state.v = self._decay * state.v + state.wanted.pop(0)
-        state.one = self._decay * state.one + 1
-        read = patches(self.layer, state.u, state.where)
+        wanted = state.wanted.pop(0)
+        if self._decay:
+            x, wanted = self._decay * state.u + x, self._decay * state.v + wanted
+        state.u, state.v, state.one = x, wanted, self._decay * state.one + 1
+        read = patches(self.layer, x, state.where[shape])
         if self._offset:
             read = torch.cat([read, torch.full_like(read[..., :1], state.one)], 2)
         if self.sums is None:
-            self.sums = Sums(read.shape[1], read.shape[2], state.v.shape[2], read.device)
-        self.sums.add(read, state.v)
+            self.sums = Sums(read.shape[1], read.shape[2], wanted.shape[2], read.device)
+        self.sums.add(read, wanted)
 
     def solve(self) -> bool:
         """Put the better weights in, row by row; False where the old ones are as good."""
@@ -184,7 +187,7 @@ class LayerFit:
 
     def _keep(self) -> float:
         """What a timestep leaves of the membrane potential, of the neurons that the layer drives; 0: no filter."""
-        if self.kind == "current" or self.line is None:
+        if self.kind == "current" or self.line is None or self.line.per_step > 1:
             return 0.0
         neurons = self.feed.adapter.neurons(self.model)
         inside = [name for name in neurons if self.name.startswith(f"{name}.")]
@@ -223,9 +226,8 @@ class LayerFit:
                 raise _EnoughError
 
         handle = layer.register_forward_hook(hook, with_kwargs=True)
-        set_seed(seed, [])
         try:
-            with self.feed.adapter.alone(net):
+            with seeded(net, seed), self.feed.adapter.alone(net):
                 self.feed(net, batch)
         except _EnoughError:
             pass

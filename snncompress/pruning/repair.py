@@ -66,6 +66,9 @@ def repair(
     For networks that were compressed already, or loaded from a file; ``apply(..., repair="membrane")`` does it in every
     step, before any fine-tuning. No labels are needed, and nothing is trained.
 
+    Left as they are: layers that nothing changed upstream of, layers that share or compute their weight, and those
+    whose outputs read more than 8,192 inputs each.
+
     Args:
         model: the compressed network, with its plan.
         original: the network that it was made from.
@@ -97,7 +100,7 @@ def repair(
     plan = plan_of(model) if has_plan(model) else Plan()
     found = find_adapter(model, adapter)
     with bench(model, data, timesteps, forward, adapter=found, seed=seed) as table:
-        work, before = table.model, private_copy(original, found)
+        work, before = table.model, private_copy(original, find_adapter(original, found))
         network = trace(work, found, table.feed.example(), timesteps=timesteps, groups=False)
         layers = fit(work, before, network, table.feed, plan.edits, kind, seed, progress)
     found.reset(work)

@@ -122,7 +122,7 @@ class Run(Generic[M]):
 
     def resume(self, store: Checkpoint) -> int:
         """Come to where an earlier run was; how many steps it had done."""
-        done, self.edits = store.resume(self.model, self.feed, self.redo)
+        done, self.edits, self.repaired = store.resume(self.model, self.feed, self.redo)
         if self._before is not None and done:
             if self.settings.finetune:
                 self._before = private_copy(self.model, self.feed.adapter)

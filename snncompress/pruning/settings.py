@@ -47,19 +47,16 @@ class Settings:
         repair: RepairKind | None,
     ) -> Settings:  # fmt: skip
         """Names become instances with default options."""
-        check_repair(repair)
         find = registry().resolve
         chosen = None if criterion is None else find("criterion", criterion, Criterion)
         codec, schedule = find("quantizer", quantizer, Quantizer), find("scheduler", scheduler, Scheduler)
         return cls(chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, repair)
 
     def __post_init__(self) -> None:
-        criterion, order, finetune, seed, truncate = (
-            self.criterion, self.order, self.finetune, self.seed, self.truncate,
-        )  # fmt: skip
-        _check_run(order, finetune, seed, truncate)
-        if criterion is not None:
-            _check_criterion(criterion)
+        _check_run(self.order, self.finetune, self.seed, self.truncate)
+        check_repair(self.repair)
+        if self.criterion is not None:
+            _check_criterion(self.criterion)
 
     @property
     def granularity(self) -> Granularity:

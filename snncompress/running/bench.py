@@ -99,7 +99,7 @@ def bench(
             if feed is None:
                 feed = _synthetic(work, found, timesteps, forward, labels, warn=noise == "scores")
             measured = feed if tested is None else tested
-            for own in {feed: None, measured: None}:
+            for own in dict.fromkeys((feed, measured)):
                 own.check(work, own.first())
             if labels and measured.first().y is None:
                 raise DataError(

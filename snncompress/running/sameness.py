@@ -17,6 +17,11 @@ from .data import Run
 NOTHING: Mapping[nn.Module, Tensor] = MappingProxyType({})
 
 
+def wire(neuron: nn.Module, x: Tensor) -> Tensor:
+    """Stands in for a neuron: its input, in a tensor of its own."""
+    return x * 1.0
+
+
 def wired_outputs(
     model: nn.Module, adapter: Adapter, run: Run, silent: Mapping[nn.Module, Tensor] = NOTHING
 ) -> list[Tensor]:
@@ -25,10 +30,10 @@ def wired_outputs(
     Noise inside the model is the same in every call.
     """
 
-    def wire(neuron: nn.Module, x: Tensor) -> Tensor:
-        return x.index_fill(1, silent[neuron].to(x.device), 0.0) if neuron in silent else x * 1.0
+    def silenced(neuron: nn.Module, x: Tensor) -> Tensor:
+        return x.index_fill(1, silent[neuron].to(x.device), 0.0) if neuron in silent else wire(neuron, x)
 
-    with seeded(model), adapter.identities(model, wire):
+    with seeded(model), adapter.identities(model, silenced):
         return [t for t in tensors_in(run(model)) if t.is_floating_point()]
 
 

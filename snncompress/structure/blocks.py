@@ -18,6 +18,7 @@ from snncompress.interfaces import Adapter
 from snncompress.model.copying import plain_copy
 from snncompress.model.network import WEIGHT_LAYERS, Network, width
 from snncompress.running.data import Run
+from snncompress.running.sameness import wire
 
 Blocks = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 """Names or globs of modules, a predicate ``(name, module) -> bool``, or None for what is found by structure."""
@@ -75,7 +76,7 @@ class _Calls:
         """Why a module can't be replaced by a wire."""
         self.order: list[str] = []
         with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(adapter.identities(copy, lambda neuron, x: x * 1.0))
+            stack.enter_context(adapter.identities(copy, wire))
             for name, module in copy.named_modules():
                 if name and _layers(module):
                     stack.callback(module.register_forward_hook(partial(self._note, name), with_kwargs=True).remove)

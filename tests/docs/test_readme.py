@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import snncompress
+from tests.packaging.lines import code_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,11 +29,7 @@ def test_the_plugin_is_the_one_that_is_tested() -> None:
 
 
 def test_the_plugin_takes_at_most_twenty_lines() -> None:
-    tree = ast.parse(PLUGIN.read_text())
-    docstrings = [n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-    told = {line for n in docstrings for line in range(n.lineno, n.end_lineno + 1)}
-    lines = PLUGIN.read_text().splitlines()
-    assert len([line for i, line in enumerate(lines, 1) if line.strip() and i not in told]) <= 20
+    assert len(code_lines(PLUGIN.read_text())) <= 20
 
 
 @pytest.mark.parametrize("block", code_blocks())

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.packaging.lines import code_lines
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "external_adapter"
 SOURCE = EXAMPLE / "snncompress_sinabs" / "__init__.py"
 
@@ -68,12 +70,5 @@ def test_it_imports_from_the_authors_namespace_only() -> None:
 
 
 def test_the_adapter_is_short() -> None:
-    source = SOURCE.read_text()
-    documentation = {
-        line
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
-    code = [line for i, line in enumerate(source.splitlines(), 1) if line.strip() and i not in documentation]
+    code = code_lines(SOURCE.read_text())
     assert len(code) <= 75, "\n".join(code)

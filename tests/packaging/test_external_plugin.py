@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.packaging.lines import code_lines
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "external_plugin"
 SOURCE = EXAMPLE / "snncompress_peak" / "__init__.py"
@@ -91,12 +92,5 @@ def test_without_the_example_there_is_no_peak() -> None:
 
 
 def test_the_plugin_is_as_short_as_the_readme_says() -> None:
-    source = SOURCE.read_text()
-    documentation = {
-        line
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
-    code = [line for i, line in enumerate(source.splitlines(), 1) if line.strip() and i not in documentation]
+    code = code_lines(SOURCE.read_text())
     assert len(code) <= 20, "\n".join(code)

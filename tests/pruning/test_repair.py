@@ -10,11 +10,12 @@ import pytest
 import snntorch as snn
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import OptionError, PlanError, SyntheticDataWarning, load, plan_of, repair, save
+from snncompress import ModelError, OptionError, PlanError, SyntheticDataWarning, load, plan_of, repair, save
 from snncompress.contract.detection import find_adapter
 from snncompress.model.network import WEIGHT_LAYERS
 from snncompress.model.parametrizations import weight_mask
@@ -112,11 +113,8 @@ def test_every_layer_integrates_more_of_what_it_did(
     assert total[0] < 0.7 * total[1]
 
 
-CASES = pytest.mark.parametrize("cases", [spikingjelly_cases, snntorch_cases])
-
-
 @settings(max_examples=12)
-@given(case=spikingjelly_cases())
+@given(case=st.one_of(spikingjelly_cases(), snntorch_cases()))
 def test_generated_networks(case: Case) -> None:
     """Repaired networks run, keep the structure of bare ones, and leave the original as it is."""
     before = snapshot(case.model)
@@ -282,6 +280,63 @@ def test_it_is_repeated_in_every_step_and_starts_from_what_was_trained() -> None
     snncompress.apply(net, "magnitude", 0.5, None, **options)
     assert len(fitted) == len(calls) > 1
     assert all(not torch.equal(a, b) for a, b in zip(fitted, calls, strict=True))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_stopped_run_ends_as_one_that_went_through(trains: bool, tmp_path: Path) -> None:
+    net, data = conv("single-step").eval(), batches()
+
+    def tuner(model: nn.Module) -> None:
+        with torch.no_grad():
+            model[10].bias += torch.rand(5)
+
+    options: dict[str, Any] = {"data": data, "timesteps": T, "skip": [], "scheduler": "iterative", "repair": "membrane"}
+    options |= {"finetune": tuner if trains else None}
+
+    def run(**more: Any) -> nn.Module:
+        return snncompress.apply(net, "magnitude", {"4": 0.5, "8": 0.5}, 4, **options, **more)
+
+    def stop(what: str, done: int, total: int | None) -> None:
+        if what.startswith("step 3/"):
+            raise KeyboardInterrupt
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=tmp_path, progress=stop)
+    resumed = run(checkpoint=tmp_path)
+    assert plan_of(resumed) == plan_of(whole)
+    assert "10" in plan_of(resumed).origin["repaired"]
+    state = whole.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
+
+
+class TwoSizes(nn.Module):
+    """One convolution on maps of two sizes, in every timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lif = nn.Conv2d(2, 8, 3, padding=1), neuron.LIFNode()
+        self.shared, self.other, self.fc = nn.Conv2d(8, 6, 3, padding=1), neuron.IFNode(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.lif(3 * self.first(x))
+        small = self.shared(nn.functional.max_pool2d(spikes, 2)).mean((2, 3))
+        return self.fc(self.other(3 * (self.shared(spikes).mean((2, 3)) + small)))
+
+
+def test_a_layer_that_is_called_on_maps_of_two_sizes() -> None:
+    torch.manual_seed(0)
+    net = TwoSizes()
+    options: dict[str, Any] = {"data": torch.rand(20, 2, 8, 8), "timesteps": 3, "skip": ["fc"]}
+    small = snncompress.apply(net, "magnitude", {"first": 0.5}, None, repair="membrane", **options)
+    assert "shared" in plan_of(small).origin["repaired"]
+    assert all(bool(torch.isfinite(value).all()) for value in small.state_dict().values())
+
+
+def test_what_is_no_network() -> None:
+    net = conv("single-step")
+    with pytest.raises(ModelError, match=r"model must be a torch\.nn\.Module, not str"):
+        repair(net, "net", batches(), timesteps=T)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("masked", [False, True])
