@@ -21,7 +21,7 @@ from .errors import ModelError
 
 Granularity = Literal["channel", "weight", "block"]
 Scope = Literal["layer", "global"]
-Signal = Literal["spikes", "membrane", "gradients"]
+Signal = Literal["spikes", "membrane", "gradients", "inputs"]
 Forward = Callable[[nn.Module, Any], Any]
 """How to run a model on one batch: ``forward(model, batch) -> output``."""
 Loss = Callable[[Any, Tensor], Tensor]
@@ -33,13 +33,58 @@ Observer = Callable[[Tensor, "Tensor | None"], None]
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What the outputs of a layer read in calibration, u [D] each, as sums over samples, timesteps and positions.
+
+        u[t] = (1 - leak) · u[t-1] + x[t]        what the leaky neurons behind the layer integrate, without reset
+
+    where the leak is known, else u = x. A grouped convolution has G groups, any other layer one; D is in the order of
+    :attr:`Layer.rows`. Of an output map up to 64 positions of every sample count. All in float64.
+
+    Fields:
+        square: Σ u², [G, D].
+        total: Σ u · 1, [G, D], where 1 is a constant input, integrated in the same way: what a bias adds.
+        count: Σ 1 · 1.
+        gram: Σ u uᵀ, [G, D, D]; None where D is over 8,192.
+    """
+
+    square: Tensor
+    total: Tensor
+    count: float
+    gram: Tensor | None
+
+    def inverse_diagonal(self, damping: float = 1e-2) -> Tensor:
+        """[(H + damping · mean(diag H) · I)⁻¹]_jj, [G, D]; H = Σ u uᵀ less what a bias that is fitted along explains.
+
+        Without ``gram``, the inputs are taken to be independent.
+
+        >>> u = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> Inputs(u.diagonal()[None], torch.zeros(1, 2), 4.0, u[None]).inverse_diagonal(0.0)
+        tensor([[0.5000, 1.0000]], dtype=torch.float64)
+        """
+        variance = (self.square - self.total**2 / self.count).clamp_min(0)
+        tiny = torch.finfo(torch.float64).tiny
+        ridge = damping * variance.mean(1, keepdim=True).clamp_min(tiny)
+        if self.gram is None:
+            return 1 / (variance + ridge).clamp_min(tiny)
+        centred = self.gram - self.total[:, :, None] * self.total[:, None, :] / self.count
+        for _ in range(16):
+            factor, failed = torch.linalg.cholesky_ex(centred + torch.diag_embed(ridge.expand_as(variance)))
+            if not bool(failed.any()):
+                break
+            ridge = ridge * 10 + tiny
+        return torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+
+
+@dataclass(frozen=True)
 class Layer:
     """One weight layer as a criterion sees it.
 
     ``weight`` is the float weight with the output channels first, [C, ...], also for a transposed convolution or a
     quantized layer, and 0 where a weight was removed; ``weight_grad`` its gradient, None unless the criterion asked
     for gradients. ``norm`` is the batch normalization between the layer and its neurons. ``generator`` is seeded from
-    the seed of ``apply`` and the layer's name: the only source of chance a criterion may use.
+    the seed of ``apply`` and the layer's name: the only source of chance a criterion may use. ``inputs`` is None unless
+    the criterion asked for inputs, or where the layer wasn't called.
     """
 
     name: str
@@ -49,11 +94,37 @@ class Layer:
     norm: nn.Module | None
     neurons: tuple[str, ...]
     generator: torch.Generator
+    inputs: Inputs | None = None
 
     @property
     def channels(self) -> int:
         """Number of output channels (features of a linear layer)."""
         return int(self.weight.shape[0])
+
+    @property
+    def rows(self) -> Tensor:
+        """The weight as [G, R, D]: for each of G groups R output channels that read D inputs, as ``inputs`` has it."""
+        return self._by_row(self.weight)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """[G, R, D] back to the shape of ``weight``.
+
+        >>> conv = nn.Conv2d(4, 6, 3, groups=2)
+        >>> layer = Layer("conv", conv, conv.weight.detach(), None, None, (), torch.Generator())
+        >>> layer.rows.shape, torch.equal(layer.from_rows(layer.rows), layer.weight)
+        (torch.Size([2, 3, 18]), True)
+        """
+        place = self._by_row(torch.arange(self.weight.numel(), device=rows.device).view(self.weight.shape))
+        back = rows.new_empty(self.weight.numel())
+        back[place.flatten()] = rows.flatten()
+        return back.view(self.weight.shape)
+
+    def _by_row(self, weight: Tensor) -> Tensor:
+        groups = int(getattr(self.module, "groups", 1))
+        if groups > 1 and getattr(self.module, "transposed", False):  # [C / G, inputs, ...]
+            weight = weight.view(len(weight), groups, -1, *weight.shape[2:]).transpose(0, 1)
+            return weight.flatten(2)
+        return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 class _Plugin(ABC):
@@ -77,7 +148,8 @@ class Criterion(_Plugin):
 
     ``needs`` says what must be recorded: ``"spikes"`` S[t], ``"membrane"`` Ũ[t] (after charging, before reset),
     ``"gradients"`` (one backward pass per batch through the surrogate gradient: ``layer.weight_grad`` is that batch's
-    gradient in ``end_batch``; labels are then required).
+    gradient in ``end_batch``; labels are then required), ``"inputs"`` (second moments of what the layer reads:
+    ``layer.inputs`` in ``score``).
 
     Single weights are compared within their layer, or with ``scope`` "global" across all layers of the same ratio.
     """

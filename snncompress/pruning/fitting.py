@@ -9,20 +9,18 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from snncompress.errors import ModelError
 from snncompress.measuring.timestep_counting import Timeline
 from snncompress.model.chance import seeded
 from snncompress.model.network import Network
 from snncompress.model.parametrizations import compression_of, stored_weight, weight_mask
-from snncompress.model.patches import as_matrix, as_weight, outputs, patches, positions, samples_first
+from snncompress.model.patches import as_matrix, as_weight, outputs, patches, positions
 from snncompress.running.data import Batch, Feed
 
+from .integration import POSITIONS, decay, input_of, timesteps_of
 from .least_squares import Sums, solved
 
 RepairKind = Literal["membrane", "current"]
 _RIDGE = 1e-3
-_POSITIONS = 64
-"""Of an output map, in a sample: more add little, since neighbours say the same."""
 
 
 class _EnoughError(BaseException):
@@ -61,7 +59,8 @@ class LayerFit:
         self.old: Any = self.before.get_submodule(self.name)
         self.norm: Any = self._norm()
         self._offset = self.layer.bias is not None or self.norm is not None
-        self._decay = self._keep()
+        current = self.kind == "current"
+        self._decay = 0.0 if current else decay(self.model, self.name, self.line, self.network, self.feed)
 
     def gather(self, seed: int) -> bool:
         """Run both networks on the data, up to this layer; False where there is nothing to do for it."""
@@ -80,7 +79,7 @@ class LayerFit:
         state = self._batch
         shape = tuple(y.shape[2:])
         if shape not in state.where:
-            state.where[shape] = positions(self.layer, y, _POSITIONS, state.generator)
+            state.where[shape] = positions(self.layer, y, POSITIONS, state.generator)
         state.wanted.append(outputs(self.layer, y.index_select(1, self.kept.to(y.device)), state.where[shape]))
         if state.unchanged:
             state.inputs.append(x)
@@ -185,20 +184,6 @@ class LayerFit:
         mean = getattr(norm, "running_mean", None)
         return norm if isinstance(mean, Tensor) and mean.shape == (channels(self.layer),) else None
 
-    def _keep(self) -> float:
-        """What a timestep leaves of the membrane potential, of the neurons that the layer drives; 0: no filter."""
-        if self.kind == "current" or self.line is None or self.line.per_step > 1:
-            return 0.0
-        neurons = self.feed.adapter.neurons(self.model)
-        inside = [name for name in neurons if self.name.startswith(f"{name}.")]
-        for name in (*inside, *self.network.drives.get(self.name, ())):
-            try:
-                leak = self.feed.adapter.leak(neurons[name])
-            except ModelError:
-                continue
-            return float(1 - leak.double().mean().clamp(0, 1))
-        return 0.0
-
     def _same_weights(self) -> bool:
         """Are they those of the channels that are kept?"""
         now, then = (as_matrix(layer, layer.weight.detach()).flatten(0, 1) for layer in (self.layer, self.old))
@@ -214,13 +199,10 @@ class LayerFit:
 
         def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             nonlocal calls
-            x = next(v for v in (*args, *named.values()) if isinstance(v, Tensor))
+            for piece, out in timesteps_of(layer, line, input_of(args, named), output):
+                seen(piece, out)
             if line is None:
-                seen(samples_first(layer, x), samples_first(layer, output))
                 return
-            outs = output.chunk(line.steps, line.axis) if line.axis is not None else [output]
-            for (_, piece), out in zip(line.pieces(x), outs, strict=True):
-                seen(samples_first(layer, piece), samples_first(layer, out))
             calls += 1
             if calls == (1 if line.axis is not None else line.steps * line.per_step):
                 raise _EnoughError

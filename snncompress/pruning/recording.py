@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
-from snncompress.interfaces import Criterion, Layer
+from snncompress.interfaces import Criterion, Inputs, Layer
 from snncompress.model.modules import in_mode
 from snncompress.model.network import ChannelGroup, Network
 from snncompress.model.parametrizations import float_weight, stored_weight
 from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
+
+from .integration import InputRecorder, decay, input_of, timelines
 
 
 def record(
@@ -59,7 +61,11 @@ class Recording:
         }
         if criterion.needs:
             scorers = [s for own in self._scorers.values() for s in own]
-            _run(model, feed, criterion, scorers, progress, f"{what}calibrating {criterion.name}")
+            readers = _readers(model, network, feed, layers) if "inputs" in criterion.needs else {}
+            _run(model, feed, criterion, scorers, readers, progress, f"{what}calibrating {criterion.name}")
+            for scorer in scorers:
+                if scorer.layer_name in readers:
+                    scorer.inputs = readers[scorer.layer_name].inputs()
 
     def scores(self, method: Callable[[Layer, Any], Tensor]) -> dict[str, Tensor]:
         """What ``method(layer, state)``, the criterion's ``score`` or one like it, makes of every layer's state.
@@ -73,9 +79,20 @@ class Recording:
         return scores
 
 
+def _readers(model: nn.Module, network: Network, feed: Feed, layers: Collection[str]) -> dict[str, InputRecorder]:
+    with in_mode(model, training=False), torch.no_grad():
+        lines = timelines(model, feed)
+    return {
+        name: InputRecorder(model.get_submodule(name), lines[name], decay(model, name, lines[name], network, feed))
+        for name in layers
+        if name in lines
+    }
+
+
 def _run(
-    model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], progress: Progress | None, what: str
-) -> None:
+    model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], readers: dict[str, InputRecorder],
+    progress: Progress | None, what: str,
+) -> None:  # fmt: skip
     gradients = "gradients" in criterion.needs
     fired: dict[str, bool] = {}
     with ExitStack() as stack:
@@ -86,6 +103,8 @@ def _run(
                 observer = _observer(neuron, listening, fired)
                 module = model.get_submodule(neuron)
                 stack.callback(feed.adapter.observe(module, observer, membrane="membrane" in criterion.needs))
+        for name, reader in readers.items():
+            stack.callback(_listen(model.get_submodule(name), reader))
         stack.enter_context(in_mode(model, training=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         if gradients:
@@ -93,6 +112,8 @@ def _run(
                 stack.callback(weight.requires_grad_, weight.requires_grad)  # a frozen weight has a gradient too
                 weight.requires_grad_(True)
         for batch in tracked(feed, progress, what):
+            for reader in readers.values():
+                reader.begin_batch()
             output = feed(model, batch)
             if gradients:
                 model.zero_grad()
@@ -119,6 +140,14 @@ def _run(
             SilentNeuronsWarning,
             stacklevel=2,
         )
+
+
+def _listen(layer: nn.Module, reader: InputRecorder) -> Callable[[], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        with torch.no_grad():
+            reader.add(input_of(args, named), output.detach())
+
+    return layer.register_forward_hook(hook, with_kwargs=True).remove
 
 
 def _observer(neuron: str, scorers: list[_Scorer], fired: dict[str, bool]) -> Callable[[Tensor, Tensor | None], None]:
@@ -150,6 +179,7 @@ class _Scorer:
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self.any_gradient = False
+        self.inputs: Inputs | None = None
         self._state = self._guarded(criterion.begin, self.layer())
 
     def layer(self) -> Layer:
@@ -164,6 +194,7 @@ class _Scorer:
             self._norm,
             self._neurons,
             self._generator,
+            self.inputs,
         )
 
     def observe(self, spikes: Tensor, membrane: Tensor | None) -> None:

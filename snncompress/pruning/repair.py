@@ -14,7 +14,6 @@ integrate; compare Shi, Li and Ward-Cherrier, "Spiking Brain Compression", arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -22,25 +21,21 @@ from torch import Tensor, nn
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
-from snncompress.errors import ModelError, OptionError, PlanError
+from snncompress.errors import OptionError, PlanError
 from snncompress.interfaces import Adapter, Forward
-from snncompress.measuring.timestep_counting import Rehearsal, Timeline
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit
 from snncompress.model.modules import in_mode
 from snncompress.model.network import Network, computed_or_shared
-from snncompress.model.parametrizations import stored_weight
-from snncompress.model.patches import as_matrix
 from snncompress.model.plan import Plan, attach, has_plan, plan_of, refuse_frozen
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
 from snncompress.structure.tracing import trace
 
 from .fitting import LayerFit, RepairKind, channels
+from .integration import MOST_READS, reads, timelines
 
 M = TypeVar("M", bound=nn.Module)
-_MOST_READS = 8192
-"""Of one output: a layer that reads more keeps its weights, since the Gram matrix would take over half a gigabyte."""
 
 
 def check_repair(value: Any) -> None:
@@ -131,9 +126,9 @@ def fit(
     left_alone = computed_or_shared(model)
     fitted = []
     with in_mode(model, training=False), in_mode(before, training=False), torch.no_grad():
-        lines = _timelines(before, feed)
+        lines = timelines(before, feed)
         for name in tracked(list(lines), progress, f"{what}repairing"):
-            if name in left_alone or not _there(model, name) or _reads(model.get_submodule(name)) > _MOST_READS:
+            if name in left_alone or not _there(model, name) or reads(model.get_submodule(name)) > MOST_READS:
                 continue
             holder = next((neuron for neuron in neurons if name.startswith(f"{neuron}.")), None)
             gone = removed.get(name, []) if holder is None else shrunk.get(holder, [])
@@ -160,26 +155,3 @@ def _kept(model: nn.Module, before: nn.Module, name: str, removed: list[int]) ->
             f"{len(gone)} that its plan removed. Pass the network that it was compressed from."
         )
     return kept.nonzero().flatten()
-
-
-def _reads(layer: nn.Module) -> int:
-    return int(as_matrix(layer, stored_weight(layer)).shape[2])
-
-
-def _timelines(model: nn.Module, feed: Feed) -> dict[str, Timeline | None]:
-    """The weight layers in order of execution, each with the timesteps of its calls; None where those can't be told."""
-    with ExitStack() as stack:
-        rehearsal = Rehearsal(model, feed.adapter, stack)
-        feed.example()(model)
-    feed.adapter.reset(model)
-    neurons = feed.adapter.neurons(model)
-    steps, samples = rehearsal.extent()
-    lines: dict[str, Timeline | None] = {}
-    for name in rehearsal.called():
-        if name in neurons:
-            continue
-        try:
-            lines[name] = rehearsal.timelines(steps, samples, only=name)[name]
-        except ModelError:
-            lines[name] = None
-    return lines

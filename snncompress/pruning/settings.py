@@ -12,7 +12,7 @@ from torch import nn
 
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError
-from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope
+from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope, Signal
 from snncompress.version import __version__
 
 from .fitting import RepairKind
@@ -130,7 +130,6 @@ def _check_criterion(criterion: Criterion) -> None:
         )
     if criterion.scope not in get_args(Scope):
         raise OptionError(f"Criterion {criterion.name!r}: scope must be 'layer' or 'global', not {criterion.scope!r}.")
-    if unknown := criterion.needs - {"spikes", "membrane", "gradients"}:
-        raise OptionError(
-            f"Criterion {criterion.name!r} needs {sorted(unknown)}; known are 'spikes', 'membrane', 'gradients'."
-        )
+    if unknown := criterion.needs - set(get_args(Signal)):
+        known_signals = ", ".join(map(repr, get_args(Signal)))
+        raise OptionError(f"Criterion {criterion.name!r} needs {sorted(unknown)}; known are {known_signals}.")
