@@ -63,16 +63,16 @@ class Inputs:
         tensor([[0.5000, 1.0000]], dtype=torch.float64)
         """
         variance = (self.square - self.total**2 / self.count).clamp_min(0)
-        tiny = torch.finfo(torch.float64).tiny
-        ridge = damping * variance.mean(1, keepdim=True).clamp_min(tiny)
+        least = 1e-12 * self.count  # of silent inputs
+        ridge = damping * variance.mean(1, keepdim=True).clamp_min(least)
         if self.gram is None:
-            return 1 / (variance + ridge).clamp_min(tiny)
+            return 1 / (variance + ridge).clamp_min(least)
         centred = self.gram - self.total[:, :, None] * self.total[:, None, :] / self.count
         for _ in range(16):
             factor, failed = torch.linalg.cholesky_ex(centred + torch.diag_embed(ridge.expand_as(variance)))
             if not bool(failed.any()):
                 break
-            ridge = ridge * 10 + tiny
+            ridge = ridge * 10 + least
         return torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
 
 

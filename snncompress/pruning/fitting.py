@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from snncompress.measuring.timestep_counting import Timeline
 from snncompress.model.chance import seeded
 from snncompress.model.network import Network
-from snncompress.model.parametrizations import compression_of, stored_weight, weight_mask
+from snncompress.model.parametrizations import compression_of, gridded, stored_weight, weight_mask
 from snncompress.model.patches import as_matrix, as_weight, outputs, patches, positions
 from snncompress.running.data import Batch, Feed
 
 from .integration import POSITIONS, decay, input_of, timesteps_of
-from .least_squares import Sums, solved
+from .least_squares import Sums, solved, stretched
+from .rounding import passed_on
 
 RepairKind = Literal["membrane", "current"]
+Rounding = Literal["gptq", "nearest"]
 _RIDGE = 1e-3
+_LEAST = 1e-6
+"""Of the gain of a batch norm: with less, nothing passes it."""
 
 
 class _EnoughError(BaseException):
@@ -40,6 +44,16 @@ class _BatchState:
         self.one = 0.0
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """Weights to store [G, R, D], intercepts [G, R], and what comes of them: the errors, the distance to θ [G, R]."""
+
+    weights: Tensor
+    offset: Tensor
+    errors: Tensor
+    distance: Any = torch.inf
+
+
 @dataclass
 class LayerFit:
     """One layer that is to be fitted: ``gather`` its sums over the data, then ``solve``."""
@@ -52,12 +66,14 @@ class LayerFit:
     network: Network
     feed: Feed
     kind: RepairKind
+    rounding: Rounding = "nearest"
     sums: Sums | None = None
 
     def __post_init__(self) -> None:
         self.layer: Any = self.model.get_submodule(self.name)
         self.old: Any = self.before.get_submodule(self.name)
         self.norm: Any = self._norm()
+        self._through = self._between()
         self._offset = self.layer.bias is not None or self.norm is not None
         current = self.kind == "current"
         self._decay = 0.0 if current else decay(self.model, self.name, self.line, self.network, self.feed)
@@ -97,6 +113,8 @@ class LayerFit:
         if self._decay:
             x, wanted = self._decay * state.u + x, self._decay * state.v + wanted
         state.u, state.v, state.one = x, wanted, self._decay * state.one + 1
+        if self._through is not None:
+            wanted = self._through[0] * wanted + self._through[1] * state.one
         read = patches(self.layer, x, state.where[shape])
         if self._offset:
             read = torch.cat([read, torch.full_like(read[..., :1], state.one)], 2)
@@ -105,35 +123,85 @@ class LayerFit:
         self.sums.add(read, wanted)
 
     def solve(self) -> bool:
-        """Put the better weights in, row by row; False where the old ones are as good."""
+        """Put better weights in, row by row; False where the old ones are as good."""
         sums = cast(Sums, self.sums)
         stored, offset = stored_weight(self.layer), self._intercept()
-        start = self._theta(as_matrix(self.layer, stored.detach()).double(), offset)
+        old = as_matrix(self.layer, stored.detach()).double()
         mask = weight_mask(self.layer)
-        support = None
+        support = kept = None
         if mask is not None:
-            support = as_matrix(self.layer, mask)
+            support = kept = as_matrix(self.layer, mask)
             if self._offset:
                 support = torch.cat([support, torch.ones_like(support[..., :1])], 2)
-        theta = solved(sums, start, _RIDGE, support)
+        start = _Answer(old, offset, sums.errors(self._theta(self._effective(), offset)))
+        theta = solved(sums, self._theta(old, offset), _RIDGE, support)
+        if self._offset and self.network.drives.get(self.name):
+            wide = stretched(sums, theta)
+            theta = wide.where((sums.errors(wide) < start.errors).unsqueeze(2), theta)
         if support is not None:
             theta = theta.where(support, 0.0)
-        old_weight = stored.detach().clone()
-        errors = sums.errors(self._theta(self._effective(), offset))
-        self._put(as_weight(self.layer, self._weights(theta), stored))
-        new_offset = self._refitted(theta)
-        better = sums.errors(self._theta(self._effective(), new_offset)) < errors
-        if not bool(better.all()):  # rows that lose nothing keep what they had
-            rows = better.unsqueeze(2)
-            mixed = self._weights(theta).where(rows, as_matrix(self.layer, old_weight).double())
-            self._put(as_weight(self.layer, mixed, stored))
-            new_offset = new_offset.where(better, offset)
-            found = sums.errors(self._theta(self._effective(), new_offset))
-            if bool((found > errors * (1 + 1e-6)).any()) or not bool(better.any()):  # a scale of the whole layer moved
-                self._put(old_weight)
-                return False
-        self._put_intercept(new_offset - offset)
+        best = self._better(start, start, self._weights(theta), theta)
+        for weights in self._rounded(theta, kept) if self.rounding == "gptq" else ():
+            best = self._better(start, best, weights, theta)
+        if best is start:
+            return False
+        self._put_intercept(best.offset - offset)
         return True
+
+    def _better(self, start: _Answer, best: _Answer, weights: Tensor, theta: Tensor) -> _Answer:
+        """What comes nearer to θ and isn't worse than the start, row by row.
+
+        Where rows share a scale that moves, of the whole layer.
+        """
+        new = self._answer(weights, theta)
+        rows = (new.errors < start.errors) & (new.distance < best.distance)
+        if bool(rows.all()):
+            return new
+        if bool(rows.any()):
+            mixed = self._answer(weights.where(rows.unsqueeze(2), best.weights), theta, rows, best.offset)
+            if bool((mixed.errors <= start.errors * (1 + 1e-6)).all()):
+                return mixed
+            if new.errors.sum() < start.errors.sum() and new.distance.sum() < best.distance.sum():
+                return self._answer(weights, theta)
+        self._put(best.weights)
+        return best
+
+    def _answer(
+        self, weights: Tensor, theta: Tensor, rows: Tensor | None = None, instead: Tensor | None = None
+    ) -> _Answer:
+        """Put weights in, with the intercepts that suit them; in some rows only, others have theirs ``instead``."""
+        sums = cast(Sums, self.sums)
+        self._put(weights)
+        offset = self._refitted(theta)
+        if rows is not None and instead is not None:
+            offset = offset.where(rows, instead)
+        made = self._theta(self._effective(), offset)
+        return _Answer(weights, offset, sums.errors(made), sums.distance(made, theta))
+
+    def _rounded(self, theta: Tensor, kept: Tensor | None) -> Iterator[Tensor]:
+        """Weights to store whose values on the grid have each other's rounding errors passed on.
+
+        Either those values themselves, or what is nearest to θ and rounded to them: which of the two leaves the grid
+        where it is depends on how the quantizer finds it.
+        """
+        layer, compression = self.layer, compression_of(self.layer)
+        self._put(self._weights(theta))
+        found = None if compression is None else gridded(compression, stored_weight(layer))
+        if compression is None or found is None:
+            return
+        grid = found[0]
+        like = compression.turned(stored_weight(layer))
+        scale = as_matrix(layer, compression.turned(grid.scale.expand_as(like))).double()[..., :1]
+        weights = self._weights(theta)
+        numbers = passed_on(theta, cast(Sums, self.sums).gram, weights.shape[2], scale, grid, kept)
+        if numbers is None:
+            return
+        values = (numbers - grid.zero_point) * scale
+        yield values if kept is None else values.where(kept, 0.0)
+        inside = 0.499 * scale
+        low = torch.where(numbers > 0, values - inside, -torch.inf)
+        high = torch.where(numbers < 2.0**grid.bits - 1, values + inside, torch.inf)
+        yield weights.clamp(low, high)
 
     def _theta(self, weights: Tensor, offset: Tensor) -> Tensor:
         return torch.cat([weights, offset.unsqueeze(2)], 2) if self._offset else weights
@@ -165,8 +233,10 @@ class LayerFit:
         offset: Tensor = bias.detach().double().view(groups, -1)
         return offset
 
-    def _put(self, weight: Tensor) -> None:
-        stored_weight(self.layer).copy_(weight)
+    def _put(self, weights: Tensor) -> None:
+        """[G, R, D]."""
+        stored = stored_weight(self.layer)
+        stored.copy_(as_weight(self.layer, weights, stored))
 
     def _put_intercept(self, change: Tensor) -> None:
         if self.layer.bias is not None:
@@ -183,6 +253,25 @@ class LayerFit:
         norm: Any = None if name is None else self.model.get_submodule(name)
         mean = getattr(norm, "running_mean", None)
         return norm if isinstance(mean, Tensor) and mean.shape == (channels(self.layer),) else None
+
+    def _between(self) -> tuple[Tensor, Tensor] | None:
+        """a, c [G, R]: the norm as it is makes of a·y + c what the norm before made of y; None where they are equal."""
+        norm = None if self.norm is None else self.network.norms.get(self.name)
+        if norm is None:
+            return None
+        (gain, shift), (then, base) = _affine(self.norm), _affine(self.before.get_submodule(norm))
+        then, base = (t[self.kept.to(t.device)] if len(t) != len(self.kept) else t for t in (then, base))
+        if torch.equal(gain, then) and torch.equal(shift, base):
+            return None
+        usable = gain.abs() > _LEAST * then.abs()
+        safe = gain.where(usable, 1.0)
+        ratio, offset = (then / safe).where(usable, 1.0), ((base - shift) / safe).where(usable, 0.0)
+        groups = int(getattr(self.layer, "groups", 1))
+        like = stored_weight(self.layer)
+        a, c = (
+            t.view(groups, -1).to(like.device, torch.promote_types(like.dtype, torch.float32)) for t in (ratio, offset)
+        )
+        return a, c
 
     def _same_weights(self) -> bool:
         """Are they those of the channels that are kept?"""
@@ -216,6 +305,16 @@ class LayerFit:
         finally:
             handle.remove()
             self.feed.adapter.reset(net)
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Gain and shift per channel of a batch norm in eval mode, in float64."""
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    gain = (var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        gain = gain * norm.weight.detach().double()
+    shift = -mean * gain
+    return gain, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
 def channels(layer: Any) -> int:

@@ -35,6 +35,28 @@ class Sums:
         errors: Tensor = quadratic - 2 * (theta * self.cross.transpose(1, 2)).sum(2) + self.square
         return errors.clamp_min(0)
 
+    def distance(self, theta: Tensor, other: Tensor) -> Tensor:
+        """Σ ((θ − θ') u)² of every row [G, R]."""
+        change = theta - other
+        distance: Tensor = ((change @ self.gram) * change).sum(2)
+        return distance.clamp_min(0)
+
+
+def stretched(sums: Sums, theta: Tensor, most: float = 2.0) -> Tensor:
+    """Rows [G, R, D] whose weights are enlarged until θ u varies as much as y, up to ``most`` times.
+
+    Least squares leaves out what can't be explained, so θ u varies less than y, and what is driven by it would fire
+    less, all the more the deeper a network is. The last of D is the constant, whose weight keeps the mean.
+    """
+    ones, count = sums.gram[:, None, -1, :-1], sums.gram[:, None, -1, -1]
+    weights = theta[..., :-1]
+    spread = sums.square - sums.cross[:, -1] ** 2 / count
+    found = ((weights @ sums.gram[:, :-1, :-1]) * weights).sum(2) - (weights * ones).sum(2) ** 2 / count
+    factor = (spread / found.clamp_min(torch.finfo(found.dtype).tiny)).clamp(1, most**2).sqrt()
+    weights = weights * factor.unsqueeze(2)
+    offset = (sums.cross[:, -1] - (weights * ones).sum(2)) / count
+    return torch.cat([weights, offset.unsqueeze(2)], 2)
+
 
 def solved(sums: Sums, start: Tensor, ridge: float, support: Tensor | None = None) -> Tensor:
     """θ [G, R, D], beginning at ``start``; with ``support`` (bool, like θ) it stays 0 elsewhere.

@@ -32,7 +32,7 @@ from snncompress.running.bench import bench
 from snncompress.running.data import Feed
 from snncompress.structure.tracing import trace
 
-from .fitting import LayerFit, RepairKind, channels
+from .fitting import LayerFit, RepairKind, Rounding, channels
 from .integration import MOST_READS, reads, timelines
 
 M = TypeVar("M", bound=nn.Module)
@@ -115,6 +115,7 @@ def fit(
     seed: int,
     progress: Progress | None = None,
     what: str = "",
+    rounding: Rounding = "nearest",
 ) -> list[str]:
     """Fit, in place, every layer of ``model`` whose weights or inputs aren't those of ``before``; return their names.
 
@@ -132,7 +133,9 @@ def fit(
                 continue
             holder = next((neuron for neuron in neurons if name.startswith(f"{neuron}.")), None)
             gone = removed.get(name, []) if holder is None else shrunk.get(holder, [])
-            task = LayerFit(model, before, name, lines[name], _kept(model, before, name, gone), network, feed, kind)
+            task = LayerFit(
+                model, before, name, lines[name], _kept(model, before, name, gone), network, feed, kind, rounding
+            )
             if task.gather(seed) and task.solve():
                 fitted.append(name)
     return fitted

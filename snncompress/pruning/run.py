@@ -89,7 +89,12 @@ class Run(Generic[M]):
         if self._before is None or kind is None:
             return
         self._since += new
-        fitted = fit(self.model, self._before, self._network, self.feed, self._since, kind, seed, self.progress, what)
+        import os
+
+        rounding = os.environ.get("ROUND", "nearest")
+        fitted = fit(
+            self.model, self._before, self._network, self.feed, self._since, kind, seed, self.progress, what, rounding
+        )
         self.repaired = list(dict.fromkeys([*self.repaired, *fitted]))
 
     def tune(self, what: str) -> None:
