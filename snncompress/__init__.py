@@ -29,7 +29,7 @@ from .measuring.gradients import GradientAwareLoss, GradientFlow, gradient_flow
 from .measuring.profiling import compare, profile
 from .measuring.reporting import Comparison, LayerProfile, Profile
 from .measuring.temporal import TemporalAnalysis, temporal_analysis
-from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Repair, TruncateTimesteps
+from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Resized, TruncateTimesteps
 from .model.plan import Plan, plan_of
 from .pruning.apply import apply
 from .pruning.collapse import collapse
@@ -65,7 +65,7 @@ __all__ = [
     "QuantizeWeights",
     "RemoveBlock",
     "RemoveChannels",
-    "Repair",
+    "Resized",
     "SNNCompressError",
     "Sensitivity",
     "SilentNeuronsWarning",

@@ -18,9 +18,8 @@ from snncompress.model.plan import attach, continued, refuse_frozen
 from snncompress.running.bench import bench
 
 from .checkpoint import Checkpoint, digest_of
-from .fitting import RepairKind
 from .run import Run
-from .settings import Finetune, Settings
+from .settings import Finetune, Repair, Settings
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +43,7 @@ def apply(
     seed: int = 0,
     progress: Progress | None = None,
     truncate: Literal["auto"] | int | None = None,
-    repair: RepairKind | None = None,
+    repair: Repair = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> M:
     """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
@@ -83,7 +82,8 @@ def apply(
         repair: "membrane" fits the weights that are left so that the neurons integrate what they did before, in closed
             form and without labels (:func:`snncompress.repair`); "current" fits single timesteps; None leaves the bare
             network, which computes exactly what the original does with the removed channels silenced. It comes before
-            fine-tuning, in every step.
+            fine-tuning, in every step. Where blocks are removed, what reads them starts from the weights of its first
+            inputs, zeros where there were less; "reinit" draws new ones there instead, and fits nothing.
         checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
             the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
             torch's generators or the data loader's, as the built-in trainer's does).

@@ -13,7 +13,7 @@ integrate; compare Shi, Li and Ward-Cherrier, "Spiking Brain Compression", arXiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar, get_args
 
@@ -41,12 +41,6 @@ from .fitting import LayerFit, RepairKind, channels
 M = TypeVar("M", bound=nn.Module)
 _MOST_READS = 8192
 """Of one output: a layer that reads more keeps its weights, since the Gram matrix would take over half a gigabyte."""
-
-
-def check_repair(value: Any) -> None:
-    """Raise OptionError for what can't be."""
-    if value not in (None, *get_args(RepairKind)):
-        raise OptionError(f"repair must be 'membrane', 'current' or None, not {value!r}.")
 
 
 def repair(
@@ -120,10 +114,12 @@ def fit(
     seed: int,
     progress: Progress | None = None,
     what: str = "",
+    only: Collection[str] | None = None,
 ) -> list[str]:
     """Fit, in place, every layer of ``model`` whose weights or inputs aren't those of ``before``; return their names.
 
-    ``edits`` lead from ``before`` to ``model``. Both are on a bench.
+    ``edits`` lead from ``before`` to ``model``, whose ``network`` this is. Both are on a bench. With ``only``, no other
+    layers are fitted.
     """
     plan = Plan(tuple(edits))
     removed, shrunk = plan.removed_channels(), plan.removed_channels("neuron")
@@ -132,7 +128,8 @@ def fit(
     fitted = []
     with in_mode(model, training=False), in_mode(before, training=False), torch.no_grad():
         lines = _timelines(before, feed)
-        for name in tracked(list(lines), progress, f"{what}repairing"):
+        names = [name for name in lines if only is None or name in only]
+        for name in tracked(names, progress, f"{what}repairing"):
             if name in left_alone or not _there(model, name) or _reads(model.get_submodule(name)) > _MOST_READS:
                 continue
             holder = next((neuron for neuron in neurons if name.startswith(f"{neuron}.")), None)

@@ -46,7 +46,7 @@ class Run(Generic[M]):
         self.model, self.feed, self.settings, self.progress = model, feed, settings, progress
         self.edits: list[Edit] = []
         self.repaired: list[str] = []
-        self._before = private_copy(model, feed.adapter) if settings.repair else None
+        self._before = private_copy(model, feed.adapter) if settings.fits else None
         self._since: list[Edit] = []
         channels = settings.criterion is not None and settings.granularity == "channel"
         self._network = network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps, groups=channels)
@@ -85,11 +85,12 @@ class Run(Generic[M]):
 
     def repair(self, new: list[Edit], what: str) -> None:
         """Fit what is left to what the network did before, or did when it was trained last."""
-        kind, seed = self.settings.repair, self.settings.seed
+        kind, seed = self.settings.fits, self.settings.seed
         if self._before is None or kind is None:
             return
         self._since += new
-        fitted = fit(self.model, self._before, self._network, self.feed, self._since, kind, seed, self.progress, what)
+        network = self._pruning.network() if isinstance(self._pruning, BlockPruning) else self._network
+        fitted = fit(self.model, self._before, network, self.feed, self._since, kind, seed, self.progress, what)
         self.repaired = list(dict.fromkeys([*self.repaired, *fitted]))
 
     def tune(self, what: str) -> None:
@@ -170,7 +171,8 @@ class Run(Generic[M]):
             return None, {}
         if isinstance(criterion, BlockCriterion):
             share = check_ratio(ratio, "ratio", all_may_go=True)
-            blocks = BlockPruning(model, adapter, criterion, self.feed, share, network)
+            fresh = self.settings.repair == "reinit"
+            blocks = BlockPruning(model, adapter, criterion, self.feed, share, network, fresh=fresh)
             return blocks, blocks.skipped
         if criterion.granularity == "channel":
             todo, skipped = targets(network, ratio, self.skips)

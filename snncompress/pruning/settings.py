@@ -16,10 +16,10 @@ from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quant
 from snncompress.version import __version__
 
 from .fitting import RepairKind
-from .repair import check_repair
 
 Finetune = int | Callable[[nn.Module], object] | None
 Truncate = Literal["auto"] | int | None
+Repair = RepairKind | Literal["reinit"] | None
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Settings:
     finetune: Finetune
     seed: int
     truncate: Truncate
-    repair: RepairKind | None
+    repair: Repair
 
     @classmethod
     def of(
         cls, criterion: str | Criterion | None, ratio: Any, bits: Any, quantizer: str | Quantizer,
         scheduler: str | Scheduler, order: str, finetune: Finetune, seed: int, truncate: Truncate,
-        repair: RepairKind | None,
+        repair: Repair,
     ) -> Settings:  # fmt: skip
         """Names become instances with default options."""
         find = registry().resolve
@@ -54,14 +54,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check_run(self.order, self.finetune, self.seed, self.truncate)
-        check_repair(self.repair)
         if self.criterion is not None:
             _check_criterion(self.criterion)
+        check_repair(self.repair, self.criterion)
 
     @property
     def granularity(self) -> Granularity:
         """Of the criterion; of channels where there is none."""
         return "channel" if self.criterion is None else self.criterion.granularity
+
+    @property
+    def fits(self) -> RepairKind | None:
+        """How the weights that are left are fitted; None: not at all."""
+        return None if self.repair == "reinit" else self.repair
 
     @property
     def prunes(self) -> bool:
@@ -96,6 +101,18 @@ class Settings:
             "data": "synthetic" if synthetic else "given",
             "truncate": self.truncate,
         }
+
+
+def check_repair(repair: Any, criterion: Criterion | None) -> None:
+    """Raise OptionError for what can't be with this criterion."""
+    if repair not in ("reinit", None, *get_args(RepairKind)):
+        raise OptionError(f"repair must be 'membrane', 'current', None or, for blocks, 'reinit', not {repair!r}.")
+    if repair == "reinit" and not isinstance(criterion, BlockCriterion):
+        what = "there is no criterion" if criterion is None else f"criterion {criterion.name!r} removes no blocks"
+        raise OptionError(
+            f"repair='reinit' draws new weights for the layers behind a removed block, and {what}. Take 'membrane', "
+            f"'current' or None."
+        )
 
 
 def _plain(value: Any) -> Any:

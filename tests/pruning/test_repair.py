@@ -367,7 +367,9 @@ def test_sums_that_cant_be_solved_leave_the_start() -> None:
 
 def test_wrong_options() -> None:
     net, data = conv("single-step"), batches()
-    with pytest.raises(OptionError, match="repair must be 'membrane', 'current' or None, not 'glue'"):
+    with pytest.raises(
+        OptionError, match="repair must be 'membrane', 'current', None or, for blocks, 'reinit', not 'glue'"
+    ):
         snncompress.apply(net, "magnitude", 0.5, None, data=data, timesteps=T, repair="glue")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="kind must be 'membrane' or 'current', not None"):
         repair(net, net, data, kind=None, timesteps=T)  # type: ignore[arg-type]

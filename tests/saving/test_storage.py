@@ -296,7 +296,7 @@ def test_a_mask_on_a_layer_that_grew(tmp_path: Path) -> None:
         )
 
     options: dict[str, Any] = {"data": torch.rand(4, 3), "timesteps": 2}
-    small = snncompress.apply(build(), Ablation(blocks=("2",), repair="slice"), 1.0, None,
+    small = snncompress.apply(build(), Ablation(blocks=("2",)), 1.0, None,
                               **{**options, "data": (torch.rand(4, 3), torch.arange(4) % 2)})  # fmt: skip
     assert small[3].weight.shape == (10, 20)
     small = snncompress.apply(small, WeightMagnitude(scope="layer"), 0.5, None, **options)
