@@ -23,6 +23,8 @@ RepairKind = Literal["membrane", "current"]
 _RIDGE = 1e-3
 _POSITIONS = 64
 """Of an output map, in a sample: more add little, since neighbours say the same."""
+_SAMPLES = 2048
+"""Whole batches, until that many: more add little, and the data may be all that a network is trained on."""
 
 
 class _EnoughError(BaseException):
@@ -37,6 +39,7 @@ class _BatchState:
         self.where: dict[tuple[int, ...], Tensor] = {}  # by the map's shape
         self.wanted: list[Tensor] = []
         self.inputs: list[Tensor] = []
+        self.samples = 0
         self.u: Any = 0.0
         self.v: Any = 0.0
         self.one = 0.0
@@ -65,7 +68,10 @@ class LayerFit:
 
     def gather(self, seed: int) -> bool:
         """Run both networks on the data, up to this layer; False where there is nothing to do for it."""
+        samples = 0
         for number, batch in enumerate(self.feed):
+            if samples >= _SAMPLES:
+                break
             self._batch = _BatchState(
                 torch.Generator().manual_seed(number), compare=number == 0 and self._same_weights()
             )
@@ -73,12 +79,14 @@ class LayerFit:
             self._run(self.model, self.layer, batch, seed, self._read)
             if self._batch.unchanged or self._batch.wanted or self.sums is None:
                 return False  # nothing changed here, nor upstream; or the layer isn't called as it was
+            samples += self._batch.samples
         return self.sums is not None
 
     def _want(self, x: Tensor, y: Tensor) -> None:
         """A timestep of the network before: what its layer put out."""
         state = self._batch
         shape = tuple(y.shape[2:])
+        state.samples = len(y)
         if shape not in state.where:
             state.where[shape] = positions(self.layer, y, _POSITIONS, state.generator)
         state.wanted.append(outputs(self.layer, y.index_select(1, self.kept.to(y.device)), state.where[shape]))

@@ -57,8 +57,8 @@ def repair(
 ) -> M:
     """A compressed network whose weights are fitted to give back what compression took; both models stay as they are.
 
-    For networks that were compressed already, or loaded from a file; ``apply(..., repair="membrane")`` does it in every
-    step, before any fine-tuning. No labels are needed, and nothing is trained.
+    For networks that were compressed already, or loaded from a file; ``apply`` does it in every step where it is given
+    data, before any fine-tuning. No labels are needed, and nothing is trained.
 
     Left as they are: layers that nothing changed upstream of, layers that share or compute their weight, and those
     whose outputs read more than 8,192 inputs each.
@@ -66,7 +66,8 @@ def repair(
     Args:
         model: the compressed network, with its plan.
         original: the network that it was made from.
-        data: calibration data, as for ``apply``; a few hundred samples do.
+        data: calibration data, as for ``apply``; a few hundred samples do, and the batches after the first 2,048 are
+            left out.
         kind: "membrane" fits what the neurons integrate, "current" what they get in single timesteps.
         timesteps: as for ``apply``.
         forward: as for ``apply``.
