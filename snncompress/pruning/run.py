@@ -138,9 +138,9 @@ class Run(Generic[M]):
         else:
             edit.apply(self.model, self.feed.adapter)
 
-    def plan(self, *, synthetic: bool) -> Plan:
+    def plan(self) -> Plan:
         """What was done, and what it came from."""
-        origin = self.settings.origin(self.feed.adapter.framework, synthetic=synthetic)
+        origin = self.settings.origin(self.feed.adapter.framework)
         if self.repaired:
             origin["repaired"] = self.repaired
         return Plan(tuple(self.edits), self.skipped, origin)

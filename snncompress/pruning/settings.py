@@ -20,6 +20,7 @@ from .fitting import RepairKind
 Finetune = int | Callable[[nn.Module], object] | None
 Truncate = Literal["auto"] | int | None
 Repair = RepairKind | Literal["reinit"] | None
+RepairChoice = Repair | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,25 @@ class Settings:
     seed: int
     truncate: Truncate
     repair: Repair
+    synthetic: bool
 
     @classmethod
     def of(
         cls, criterion: str | Criterion | None, ratio: Any, bits: Any, quantizer: str | Quantizer,
         scheduler: str | Scheduler, order: str, finetune: Finetune, seed: int, truncate: Truncate,
-        repair: Repair,
+        repair: RepairChoice, synthetic: bool,
     ) -> Settings:  # fmt: skip
-        """Names become instances with default options."""
+        """Names become instances with default options; the data, which may be ``synthetic``, settle what "auto" is."""
         find = registry().resolve
         chosen = None if criterion is None else find("criterion", criterion, Criterion)
         codec, schedule = find("quantizer", quantizer, Quantizer), find("scheduler", scheduler, Scheduler)
-        return cls(chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, repair)
+        word = resolve_repair(repair, chosen, synthetic=synthetic)
+        return cls(chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, word, synthetic)
 
     def __post_init__(self) -> None:
         _check_run(self.order, self.finetune, self.seed, self.truncate)
         if self.criterion is not None:
             _check_criterion(self.criterion)
-        check_repair(self.repair, self.criterion)
 
     @property
     def granularity(self) -> Granularity:
@@ -66,7 +68,7 @@ class Settings:
     @property
     def fits(self) -> RepairKind | None:
         """How the weights that are left are fitted; None: not at all."""
-        return None if self.repair == "reinit" else self.repair
+        return fitting(self.repair)
 
     @property
     def prunes(self) -> bool:
@@ -81,12 +83,10 @@ class Settings:
             return f"criterion {self.criterion.name!r} needs labels"
         return "finetune needs labels" if isinstance(self.finetune, int) and self.finetune > 0 else ""
 
-    def origin(self, framework: str, *, synthetic: bool) -> dict[str, Any]:
+    def origin(self, framework: str) -> dict[str, Any]:
         """Plain JSON values: where a plan came from."""
         finetune = self.finetune if isinstance(self.finetune, int) else None if self.finetune is None else "callable"
-        repair = {} if self.repair is None else {"repair": self.repair}
         return {
-            **repair,
             "snncompress": __version__,
             "torch": torch.__version__,
             "framework": framework,
@@ -98,21 +98,32 @@ class Settings:
             "order": self.order,
             "finetune": finetune,
             "seed": self.seed,
-            "data": "synthetic" if synthetic else "given",
+            "data": "synthetic" if self.synthetic else "given",
             "truncate": self.truncate,
+            "repair": self.repair,
         }
 
 
-def check_repair(repair: Any, criterion: Criterion | None) -> None:
-    """Raise OptionError for what can't be with this criterion."""
+def resolve_repair(repair: RepairChoice, criterion: Criterion | None, *, synthetic: bool = False) -> Repair:
+    """What "auto" is with these data; raises OptionError for what can't be with this criterion."""
+    if repair == "auto":
+        return None if synthetic else "membrane"
     if repair not in ("reinit", None, *get_args(RepairKind)):
-        raise OptionError(f"repair must be 'membrane', 'current', None or, for blocks, 'reinit', not {repair!r}.")
+        raise OptionError(
+            f"repair must be 'auto', 'membrane', 'current', None or, for blocks, 'reinit', not {repair!r}."
+        )
     if repair == "reinit" and not isinstance(criterion, BlockCriterion):
         what = "there is no criterion" if criterion is None else f"criterion {criterion.name!r} removes no blocks"
         raise OptionError(
             f"repair='reinit' draws new weights for the layers behind a removed block, and {what}. Take 'membrane', "
             f"'current' or None."
         )
+    return repair
+
+
+def fitting(repair: Repair) -> RepairKind | None:
+    """How this word has weights fitted; None: not at all."""
+    return None if repair == "reinit" else repair
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.block_pruning import BlockPruning
 from snncompress.pruning.fitting import RepairKind
 from snncompress.pruning.repair import fit
-from snncompress.pruning.settings import Repair, check_repair
+from snncompress.pruning.settings import RepairChoice, fitting, resolve_repair
 from snncompress.pruning.training import check_training, train
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed
@@ -143,7 +143,7 @@ def block_search(
     *,
     method: Method = "exhaustive",
     remove: int | Collection[int] | None = None,
-    repair: Repair = None,
+    repair: RepairChoice = "auto",
     epochs: int = 0,
     lr: float = 1e-3,
     test: Any = None,
@@ -205,13 +205,13 @@ def block_search(
     if method not in get_args(Method):
         raise OptionError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}.")
     check_training(epochs, lr)
-    check_repair(repair, chosen)
+    word = resolve_repair(repair, chosen)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
     found = find_adapter(model, adapter)
     refuse_frozen(model, "compressed")
     with bench(model, data, timesteps, forward, loss, found, test=test, seed=seed, gradients=True) as table:
         feed = table.feed
-        pruning = BlockPruning(table.model, found, chosen, feed, 1.0, fresh=repair == "reinit")
+        pruning = BlockPruning(table.model, found, chosen, feed, 1.0, fresh=word == "reinit")
         blocks = tuple(pruning.blocks())
         if method == "exhaustive" and len(blocks) > MOST_BLOCKS:
             raise OptionError(
@@ -222,7 +222,7 @@ def block_search(
         if nested:
             raise OptionError(f"Block {nested[0][1]!r} is a part of block {nested[0][0]!r}: name one of them.")
         sizes = _sizes(remove, len(blocks))
-        networks = _Networks(pruning, feed, None if repair == "reinit" else repair, seed)
+        networks = _Networks(pruning, feed, fitting(word), seed)
         if method == "exhaustive":
             sets = [s for s in _subsets(blocks) if len(s) in sizes]
         else:
@@ -250,7 +250,7 @@ def block_search(
             measured(s, networks.without(s)) for s in tracked(sets, progress, "measuring sets of blocks")
         )
     tuning = f"{epochs} epochs of fine-tuning at {lr:g}" if epochs else "no fine-tuning"
-    budget = f"repair={repair!r}, {tuning}, {samples[0]:,} samples"
+    budget = f"repair={word!r}, {tuning}, {samples[0]:,} samples"
     return BlockSearch(candidates, blocks, budget, type(model).__name__)
 
 

@@ -270,7 +270,7 @@ def test_what_cannot_be() -> None:
         Keep.named("ref_3")
     with pytest.raises(OptionError, match="keeps block number 8 of a network that has 2"):
         remove(network("spikingjelly"), Keep.named("ref_1"))
-    with pytest.raises(OptionError, match="repair must be 'membrane', 'current', None or, for blocks, 'reinit', not"):
+    with pytest.raises(OptionError, match=r"repair must be 'auto', .* for blocks, 'reinit', not 'project'"):
         remove(network("spikingjelly"), Fire(), repair="project")
     for criterion, why in (("svs", "criterion 'svs' removes no blocks"), (None, "there is no criterion")):
         with pytest.raises(OptionError, match=f"layers behind a removed block, and {why}. Take 'membrane'"):
@@ -319,7 +319,10 @@ def test_plans_with_the_words_of_earlier_versions_are_read(word: str) -> None:
 
 
 def test_a_step_traces_once_and_copies_what_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bench's copy; then per step one that is traced and one that is searched for blocks."""
+    """The bench's copy; then per step one that is traced and one that is searched for blocks.
+
+    Repair keeps a copy of what was, and looks at the last network too, which nothing more is removed from.
+    """
     counts = {"traces": 0, "copies": 0}
     build, deepcopy = tp.DependencyGraph.build_dependency, copy.deepcopy
 
@@ -334,8 +337,11 @@ def test_a_step_traces_once_and_copies_what_it_changes(monkeypatch: pytest.Monke
     net = network("spikingjelly")
     monkeypatch.setattr(tp.DependencyGraph, "build_dependency", traced)
     monkeypatch.setattr(copy, "deepcopy", copied)
-    remove(net, Ablation(blocks=("2", "3", "6")), 0.34)
+    remove(net, Ablation(blocks=("2", "3", "6")), 0.34, repair=None)
     assert counts == {"traces": 1, "copies": 3}
     counts.update(traces=0, copies=0)
-    remove(net, Ablation(blocks=("2", "3", "6")), 1.0, scheduler=Iterative(steps=3))
+    remove(net, Ablation(blocks=("2", "3", "6")), 1.0, scheduler=Iterative(steps=3), repair=None)
     assert counts == {"traces": 3, "copies": 7}
+    counts.update(traces=0, copies=0)
+    remove(net, Ablation(blocks=("2", "3", "6")), 1.0, scheduler=Iterative(steps=3))
+    assert counts == {"traces": 4, "copies": 9}

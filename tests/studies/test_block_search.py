@@ -25,7 +25,7 @@ def point(accuracy: float, energy: float) -> Candidate:
 def test_every_candidate_is_what_apply_makes(framework: str, multi_step: bool) -> None:
     net = network(framework, multi_step)
     before, state = snapshot(net), torch.get_rng_state()
-    result = block_search(net, DATA, Ablation(), timesteps=4, remove=(0, 1, 3))
+    result = block_search(net, DATA, Ablation(), timesteps=4, remove=(0, 1, 3), repair=None)
     assert same(before, snapshot(net))
     assert torch.equal(state, torch.get_rng_state())
     assert result.blocks == ("2", "3", "6")  # behind 5, a residual sum wants its width
@@ -35,7 +35,7 @@ def test_every_candidate_is_what_apply_makes(framework: str, multi_step: bool) -
         small = net
         if candidate.removed:
             criterion = Ablation(blocks=candidate.removed)
-            small = snncompress.apply(net, criterion, 1.0, None, data=DATA, timesteps=4)
+            small = snncompress.apply(net, criterion, 1.0, None, data=DATA, timesteps=4, repair=None)
             assert [e.name for e in plan_of(small).edits] == list(candidate.removed)
         measured = profile(small, DATA, timesteps=4)
         assert candidate.accuracy == evaluate(small, DATA, timesteps=4).accuracy
@@ -93,8 +93,8 @@ def test_the_budget_is_spent_and_said() -> None:
     net = network("spikingjelly", multi_step=True)
     options = {"timesteps": 4, "remove": [0, 3], "test": DATA}
     plain, tuned = (block_search(net, DATA * 5, epochs=epochs, lr=1e-2, **options) for epochs in (0, 6))
-    assert plain.budget == "repair=None, no fine-tuning, 6 samples"
-    assert tuned.budget == "repair=None, 6 epochs of fine-tuning at 0.01, 6 samples"
+    assert plain.budget == "repair='membrane', no fine-tuning, 6 samples"
+    assert tuned.budget == "repair='membrane', 6 epochs of fine-tuning at 0.01, 6 samples"
     assert [c.removed for c in tuned.candidates] == [(), ("2", "3", "6")]
     assert all(a.accuracy > b.accuracy for a, b in zip(tuned.candidates, plain.candidates, strict=True))
 
@@ -155,7 +155,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
             block_search(net, DATA, timesteps=4, remove=remove)
     with pytest.raises(OptionError, match="epochs must be"):
         block_search(net, DATA, timesteps=4, epochs=-1)
-    with pytest.raises(OptionError, match="repair must be 'membrane', 'current', None or, for blocks, 'reinit'"):
+    with pytest.raises(OptionError, match=r"repair must be 'auto', .* for blocks, 'reinit', not 'slice'"):
         block_search(net, DATA, timesteps=4, repair="slice")
     inner = nn.Sequential(nn.Sequential(nn.Linear(4, 4), neuron.LIFNode()))
     nested = nn.Sequential(nn.Linear(3, 4), neuron.LIFNode(), inner, nn.Linear(4, 2))
