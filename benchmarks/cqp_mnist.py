@@ -126,7 +126,7 @@ def pruned(
 ) -> nn.Module:  # fmt: skip
     return snncompress.apply(
         model, criterion, {name: sparsity for name in layers}, None, data=batches("train", BATCH, CALIBRATION),
-        loss=count_loss, seed=seed, progress=False, **options,
+        loss=count_loss, seed=seed, repair=None, progress=False, **options,
     )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def job_relaxed(seed: int, alpha: float, sparsity: float) -> dict[str, float]:
 def job_taus(seed: int, alpha: float) -> dict[str, Any]:
     sweep = snncompress.threshold_sweep(
         dense(seed), batches("train", BATCH, CALIBRATION), TAUS, {"fc1": 0.9}, CQP(alpha=alpha),
-        test=batches("test", 1000), loss=count_loss, seed=seed, progress=False,
+        test=batches("test", 1000), loss=count_loss, seed=seed, repair=None, progress=False,
     )  # fmt: skip
     return sweep.to_dict()
 

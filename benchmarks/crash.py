@@ -28,9 +28,8 @@ WIDTHS = [16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128]
 
 def network(bits: int) -> nn.Module:
     torch.manual_seed(bits)
-    return snncompress.apply(
-        vgg16(widths=WIDTHS), "magnitude", 0.3, bits, data=torch.rand(1, 3, 32, 32), timesteps=1, progress=False
-    )
+    options = {"data": torch.rand(1, 3, 32, 32), "timesteps": 1, "repair": None, "progress": False}
+    return snncompress.apply(vgg16(widths=WIDTHS), "magnitude", 0.3, bits, **options)
 
 
 def main() -> None:

@@ -64,7 +64,8 @@ def trained(framework: str, data: Path) -> nn.Module:
     net, (x, y) = network(framework), read(data, "train")
     batches = loader(x[:20_000], y[:20_000])
     snncompress.finetune(net, batches, epochs=1, lr=2e-3, timesteps=T, progress=False)
-    net = snncompress.apply(net, "svs", 0.4, 4, data=(x[:500], y[:500]), timesteps=T, progress=False)
+    options = {"data": (x[:500], y[:500]), "timesteps": T, "repair": None, "progress": False}
+    net = snncompress.apply(net, "svs", 0.4, 4, **options)
     return snncompress.finetune(net, batches, epochs=1, lr=2e-3, timesteps=T, progress=False).eval()
 
 

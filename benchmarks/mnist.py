@@ -131,7 +131,8 @@ def job_headline(framework: str) -> dict[str, Any]:
     some_test = loader(*some(test, 1_000, 0), shuffle=False)
     calibration = loader(*some(DATA["train"], CALIBRATION, 0), shuffle=False)
     began = time.perf_counter()
-    small = snncompress.apply(model, **HEADLINE, quantizer=PAPER, data=calibration, timesteps=T, progress=False)
+    options = {"quantizer": PAPER, "data": calibration, "timesteps": T, "repair": None, "progress": False}
+    small = snncompress.apply(model, **HEADLINE, **options)
     seconds = time.perf_counter() - began
     untuned = accuracy(small, test)
     tune(small, DATA["train"], HEADLINE_EPOCHS, 0, HEADLINE_LR)
@@ -147,9 +148,8 @@ def job_headline(framework: str) -> dict[str, Any]:
 def job_criterion(criterion: str, ratio: float, seed: int) -> tuple[float, float]:
     """Accuracy after pruning, and after the fine-tuning that every criterion gets."""
     calibration = loader(*some(DATA["train"], CALIBRATION, seed), shuffle=False)
-    small = snncompress.apply(
-        dense("spikingjelly"), criterion, ratio, None, data=calibration, timesteps=T, seed=seed, progress=False
-    )
+    options = {"data": calibration, "timesteps": T, "seed": seed, "repair": None, "progress": False}
+    small = snncompress.apply(dense("spikingjelly"), criterion, ratio, None, **options)
     pruned = accuracy(small, DATA["test"])
     tune(small, some(DATA["train"], SUBSET, 0), 1, seed)
     return pruned, accuracy(small, DATA["test"])
@@ -160,7 +160,8 @@ def job_ste(framework: str, bits: int, case: tuple[float, float], ste: str, seed
     ratio, lr = case
     small = snncompress.apply(
         dense(framework), "svs", ratio, bits, quantizer=ReScaW(gamma="l1_mean", per_channel=False, ste=ste),
-        data=loader(*some(DATA["train"], CALIBRATION, 0), shuffle=False), timesteps=T, progress=False,
+        data=loader(*some(DATA["train"], CALIBRATION, 0), shuffle=False), timesteps=T, repair=None,
+        progress=False,
     )  # fmt: skip
     if seed is not None:
         tune(small, some(DATA["train"], SUBSET, 0), 1, seed, lr)

@@ -100,7 +100,7 @@ def study(x: Tensor, y: Tensor, folds: int) -> dict[tuple[str, float, str], list
         before = snncompress.profile(dense, test).energy_pj
         for criterion in CRITERIA:
             for sparsity in SPARSITIES:
-                options = {"bits": None, "data": train, "seed": fold, "progress": False}
+                options = {"bits": None, "data": train, "seed": fold, "repair": None, "progress": False}
                 note(criterion, sparsity, "pruned", snncompress.apply(dense, criterion, sparsity, **options))
                 tuned = snncompress.apply(dense, criterion, sparsity, scheduler="iterative", finetune=tune, **options)
                 note(criterion, sparsity, "fine-tuned", tuned)

@@ -223,7 +223,7 @@ def main() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pruned = snncompress.apply(bench.model, "magnitude", RATIOS, None, data=x, timesteps=T).eval()
+        pruned = snncompress.apply(bench.model, "magnitude", RATIOS, None, data=x, timesteps=T, repair=None).eval()
     widths = [pruned.get_submodule(f"conv{i}").out_channels for i in range(1, 14)]
     scratch = settled(vgg16(widths=widths), x)
     scratch.load_state_dict(pruned.state_dict())

@@ -46,8 +46,8 @@ def compressed(classes: int, early: float, late: float, bits: int | None) -> nn.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", snncompress.SilentNeuronsWarning)
         return snncompress.apply(
-            vgg16(classes), "magnitude", ratios, bits, data=torch.rand(1, 3, 32, 32), timesteps=1, progress=False,
-            quantizer=ReScaW(gamma="l1_mean", per_channel=False),
+            vgg16(classes), "magnitude", ratios, bits, data=torch.rand(1, 3, 32, 32), timesteps=1, repair=None,
+            progress=False, quantizer=ReScaW(gamma="l1_mean", per_channel=False),
         )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def sizes(folder: Path) -> list[str]:
             net = compressed(classes, early, late, bits)
             if ratio:
                 net = snncompress.apply(
-                    net, "weight_magnitude", ratio, None, data=torch.rand(1, 3, 32, 32), timesteps=1
+                    net, "weight_magnitude", ratio, None, data=torch.rand(1, 3, 32, 32), timesteps=1, repair=None
                 )
             snncompress.save(net, path)
             found = snncompress.profile(net, noise, timesteps=1)
@@ -170,8 +170,9 @@ def mnist(framework: str, data: Path, folder: Path) -> str:
     net, (x, y) = NETS[framework](), read(data, "train")
     batches = loader(x[:20_000], y[:20_000])
     snncompress.finetune(net, batches, epochs=1, lr=2e-3, timesteps=T, progress=False)
-    net = snncompress.apply(net, "svs", 0.4, 4, data=(x[:500], y[:500]), timesteps=T, progress=False)
-    net = snncompress.apply(net, "weight_magnitude", 0.5, None, data=(x[:500], y[:500]), timesteps=T, progress=False)
+    options = {"data": (x[:500], y[:500]), "timesteps": T, "repair": None, "progress": False}
+    net = snncompress.apply(net, "svs", 0.4, 4, **options)
+    net = snncompress.apply(net, "weight_magnitude", 0.5, None, **options)
     snncompress.finetune(net, batches, epochs=1, lr=2e-3, timesteps=T, progress=False)
     path, said = folder / "mnist.safetensors", folder / "answers.pt"
     snncompress.save(net, path)

@@ -53,7 +53,7 @@ class Bench:
 
     def pruned(self) -> nn.Module:
         return snncompress.apply(
-            self.model, "weight_magnitude", SPARSITY, None, data=self.data, timesteps=self.timesteps
+            self.model, "weight_magnitude", SPARSITY, None, data=self.data, timesteps=self.timesteps, repair=None
         )
 
     def score(self) -> None:

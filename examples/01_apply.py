@@ -104,7 +104,7 @@ def main() -> None:
     # bits, but for the first layer's and the classifier's, and are fitted to the data, without labels: the network
     # works straight away. `dense` stays as it is; `small` is a network of the same framework, to be used and trained
     # as before.
-    small = snncompress.apply(dense, criterion="svs", ratio=0.6, bits=4, data=train, timesteps=T, repair="membrane")
+    small = snncompress.apply(dense, criterion="svs", ratio=0.6, bits=4, data=train, timesteps=T)
     nets = [dense, small, copy.deepcopy(small)]
     snncompress.finetune(nets[2], train, epochs=10, timesteps=T, lr=2e-3)
 

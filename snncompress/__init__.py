@@ -29,10 +29,11 @@ from .measuring.gradients import GradientAwareLoss, GradientFlow, gradient_flow
 from .measuring.profiling import compare, profile
 from .measuring.reporting import Comparison, LayerProfile, Profile
 from .measuring.temporal import TemporalAnalysis, temporal_analysis
-from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Repair, TruncateTimesteps
+from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Resized, TruncateTimesteps
 from .model.plan import Plan, plan_of
 from .pruning.apply import apply
 from .pruning.collapse import collapse
+from .pruning.refresh import refresh
 from .pruning.repair import repair
 from .pruning.training import finetune
 from .running.scores import cross_entropy
@@ -65,7 +66,7 @@ __all__ = [
     "QuantizeWeights",
     "RemoveBlock",
     "RemoveChannels",
-    "Repair",
+    "Resized",
     "SNNCompressError",
     "Sensitivity",
     "SilentNeuronsWarning",
@@ -94,6 +95,7 @@ __all__ = [
     "plugins",
     "profile",
     "quantizers",
+    "refresh",
     "repair",
     "save",
     "schedulers",

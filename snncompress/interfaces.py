@@ -212,15 +212,12 @@ class BlockCriterion(Criterion):
     """Scores whole blocks of layers; higher = keep.
 
     ``blocks`` are the names or globs of the modules that may go, None those found by structure, of the ``kinds``
-    "fire" (one layer squeezes, others expand side by side) and "residual" (the input plus something). ``repair`` says
-    how the layers behind a removed block are fitted to their new input: "project", "slice" or "reinit" (see
-    :class:`snncompress.RemoveBlock`).
+    "fire" (one layer squeezes, others expand side by side) and "residual" (the input plus something).
     """
 
     granularity: ClassVar[Granularity] = "block"
     kinds: ClassVar[frozenset[str]] = frozenset({"fire", "residual"})
     blocks: tuple[str, ...] | None = None
-    repair: str = "project"
 
     @abstractmethod
     def score_blocks(self, blocks: Sequence[str], loss_without: Callable[[Collection[str]], float]) -> Sequence[float]:

@@ -76,7 +76,8 @@ def run(model, x, timesteps):
 @pytest.mark.parametrize("size", [{"batch_size": 5}, {"num_timesteps": 4}], ids=str)
 def test_what_is_left_is_the_silenced_original(size):
     model = convolutions(**size)
-    small = snncompress.apply(model, "svs", 0.5, None, data=IMAGES, timesteps=4, skip=[], progress=False)
+    options = {"data": IMAGES, "timesteps": 4, "skip": [], "repair": None, "progress": False}
+    small = snncompress.apply(model, "svs", 0.5, None, **options)
     assert [tuple(small[i].weight.shape) for i in (0, 3, 7)] == [(4, 2, 3, 3), (6, 4, 3, 3), (5, 24)]
     assert [tuple(small[i].spike_threshold.shape) for i in (1, 4)] == [(4, 1, 1), (6, 1, 1)]
     drives = {"0": 1, "3": 4, "7": 8}

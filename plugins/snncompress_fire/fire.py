@@ -34,7 +34,6 @@ class Ablation(BlockCriterion):
 
     Args:
         blocks: names or globs of the modules that may go; None: fire modules and residual blocks.
-        repair: how what reads a removed block is fitted: "project", "slice" or "reinit".
 
     Shapes:
         → one score per block.
@@ -48,7 +47,6 @@ class Ablation(BlockCriterion):
     name: ClassVar[str] = "ablation"
 
     blocks: tuple[str, ...] | None = None
-    repair: str = "project"
 
     def score_blocks(self, blocks: Sequence[str], loss_without: Callable[[Collection[str]], float]) -> list[float]:
         """The rise of the loss, block by block."""
@@ -79,7 +77,6 @@ class Keep(BlockCriterion):
 
     keep: tuple[int, ...] = ()
     blocks: tuple[str, ...] | None = None
-    repair: str = "project"
 
     def score_blocks(self, blocks: Sequence[str], loss_without: Callable[[Collection[str]], float]) -> list[float]:
         """1 for what stays, 0 for what goes."""
@@ -95,7 +92,7 @@ class Keep(BlockCriterion):
         return scores == 0
 
     @classmethod
-    def named(cls, schedule: str, *, repair: str = "project") -> Keep:
+    def named(cls, schedule: str) -> Keep:
         """A schedule of the paper, for a network of eight fire modules F2 … F9: "full", "head_1" … "ref_2".
 
         Raises OptionError for a name that isn't one of :data:`SCHEDULES`.
@@ -105,4 +102,4 @@ class Keep(BlockCriterion):
         """
         if schedule not in SCHEDULES:
             raise OptionError(f"There is no schedule {schedule!r}. The paper's: {', '.join(SCHEDULES)}.")
-        return cls(tuple(number - _FIRST for number in SCHEDULES[schedule]), repair=repair)
+        return cls(tuple(number - _FIRST for number in SCHEDULES[schedule]))

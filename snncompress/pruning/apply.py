@@ -18,9 +18,9 @@ from snncompress.model.plan import attach, continued, refuse_frozen
 from snncompress.running.bench import bench
 
 from .checkpoint import Checkpoint, digest_of
-from .fitting import RepairKind
+from .fitting import Rounding
 from .run import Run
-from .settings import Finetune, Settings
+from .settings import Finetune, RepairChoice, Settings
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +44,9 @@ def apply(
     seed: int = 0,
     progress: Progress | None = None,
     truncate: Literal["auto"] | int | None = None,
-    repair: RepairKind | None = None,
+    repair: RepairChoice = "auto",
+    rounding: Rounding = "gptq",
+    refresh: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> M:
     """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
@@ -82,8 +84,14 @@ def apply(
             (:func:`snncompress.temporal_analysis`); None leaves them.
         repair: "membrane" fits the weights that are left so that the neurons integrate what they did before, in closed
             form and without labels (:func:`snncompress.repair`); "current" fits single timesteps; None leaves the bare
-            network, which computes exactly what the original does with the removed channels silenced. It comes before
-            fine-tuning, in every step.
+            network, which computes exactly what the original does with the removed channels silenced. "auto" is
+            "membrane" where ``data`` are given, else None. It comes before fine-tuning, in every step. Where blocks
+            are removed, what reads them starts from the weights of its first inputs, zeros where there were less;
+            "reinit" draws new ones there instead, and fits nothing.
+        rounding: where weights are fitted and quantized, "gptq" passes each one's rounding error on to those that are
+            rounded after it, on the quantizer's own grid; "nearest" rounds each on its own.
+        refresh: take the statistics of batch norms again from ``data`` after every step (:func:`snncompress.refresh`);
+            after a repair there is little left to do.
         checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
             the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
             torch's generators or the data loader's, as the built-in trainer's does).
@@ -111,20 +119,23 @@ def apply(
         'it feeds the classifier'
     """
     found = find_adapter(model, adapter)
-    settings = Settings.of(criterion, ratio, bits, quantizer, scheduler, order, finetune, seed, truncate, repair)
+    settings = Settings.of(
+        criterion, ratio, bits, quantizer, scheduler, order, finetune, seed, truncate, repair, rounding, refresh,
+        data is None,
+    )  # fmt: skip
     if not weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune or quantize.")
     refuse_frozen(model, "compressed")
     needs: dict[str, Any] = {"noise": "scores", "labels": settings.needs_labels, "seed": seed, "gradients": True}
     with bench(model, data, timesteps, forward, loss, found, **needs) as table:
         run = Run(table.model, table.feed, settings, skip, progress)
-        store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run, synthetic=data is None), model)
+        store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run), model)
         steps = run.steps()
         done = run.resume(store) if store else 0
         for number, step in enumerate(steps[done:], done + 1):
             what = f"step {number}/{len(steps)}: "
             if new := step(what):
-                run.repair(new, what)
+                run.repair(new, what, last=number == len(steps) or not settings.prunes)
                 run.tune(what)
             if store:
                 store.save(number, run.edits, run.repaired, run.model, run.feed)
@@ -134,17 +145,17 @@ def apply(
     found.reset(run.model)
     found.adopt(run.model)
     _restore_flags(model, run.model)
-    attach(run.model, continued(model, run.plan(synthetic=data is None)))
+    attach(run.model, continued(model, run.plan()))
     return run.model
 
 
-def _asked(run: Run[M], *, synthetic: bool) -> dict[str, Any]:
+def _asked(run: Run[M]) -> dict[str, Any]:
     """All that tells one run from another."""
     feed, settings = run.feed, run.settings
     tuner = settings.finetune if callable(settings.finetune) else None
     functions = {"forward": feed.forward, "loss": feed.loss, "finetune": tuner}
     return {
-        **settings.origin(feed.adapter.framework, synthetic=synthetic),
+        **settings.origin(feed.adapter.framework),
         "timesteps": feed.timesteps,
         "skip": [dict(run.skips.prune), dict(run.skips.quantize)],
         "order of keys": [list(v) if isinstance(v, Mapping) else [] for v in (settings.ratio, settings.bits)],

@@ -1,25 +1,24 @@
-"""Removing whole blocks, and fitting what follows to its new input."""
+"""Removing whole blocks: wires take their place, and what follows reads what goes in."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from snncompress.base.progress import Progress, tracked
-from snncompress.errors import DataError, ModelError, OptionError, PlanError, PluginError
+from snncompress.errors import DataError, ModelError, PlanError, PluginError
 from snncompress.interfaces import Adapter, BlockCriterion
-from snncompress.model.edits import REPAIRS, Edit, RemoveBlock, Repair
+from snncompress.model.edits import Edit, RemoveBlock, Resized
 from snncompress.model.modules import in_mode
 from snncompress.model.network import WEIGHT_LAYERS, Network, resize_inputs, width
-from snncompress.model.parametrizations import separate_classes, stored_weight
-from snncompress.running.data import Batch, Feed
+from snncompress.model.parametrizations import separate_classes
+from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
 from snncompress.structure.blocks import Block, find_blocks
 from snncompress.structure.tracing import trace
@@ -28,20 +27,19 @@ from .steps import Pruning, Share
 
 
 class BlockPruning(Pruning):
-    """Removes blocks: ⌊ratio · n⌋ of the n that may go, or those that the criterion selects."""
+    """Removes blocks: ⌊ratio · n⌋ of the n that may go, or those that the criterion selects.
+
+    The layers behind them keep the weights of their first inputs, or get ``fresh`` ones.
+    """
 
     criterion: BlockCriterion
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, criterion: BlockCriterion, feed: Feed, ratio: float,
-        network: Network | None = None,
+        network: Network | None = None, *, fresh: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, adapter, criterion)
-        if criterion.repair not in REPAIRS:
-            raise OptionError(
-                f"Criterion {criterion.name!r}: repair must be one of {', '.join(REPAIRS)}, not {criterion.repair!r}."
-            )
-        self._feed, self._ratio, self._network = feed, ratio, network
+        self._feed, self._ratio, self._network, self._fresh = feed, ratio, network, fresh
         self._found: dict[str, Block] | None = None  # of the model as it stands
         self.skipped: dict[str, str] = {}
         """Blocks whose place no wire can take, with the reason."""
@@ -54,6 +52,13 @@ class BlockPruning(Pruning):
                 f"consider: {criterion.name}(blocks=(...))."
             )
 
+    def network(self) -> Network:
+        """Of the model as it stands; traced once after each removal."""
+        if self._network is None:
+            feed = self._feed
+            self._network = trace(self.model, self.adapter, feed.example(), timesteps=feed.timesteps, groups=False)
+        return self._network
+
     def blocks(self) -> dict[str, Block]:
         """What may still go, in order of execution; found once after each removal."""
         if self._found is None:
@@ -61,10 +66,8 @@ class BlockPruning(Pruning):
         return self._found
 
     def _find(self) -> dict[str, Block]:
-        run = self._feed.example()
-        network = self._network or trace(self.model, self.adapter, run, timesteps=self._feed.timesteps, groups=False)
         left = None if self._all is None else [n for n in self._all if not self._is_gone(n)]
-        found = find_blocks(self.model, self.adapter, run, network, left)
+        found = find_blocks(self.model, self.adapter, self._feed.example(), self.network(), left)
         blocks = {b.name: b for b in found if b.kind in {*self.criterion.kinds, "named"}}
         if self._all is None:
             self.skipped = {name: str(why) for name, b in blocks.items() if (why := self._refusal(b))}
@@ -76,9 +79,9 @@ class BlockPruning(Pruning):
         self._found = self._network = None
 
     def on(self, model: nn.Module) -> BlockPruning:
-        """The same for a copy of the model."""
+        """The same for a copy of the model as it stands."""
         twin = copy.copy(self)
-        twin.model, twin._found, twin._network = model, None, None
+        twin.model = model
         return twin
 
     def _is_gone(self, name: str) -> bool:
@@ -111,22 +114,16 @@ class BlockPruning(Pruning):
         return [self.remove(name) for name, go in zip(scores, chosen.tolist(), strict=True) if go]
 
     def remove(self, name: str) -> Edit:
-        """Remove one block, and fit what follows it."""
+        """Remove one block, where the model runs without it."""
         block = self.blocks()[name]
         edit = self._edit(block)
-        with _without(self.model, edit) as fitted:
+        with _without(self.model, edit):
             self._try(block)
-        if self.criterion.repair == "project":
-            for layer in fitted:
-                _project(self.model, edit, fitted, block, layer, self._feed)
         self.redo(edit)
-        for layer, new in fitted.items():
-            with torch.no_grad():
-                stored_weight(self.model.get_submodule(layer)).copy_(stored_weight(new))
         return edit
 
     def _edit(self, block: Block) -> RemoveBlock:
-        edit = RemoveBlock(block.name, tuple(self._repairs(block)), self.criterion.repair)
+        edit = RemoveBlock(block.name, tuple(self._resized(block)), self._fresh)
         edit.check(self.model)
         return edit
 
@@ -151,7 +148,7 @@ class BlockPruning(Pruning):
         finally:
             self.adapter.reset(self.model)
 
-    def _repairs(self, block: Block) -> Iterator[Repair]:
+    def _resized(self, block: Block) -> Iterator[Resized]:
         if block.channels_in == block.channels_out:
             return
         for name in block.consumers:
@@ -162,29 +159,22 @@ class BlockPruning(Pruning):
                     f"Block {block.name!r} can't be removed: {name!r}, which reads its {block.channels_out} channels, "
                     f"has {before} inputs, so it reads others too."
                 )
-            yield Repair(name, before, after)
+            yield Resized(name, before, after)
 
 
 @contextmanager
-def _without(
-    model: nn.Module, edit: RemoveBlock, fitted: dict[str, nn.Module] | None = None
-) -> Iterator[dict[str, nn.Module]]:
-    """Inside, the block is a wire and the layers behind it are copies of the new width; afterwards all is back.
-
-    These copies by name; ``fitted`` are such from before, to be used again.
-    """
-    if fitted is None:
-        fitted = {piece.layer: copy.deepcopy(model.get_submodule(piece.layer)) for piece in edit.repairs}
-        for layer in fitted.values():
-            separate_classes(layer)
-        for piece in edit.repairs:
-            resize_inputs(fitted[piece.layer], piece.after, fresh=edit.repair == "reinit")
-    instead = {edit.name: nn.Identity(), **fitted}
+def _without(model: nn.Module, edit: RemoveBlock) -> Iterator[None]:
+    """Inside, the block is a wire and the layers behind it are copies of the new width; afterwards all is back."""
+    resized = {piece.layer: copy.deepcopy(model.get_submodule(piece.layer)) for piece in edit.resized}
+    for piece in edit.resized:
+        separate_classes(resized[piece.layer])
+        resize_inputs(resized[piece.layer], piece.after, fresh=edit.fresh)
+    instead = {edit.name: nn.Identity(), **resized}
     before = {name: model.get_submodule(name) for name in instead}
     try:
         for name, module in instead.items():
             model.set_submodule(name, module)
-        yield fitted
+        yield
     finally:
         for name, module in before.items():
             model.set_submodule(name, module)
@@ -226,59 +216,3 @@ def _mean_loss(model: nn.Module, feed: Feed, progress: Progress | None, what: st
     finally:
         feed.adapter.reset(model)
     return total / samples
-
-
-def _project(
-    model: nn.Module, edit: RemoveBlock, fitted: dict[str, nn.Module], block: Block, consumer: str, feed: Feed
-) -> None:
-    """Fit one of the new layers behind the block: W' = W P, P minimizing ‖x - P x'‖² over calibration.
-
-    x [c_out] is what such a layer sees of a position, sample and timestep in ``model``, x' [c_in] what it sees where
-    the block is a wire.
-    """
-    old, new = model.get_submodule(consumer), fitted[consumer]
-    c_in, c_out = block.channels_in, block.channels_out
-    gram, cross = (torch.zeros(c_in, size, dtype=torch.float64) for size in (c_in, c_out))
-    for batch in feed:
-        whole = _inputs(model, old, feed, batch)
-        with _without(model, edit, fitted):
-            less = _inputs(model, new, feed, batch)
-        for x, y in zip(whole, less, strict=True):
-            before, after = _by_channel(x, old, c_out), _by_channel(y, new, c_in)
-            gram += after.T @ after
-            cross += after.T @ before
-    ridge = 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(c_in, dtype=torch.float64)
-    _fold(old, new, torch.linalg.solve(gram + ridge, cross))
-
-
-def _inputs(net: nn.Module, layer: nn.Module, feed: Feed, batch: Batch) -> list[Tensor]:
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    with ExitStack() as stack, in_mode(net, training=False), torch.no_grad():
-        stack.callback(handle.remove)
-        stack.callback(feed.adapter.reset, net)
-        feed(net, batch)
-    return seen
-
-
-def _by_channel(x: Tensor, layer: nn.Module, channels: int) -> Tensor:
-    """Inputs of a layer → [positions, channels], float64 on the CPU."""
-    if isinstance(layer, nn.Linear):  # features [channels · k], as flattening leaves them
-        flat = x.reshape(-1, channels, x.shape[-1] // channels).movedim(1, -1)
-    else:
-        flat = x.movedim(1 - stored_weight(layer).dim(), -1)
-    return flat.reshape(-1, channels).double().cpu()
-
-
-def _fold(old: nn.Module, new: nn.Module, transfer: Tensor) -> None:
-    """W'[o, j, …] = Σ_i W[o, i, …] P[i, j]; ``transfer`` [c_in, c_out] is Pᵀ."""
-    weight, fitted = stored_weight(old).detach(), stored_weight(new)
-    dim = 0 if isinstance(old, _ConvTransposeNd) else 1
-    columns = weight.movedim(dim, 0).double().cpu()
-    if isinstance(old, nn.Linear):
-        k = len(columns) // transfer.shape[1]
-        columns = columns.view(transfer.shape[1], k, -1)
-    mixed = torch.tensordot(transfer, columns, dims=([1], [0]))
-    mixed = mixed.reshape(fitted.movedim(dim, 0).shape).movedim(0, dim)
-    with torch.no_grad():
-        fitted.copy_(mixed.to(fitted.dtype))

@@ -25,6 +25,8 @@ Rounding = Literal["gptq", "nearest"]
 _RIDGE = 1e-3
 _LEAST = 1e-6
 """Of the gain of a batch norm: with less, nothing passes it."""
+_SAMPLES = 2048
+"""Whole batches, until that many: more add little, and the data may be all that a network is trained on."""
 
 
 class _EnoughError(BaseException):
@@ -39,6 +41,7 @@ class _BatchState:
         self.where: dict[tuple[int, ...], Tensor] = {}  # by the map's shape
         self.wanted: list[Tensor] = []
         self.inputs: list[Tensor] = []
+        self.samples = 0
         self.u: Any = 0.0
         self.v: Any = 0.0
         self.one = 0.0
@@ -51,7 +54,7 @@ class _Answer:
     weights: Tensor
     offset: Tensor
     errors: Tensor
-    distance: Any = torch.inf
+    distance: Tensor
 
 
 @dataclass
@@ -80,7 +83,10 @@ class LayerFit:
 
     def gather(self, seed: int) -> bool:
         """Run both networks on the data, up to this layer; False where there is nothing to do for it."""
+        samples = 0
         for number, batch in enumerate(self.feed):
+            if samples >= _SAMPLES:
+                break
             self._batch = _BatchState(
                 torch.Generator().manual_seed(number), compare=number == 0 and self._same_weights()
             )
@@ -88,12 +94,14 @@ class LayerFit:
             self._run(self.model, self.layer, batch, seed, self._read)
             if self._batch.unchanged or self._batch.wanted or self.sums is None:
                 return False  # nothing changed here, nor upstream; or the layer isn't called as it was
+            samples += self._batch.samples
         return self.sums is not None
 
     def _want(self, x: Tensor, y: Tensor) -> None:
         """A timestep of the network before: what its layer put out."""
         state = self._batch
         shape = tuple(y.shape[2:])
+        state.samples = len(y)
         if shape not in state.where:
             state.where[shape] = positions(self.layer, y, POSITIONS, state.generator)
         state.wanted.append(outputs(self.layer, y.index_select(1, self.kept.to(y.device)), state.where[shape]))
@@ -133,7 +141,8 @@ class LayerFit:
             support = kept = as_matrix(self.layer, mask)
             if self._offset:
                 support = torch.cat([support, torch.ones_like(support[..., :1])], 2)
-        start = _Answer(old, offset, sums.errors(self._theta(self._effective(), offset)))
+        errors = sums.errors(self._theta(self._effective(), offset))
+        start = _Answer(old, offset, errors, torch.full_like(errors, torch.inf))
         theta = solved(sums, self._theta(old, offset), _RIDGE, support)
         if self._offset and self.network.drives.get(self.name):
             wide = stretched(sums, theta)

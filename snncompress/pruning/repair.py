@@ -6,14 +6,15 @@ the neurons integrate what they integrated before.
     u[t] = (1 − leak) · u[t−1] + x[t]        what a leaky neuron makes of its input, without reset
     min over W, b of  Σ ‖ y_d − (W u_c + b) ‖²       y_d what the same layer of the network before gave, filtered alike
 
-A quantized layer's weights are fitted as floats and put onto its grid. Removed single weights stay 0.
+Rows are then stretched until what is integrated varies as much as before, since least squares leaves out what can't be
+explained. A quantized layer's weights are fitted as floats and put onto its grid. Removed single weights stay 0.
 Source: the least squares of one-shot compression (Optimal Brain Surgeon and its successors) on what spiking neurons
 integrate; compare Shi, Li and Ward-Cherrier, "Spiking Brain Compression", arXiv 2506.03996.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -38,10 +39,10 @@ from .integration import MOST_READS, reads, timelines
 M = TypeVar("M", bound=nn.Module)
 
 
-def check_repair(value: Any) -> None:
+def check_rounding(value: Any) -> None:
     """Raise OptionError for what can't be."""
-    if value not in (None, *get_args(RepairKind)):
-        raise OptionError(f"repair must be 'membrane', 'current' or None, not {value!r}.")
+    if value not in get_args(Rounding):
+        raise OptionError(f"rounding must be 'gptq' or 'nearest', not {value!r}.")
 
 
 def repair(
@@ -50,6 +51,7 @@ def repair(
     data: Any,
     *,
     kind: RepairKind = "membrane",
+    rounding: Rounding = "gptq",
     timesteps: int | None = None,
     forward: Forward | None = None,
     adapter: Adapter | str | None = None,
@@ -58,8 +60,8 @@ def repair(
 ) -> M:
     """A compressed network whose weights are fitted to give back what compression took; both models stay as they are.
 
-    For networks that were compressed already, or loaded from a file; ``apply(..., repair="membrane")`` does it in every
-    step, before any fine-tuning. No labels are needed, and nothing is trained.
+    For networks that were compressed already, or loaded from a file; ``apply`` does it in every step where it is given
+    data, before any fine-tuning. No labels are needed, and nothing is trained.
 
     Left as they are: layers that nothing changed upstream of, layers that share or compute their weight, and those
     whose outputs read more than 8,192 inputs each.
@@ -67,8 +69,10 @@ def repair(
     Args:
         model: the compressed network, with its plan.
         original: the network that it was made from.
-        data: calibration data, as for ``apply``; a few hundred samples do.
+        data: calibration data, as for ``apply``; a few hundred samples do, and the batches after the first 2,048 are
+            left out.
         kind: "membrane" fits what the neurons integrate, "current" what they get in single timesteps.
+        rounding: of quantized layers, "gptq" or "nearest", as for ``apply``.
         timesteps: as for ``apply``.
         forward: as for ``apply``.
         adapter: as for ``apply``.
@@ -91,13 +95,14 @@ def repair(
     """
     if kind not in get_args(RepairKind):
         raise OptionError(f"kind must be 'membrane' or 'current', not {kind!r}.")
+    check_rounding(rounding)
     refuse_frozen(model, "repaired")
     plan = plan_of(model) if has_plan(model) else Plan()
     found = find_adapter(model, adapter)
     with bench(model, data, timesteps, forward, adapter=found, seed=seed) as table:
         work, before = table.model, private_copy(original, find_adapter(original, found))
         network = trace(work, found, table.feed.example(), timesteps=timesteps, groups=False)
-        layers = fit(work, before, network, table.feed, plan.edits, kind, seed, progress)
+        layers = fit(work, before, network, table.feed, plan.edits, kind, seed, progress, rounding=rounding)
     found.reset(work)
     found.adopt(work)
     if has_plan(model):
@@ -116,10 +121,12 @@ def fit(
     progress: Progress | None = None,
     what: str = "",
     rounding: Rounding = "nearest",
+    only: Collection[str] | None = None,
 ) -> list[str]:
     """Fit, in place, every layer of ``model`` whose weights or inputs aren't those of ``before``; return their names.
 
-    ``edits`` lead from ``before`` to ``model``. Both are on a bench.
+    ``edits`` lead from ``before`` to ``model``, whose ``network`` this is. Both are on a bench. With ``only``, no other
+    layers are fitted.
     """
     plan = Plan(tuple(edits))
     removed, shrunk = plan.removed_channels(), plan.removed_channels("neuron")
@@ -128,7 +135,8 @@ def fit(
     fitted = []
     with in_mode(model, training=False), in_mode(before, training=False), torch.no_grad():
         lines = timelines(before, feed)
-        for name in tracked(list(lines), progress, f"{what}repairing"):
+        names = [name for name in lines if only is None or name in only]
+        for name in tracked(names, progress, f"{what}repairing"):
             if name in left_alone or not _there(model, name) or reads(model.get_submodule(name)) > MOST_READS:
                 continue
             holder = next((neuron for neuron in neurons if name.startswith(f"{neuron}.")), None)

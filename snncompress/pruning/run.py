@@ -24,6 +24,8 @@ from snncompress.structure.truncation import truncation
 
 from .block_pruning import BlockPruning
 from .checkpoint import Checkpoint
+from .fitting import Rounding
+from .refresh import refresh_statistics
 from .repair import fit
 from .selection import check_bits, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
 from .settings import Finetune, Settings
@@ -46,7 +48,7 @@ class Run(Generic[M]):
         self.model, self.feed, self.settings, self.progress = model, feed, settings, progress
         self.edits: list[Edit] = []
         self.repaired: list[str] = []
-        self._before = private_copy(model, feed.adapter) if settings.repair else None
+        self._before = private_copy(model, feed.adapter) if settings.fits else None
         self._since: list[Edit] = []
         channels = settings.criterion is not None and settings.granularity == "channel"
         self._network = network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps, groups=channels)
@@ -83,17 +85,24 @@ class Run(Generic[M]):
             return []
         return self._keep(self._pruning.step(scores, lambda target: schedule.ratio(target, step, schedule.n_steps)))
 
-    def repair(self, new: list[Edit], what: str) -> None:
-        """Fit what is left to what the network did before, or did when it was trained last."""
-        kind, seed = self.settings.repair, self.settings.seed
+    def repair(self, new: list[Edit], what: str, *, last: bool) -> None:
+        """Fit what is left to what the network did before, or did when it was trained last.
+
+        Rounding errors are passed on in the ``last`` step only: what is pruned after it is scored by weights of their
+        own.
+        """
+        self._fit(new, what, self.settings.rounding if last else "nearest")
+        if self.settings.refresh:
+            refresh_statistics(self.model, self.feed, self.progress, what)
+
+    def _fit(self, new: list[Edit], what: str, rounding: Rounding) -> None:
+        kind, seed = self.settings.fits, self.settings.seed
         if self._before is None or kind is None:
             return
         self._since += new
-        import os
-
-        rounding = os.environ.get("ROUND", "nearest")
+        network = self._pruning.network() if isinstance(self._pruning, BlockPruning) else self._network
         fitted = fit(
-            self.model, self._before, self._network, self.feed, self._since, kind, seed, self.progress, what, rounding
+            self.model, self._before, network, self.feed, self._since, kind, seed, self.progress, what, rounding
         )
         self.repaired = list(dict.fromkeys([*self.repaired, *fitted]))
 
@@ -142,9 +151,9 @@ class Run(Generic[M]):
         else:
             edit.apply(self.model, self.feed.adapter)
 
-    def plan(self, *, synthetic: bool) -> Plan:
+    def plan(self) -> Plan:
         """What was done, and what it came from."""
-        origin = self.settings.origin(self.feed.adapter.framework, synthetic=synthetic)
+        origin = self.settings.origin(self.feed.adapter.framework)
         if self.repaired:
             origin["repaired"] = self.repaired
         return Plan(tuple(self.edits), self.skipped, origin)
@@ -175,7 +184,8 @@ class Run(Generic[M]):
             return None, {}
         if isinstance(criterion, BlockCriterion):
             share = check_ratio(ratio, "ratio", all_may_go=True)
-            blocks = BlockPruning(model, adapter, criterion, self.feed, share, network)
+            fresh = self.settings.repair == "reinit"
+            blocks = BlockPruning(model, adapter, criterion, self.feed, share, network, fresh=fresh)
             return blocks, blocks.skipped
         if criterion.granularity == "channel":
             todo, skipped = targets(network, ratio, self.skips)

@@ -15,11 +15,13 @@ from snncompress.errors import OptionError
 from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope, Signal
 from snncompress.version import __version__
 
-from .fitting import RepairKind
-from .repair import check_repair
+from .fitting import RepairKind, Rounding
+from .repair import check_rounding
 
 Finetune = int | Callable[[nn.Module], object] | None
 Truncate = Literal["auto"] | int | None
+Repair = RepairKind | Literal["reinit"] | None
+RepairChoice = Repair | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,30 @@ class Settings:
     finetune: Finetune
     seed: int
     truncate: Truncate
-    repair: RepairKind | None
+    repair: Repair
+    rounding: Rounding
+    refresh: bool
+    synthetic: bool
 
     @classmethod
     def of(
         cls, criterion: str | Criterion | None, ratio: Any, bits: Any, quantizer: str | Quantizer,
         scheduler: str | Scheduler, order: str, finetune: Finetune, seed: int, truncate: Truncate,
-        repair: RepairKind | None,
+        repair: RepairChoice, rounding: Rounding, refresh: bool, synthetic: bool,
     ) -> Settings:  # fmt: skip
-        """Names become instances with default options."""
+        """Names become instances with default options; the data, which may be ``synthetic``, settle what "auto" is."""
         find = registry().resolve
         chosen = None if criterion is None else find("criterion", criterion, Criterion)
         codec, schedule = find("quantizer", quantizer, Quantizer), find("scheduler", scheduler, Scheduler)
-        return cls(chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, repair)
+        word = resolve_repair(repair, chosen, synthetic=synthetic)
+        return cls(
+            chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, word, rounding, refresh, synthetic
+        )
 
     def __post_init__(self) -> None:
         _check_run(self.order, self.finetune, self.seed, self.truncate)
-        check_repair(self.repair)
+        check_rounding(self.rounding)
+        _check_refresh(self.refresh, synthetic=self.synthetic)
         if self.criterion is not None:
             _check_criterion(self.criterion)
 
@@ -62,6 +71,11 @@ class Settings:
     def granularity(self) -> Granularity:
         """Of the criterion; of channels where there is none."""
         return "channel" if self.criterion is None else self.criterion.granularity
+
+    @property
+    def fits(self) -> RepairKind | None:
+        """How the weights that are left are fitted; None: not at all."""
+        return fitting(self.repair)
 
     @property
     def prunes(self) -> bool:
@@ -76,12 +90,10 @@ class Settings:
             return f"criterion {self.criterion.name!r} needs labels"
         return "finetune needs labels" if isinstance(self.finetune, int) and self.finetune > 0 else ""
 
-    def origin(self, framework: str, *, synthetic: bool) -> dict[str, Any]:
+    def origin(self, framework: str) -> dict[str, Any]:
         """Plain JSON values: where a plan came from."""
         finetune = self.finetune if isinstance(self.finetune, int) else None if self.finetune is None else "callable"
-        repair = {} if self.repair is None else {"repair": self.repair}
         return {
-            **repair,
             "snncompress": __version__,
             "torch": torch.__version__,
             "framework": framework,
@@ -93,9 +105,41 @@ class Settings:
             "order": self.order,
             "finetune": finetune,
             "seed": self.seed,
-            "data": "synthetic" if synthetic else "given",
+            "data": "synthetic" if self.synthetic else "given",
             "truncate": self.truncate,
+            "repair": self.repair,
+            **({"rounding": self.rounding} if self.fits and self.bits is not None else {}),
+            **({"refresh": True} if self.refresh else {}),
         }
+
+
+def resolve_repair(repair: RepairChoice, criterion: Criterion | None, *, synthetic: bool = False) -> Repair:
+    """What "auto" is with these data; raises OptionError for what can't be with this criterion."""
+    if repair == "auto":
+        return None if synthetic else "membrane"
+    if repair not in ("reinit", None, *get_args(RepairKind)):
+        raise OptionError(
+            f"repair must be 'auto', 'membrane', 'current', None or, for blocks, 'reinit', not {repair!r}."
+        )
+    if repair == "reinit" and not isinstance(criterion, BlockCriterion):
+        what = "there is no criterion" if criterion is None else f"criterion {criterion.name!r} removes no blocks"
+        raise OptionError(
+            f"repair='reinit' draws new weights for the layers behind a removed block, and {what}. Take 'membrane', "
+            f"'current' or None."
+        )
+    return repair
+
+
+def _check_refresh(refresh: Any, *, synthetic: bool) -> None:
+    if not isinstance(refresh, bool):
+        raise OptionError(f"refresh must be True or False, not {refresh!r}.")
+    if refresh and synthetic:
+        raise OptionError("refresh=True takes the statistics of batch norms from data: pass them as data=.")
+
+
+def fitting(repair: Repair) -> RepairKind | None:
+    """How this word has weights fitted; None: not at all."""
+    return None if repair == "reinit" else repair
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ class Sensitivity:
         criterion: name of the criterion that chose what goes.
         skipped: layers that were left out, with the reason.
         title: the model's class.
+        repair: "membrane" or "current" where the weights that were left were fitted.
 
     Example:
         >>> print(Sensitivity(0.98, {"conv": (0.97, 0.5), "fc": (0.98, None)}, (0.5, 0.9), "svs"))
@@ -41,6 +42,7 @@ class Sensitivity:
     criterion: str
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     title: str = "model"
+    repair: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
@@ -58,7 +60,7 @@ class Sensitivity:
             drawn = [(100 * r, 100 * a) for r, a in zip(self.ratios, row, strict=True) if a is not None]
             ax.plot([r for r, _ in drawn], [a for _, a in drawn], marker="o", label=name)
         ax.axhline(100 * self.dense, linestyle="--", color="grey", label="dense")
-        ax.set(xlabel="removed from the layer (%)", ylabel="accuracy (%)", title=f"{self.title}, {self.criterion}")
+        ax.set(xlabel="removed from the layer (%)", ylabel="accuracy (%)", title=_title(self))
         ax.legend()
         return ax
 
@@ -68,7 +70,8 @@ class Sensitivity:
         note = "\nempty: no channel would be left" if any(None in row for row in self.accuracy.values()) else ""
         left_out = "".join(f"\nleft out: {name}: {why}" for name, why in self.skipped.items())
         return (
-            f"{self.title}: accuracy (%) with one layer pruned by {self.criterion}; {_percent(self.dense)} before\n"
+            f"{self.title}: accuracy (%) with one layer pruned by {self.criterion}"
+            f"{_repaired(self)}; {_percent(self.dense)} before\n"
             f"{table(header, rows)}{note}{left_out}"
         )
 
@@ -87,6 +90,7 @@ class ThresholdSweep:
         ratio: the share that was asked for, by layer.
         criterion: the criterion's name.
         title: the model's class.
+        repair: "membrane" or "current" where the weights that were left were fitted.
 
     Example:
         >>> print(ThresholdSweep(0.98, (0.5, 1.0), (0.6, 0.9), (0.25, 0.0), (0.9, 0.9), {"fc": 0.9}, "cqp"))
@@ -106,6 +110,7 @@ class ThresholdSweep:
     ratio: Mapping[str, float]
     criterion: str
     title: str = "model"
+    repair: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
@@ -122,7 +127,7 @@ class ThresholdSweep:
         ax.plot(self.taus, [100 * p for p in self.protected], marker="s", label="protected weights")
         ax.axhline(100 * self.dense, linestyle="--", color="grey", label="accuracy, dense")
         ax.set(xlabel="criticality threshold τ", ylabel="accuracy, protected share (%)")
-        ax.set_title(f"{self.title}, {self.criterion}")
+        ax.set_title(_title(self))
         ax.legend()
         return ax
 
@@ -133,9 +138,18 @@ class ThresholdSweep:
         ]
         header, pruned = ["τ", "accuracy", "protected", "sparsity"], ", ".join(self.ratio)
         return (
-            f"{self.title}: accuracy (%) by the threshold of {self.criterion}; {_percent(self.dense)} before\n"
+            f"{self.title}: accuracy (%) by the threshold of {self.criterion}"
+            f"{_repaired(self)}; {_percent(self.dense)} before\n"
             f"{table(header, rows)}\nprotected and sparsity in % of the weights of {pruned}"
         )
+
+
+def _title(curve: Sensitivity | ThresholdSweep) -> str:
+    return f"{curve.title}, {curve.criterion}{_repaired(curve)}"
+
+
+def _repaired(curve: Sensitivity | ThresholdSweep) -> str:
+    return f", repaired on the {curve.repair}" if curve.repair else ""
 
 
 def _percent(value: float | None) -> str:

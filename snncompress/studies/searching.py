@@ -21,6 +21,9 @@ from snncompress.measuring.profiling import measure
 from snncompress.model.copying import private_copy
 from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.block_pruning import BlockPruning
+from snncompress.pruning.fitting import RepairKind
+from snncompress.pruning.repair import fit
+from snncompress.pruning.settings import RepairChoice, fitting, resolve_repair
 from snncompress.pruning.training import check_training, train
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed
@@ -140,6 +143,7 @@ def block_search(
     *,
     method: Method = "exhaustive",
     remove: int | Collection[int] | None = None,
+    repair: RepairChoice = "auto",
     epochs: int = 0,
     lr: float = 1e-3,
     test: Any = None,
@@ -154,18 +158,20 @@ def block_search(
     """Accuracy and energy of a network without some of its blocks: which can go, and what each set costs.
 
     "exhaustive" measures every set of blocks, at most 8 of them. "greedy" removes the block that ``criterion`` scores
-    lowest, scores what is left again, and so on: one network per number of blocks removed. Each candidate is repaired
-    as the criterion says, fine-tuned for ``epochs`` with the built-in trainer, and measured in one pass over ``test``.
+    lowest, scores what is left again, and so on: one network per number of blocks removed. Each candidate is repaired,
+    fine-tuned for ``epochs`` with the built-in trainer, and measured in one pass over ``test``.
 
-    ``apply(model, snncompress_fire.Ablation(blocks=candidate.removed), ratio=1.0, bits=None, data=data)`` makes a
-    candidate that wasn't fine-tuned.
+    ``apply(model, snncompress_fire.Ablation(blocks=candidate.removed), 1.0, None, data=data, repair=...)`` makes a
+    candidate: exactly that one where nothing was repaired or fine-tuned. Repair is cheaper here: block after block,
+    it fits the layers that read what was removed, while ``apply`` fits all that come after.
 
     Args:
         model: the network; it stays bitwise as it is, like torch's random state.
         data: calibration and training data (x, y): a batch, a DataLoader, or an iterable of batches.
-        criterion: a block criterion: which blocks may go, how what follows is repaired, and, where greedy, the scores.
+        criterion: a block criterion: which blocks may go, and, where greedy, the scores.
         method: "exhaustive" or "greedy".
         remove: how many blocks to remove: a number, several, or None for all numbers from 0 on.
+        repair: how the layers that read what was removed get their weights: as for ``apply``.
         epochs: fine-tuning of each candidate, the whole network included.
         lr: its learning rate.
         test: labelled data for accuracy and energy; None: ``data``.
@@ -199,12 +205,13 @@ def block_search(
     if method not in get_args(Method):
         raise OptionError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}.")
     check_training(epochs, lr)
+    word = resolve_repair(repair, chosen)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
     found = find_adapter(model, adapter)
     refuse_frozen(model, "compressed")
     with bench(model, data, timesteps, forward, loss, found, test=test, seed=seed, gradients=True) as table:
-        work, feed = table.model, table.feed
-        pruning = BlockPruning(work, found, chosen, feed, 1.0)
+        feed = table.feed
+        pruning = BlockPruning(table.model, found, chosen, feed, 1.0, fresh=word == "reinit")
         blocks = tuple(pruning.blocks())
         if method == "exhaustive" and len(blocks) > MOST_BLOCKS:
             raise OptionError(
@@ -215,10 +222,11 @@ def block_search(
         if nested:
             raise OptionError(f"Block {nested[0][1]!r} is a part of block {nested[0][0]!r}: name one of them.")
         sizes = _sizes(remove, len(blocks))
+        networks = _Networks(pruning, feed, fitting(word), seed)
         if method == "exhaustive":
             sets = [s for s in _subsets(blocks) if len(s) in sizes]
         else:
-            path = _greedy(pruning.on(table.copy()), feed, seed, max(sizes), progress)
+            path = networks.greedy(max(sizes), progress)
             sets = [tuple(name for name in blocks if name in path[:size]) for size in sizes]
         samples: list[int] = []
 
@@ -238,30 +246,48 @@ def block_search(
             samples.append(p.n_samples)
             return Candidate(removed, right / p.n_samples, p.energy_pj, p.n_params, p.n_ac, p.n_mac)
 
-        networks = _Networks(pruning)
         candidates = tuple(
             measured(s, networks.without(s)) for s in tracked(sets, progress, "measuring sets of blocks")
         )
     tuning = f"{epochs} epochs of fine-tuning at {lr:g}" if epochs else "no fine-tuning"
-    budget = f"{tuning}, {samples[0]:,} samples"
+    budget = f"repair={word!r}, {tuning}, {samples[0]:,} samples"
     return BlockSearch(candidates, blocks, budget, type(model).__name__)
 
 
 class _Networks:
     """Networks without sets of blocks; one that begins as the last set did goes on from there."""
 
-    def __init__(self, pruning: BlockPruning) -> None:
-        self._pruning = pruning
-        self._path: list[tuple[tuple[str, ...], nn.Module]] = [((), pruning.model)]
+    def __init__(self, pruning: BlockPruning, feed: Feed, kind: RepairKind | None, seed: int) -> None:
+        self._feed, self._kind, self._seed = feed, kind, seed
+        self._path: list[tuple[tuple[str, ...], BlockPruning]] = [((), pruning)]
 
     def without(self, removed: tuple[str, ...]) -> nn.Module:
+        """The network without these blocks, which are in order of execution."""
         while self._path[-1][0] != removed[: len(self._path[-1][0])]:
             self._path.pop()
         while len(gone := self._path[-1][0]) < len(removed):
-            smaller = private_copy(self._path[-1][1], self._pruning.adapter)
-            self._pruning.on(smaller).remove(removed[len(gone)])
-            self._path.append((removed[: len(gone) + 1], smaller))
-        return self._path[-1][1]
+            self._path.append((removed[: len(gone) + 1], self._less(self._path[-1][1], removed[len(gone)])))
+        return self._path[-1][1].model
+
+    def greedy(self, most: int, progress: Progress | None) -> list[str]:
+        """The blocks in the order in which they go: each time the one that scores lowest in what is left."""
+        path: list[str] = []
+        pruning = self._path[0][1]
+        while len(path) < most:
+            scores = pruning.score(self._feed, self._seed, progress, f"block {len(path) + 1}/{most}: ")
+            path.append(min(scores, key=lambda name: float(scores[name])))
+            pruning = self._less(pruning, path[-1])
+        return path
+
+    def _less(self, pruning: BlockPruning, name: str) -> BlockPruning:
+        """The same without one more block; what read it is fitted to what it gave in the whole network."""
+        smaller = pruning.on(private_copy(pruning.model, pruning.adapter))
+        readers = smaller.blocks()[name].consumers
+        edit = smaller.remove(name)
+        if self._kind:
+            whole, network = self._path[0][1].model, smaller.network()
+            fit(smaller.model, whole, network, self._feed, [edit], self._kind, self._seed, progress=False, only=readers)
+        return smaller
 
 
 def _subsets(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -270,16 +296,6 @@ def _subsets(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
         return [()]
     first, rest = blocks[:1], _subsets(blocks[1:])
     return [(), *(first + s for s in rest), *rest[1:]]
-
-
-def _greedy(pruning: BlockPruning, feed: Feed, seed: int, most: int, progress: Progress | None) -> list[str]:
-    """The blocks in the order in which they go: each time the one that scores lowest in what is left."""
-    path: list[str] = []
-    while len(path) < most:
-        scores = pruning.score(feed, seed, progress, f"block {len(path) + 1}/{most}: ")
-        path.append(min(scores, key=lambda name: float(scores[name])))
-        pruning.remove(path[-1])
-    return path
 
 
 def _sizes(remove: Any, most: int) -> list[int]:

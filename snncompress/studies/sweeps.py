@@ -18,10 +18,13 @@ from snncompress.contract.registry import registry
 from snncompress.errors import DataError, ModelError, OptionError
 from snncompress.interfaces import Adapter, Criterion, CriticalityCriterion, Forward, Loss
 from snncompress.measuring.evaluation import accuracy
+from snncompress.model.edits import Edit
 from snncompress.model.network import ChannelGroup, Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import stored_weight, weight_mask
 from snncompress.model.plan import refuse_frozen
+from snncompress.pruning.fitting import RepairKind
 from snncompress.pruning.recording import Recording, record
+from snncompress.pruning.repair import fit
 from snncompress.pruning.selection import (
     Target,
     check_ratio,
@@ -31,6 +34,7 @@ from snncompress.pruning.selection import (
     targets,
     weight_ratios,
 )
+from snncompress.pruning.settings import RepairChoice, fitting, resolve_repair
 from snncompress.pruning.steps import ChannelPruning, Pruning, WeightPruning
 from snncompress.running.bench import Bench, bench
 from snncompress.structure.tracing import trace
@@ -48,6 +52,7 @@ def sensitivity(
     *,
     test: Any = None,
     layers: str | Iterable[str] | None = None,
+    repair: RepairChoice = "auto",
     timesteps: int | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
@@ -58,11 +63,12 @@ def sensitivity(
     """How much accuracy each layer's pruning costs: every layer is pruned alone, to every ratio, and measured.
 
     What goes is what ``apply(model, criterion, {layer: ratio}, bits=None)`` removes: ⌈ratio · c⌉ of c channels or
-    ⌊ratio · n⌋ of n weights, without fine-tuning. Coupled layers lose their channels together, so they have the same
-    numbers, measured once.
+    ⌊ratio · n⌋ of n weights, repaired but not fine-tuned. Coupled layers lose their channels together, so they have
+    the same numbers, measured once.
 
     One pass over ``data`` to score (none where the criterion records nothing), one over ``test`` for each layer and
-    ratio, and one for the dense model. All on private copies: the model and torch's random state stay as they are.
+    ratio, and one for the dense model; repair adds, for each layer and ratio, two passes over ``data`` per layer that
+    comes after. All on private copies: the model and torch's random state stay as they are.
 
     Args:
         model: the network.
@@ -72,6 +78,7 @@ def sensitivity(
         test: labelled data on which accuracy is measured; None: ``data``.
         layers: names or globs; None: all that ``apply`` prunes by default, so without the layer that feeds the
             classifier where channels go. Naming that layer includes it.
+        repair: as for ``apply``: "auto" and "membrane" are the same here, None measures bare removal, which is quicker.
         timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds batches as they are.
         forward: ``forward(model, batch)`` for models with a signature of their own.
         loss: ``loss(output, y)`` for criteria that need gradients; None: cross-entropy.
@@ -99,6 +106,7 @@ def sensitivity(
     """
     chosen = _resolved(criterion, seed)
     shares = tuple(check_ratio(ratio, "ratios") for ratio in _listed(ratios, "ratios"))
+    kind = fitting(resolve_repair(repair, chosen))
     with _traced(model, data, test, timesteps, forward, loss, adapter, seed) as (table, network):
         units, skipped = _units(table.model, network, chosen, layers)
         scored = {name: unit.group for unit in units for name in unit.layers}
@@ -109,7 +117,8 @@ def sensitivity(
             if not unit.bears(ratio):
                 return None
             copy = table.copy()
-            unit.pruning(copy, table.adapter, network, chosen, ratio).step(scores, _fully)
+            edits = unit.pruning(copy, table.adapter, network, chosen, ratio).step(scores, _fully)
+            _repair(table, copy, network, edits, kind)
             return _accuracy(table, copy)
 
         rows: dict[str, list[float | None]] = {name: [] for name in weight_layers(table.model) if name in scored}
@@ -118,7 +127,7 @@ def sensitivity(
             for name in unit.layers:
                 rows[name].append(found)
     accuracies = {name: tuple(row) for name, row in rows.items()}
-    return Sensitivity(dense, accuracies, shares, chosen.name, skipped, type(model).__name__)
+    return Sensitivity(dense, accuracies, shares, chosen.name, skipped, type(model).__name__, kind)
 
 
 def threshold_sweep(
@@ -129,6 +138,7 @@ def threshold_sweep(
     criterion: str | Criterion = "cqp",
     *,
     test: Any = None,
+    repair: RepairChoice = "auto",
     timesteps: int | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
@@ -139,18 +149,18 @@ def threshold_sweep(
     """Accuracy against the criticality threshold τ, at a fixed sparsity: how much protection does good.
 
     For every τ, what ``apply(model, criterion with that τ, ratio, bits=None)`` removes is removed from a private copy,
-    which is measured. Nothing is fine-tuned. The sparsity stays the same because where more than 1 - ratio of the
-    weights are critical, critical ones go too.
+    which is repaired and measured. Nothing is fine-tuned. The sparsity stays the same because where more than 1 - ratio
+    of the weights are critical, critical ones go too.
 
     One pass over ``data`` in all, forward and backward where the criterion needs gradients, and one over ``test`` for
-    each τ and for the dense model.
+    each τ and for the dense model; repair adds, for each τ, two passes over ``data`` per layer.
 
     Args:
         taus: thresholds, each in [0, 1]; 1 protects nothing.
         ratio: share of the weights to remove: a number, or a mapping from layer name or glob.
         criterion: name or instance of a :class:`snncompress.extend.CriticalityCriterion`. The instance's own ``tau``
             isn't used.
-        model, data, test, timesteps, forward, loss, adapter, seed, progress: as in :func:`sensitivity`.
+        model, data, test, repair, timesteps, forward, loss, adapter, seed, progress: as in :func:`sensitivity`.
 
     Raises:
         OptionError: a threshold or ratio out of range, another kind of criterion, a layer that isn't there or can't
@@ -172,6 +182,7 @@ def threshold_sweep(
     chosen = _resolved(criterion, seed)
     protecting = _protecting(chosen)
     thresholds = tuple(_check_tau(tau) for tau in _listed(taus, "taus"))
+    kind = fitting(resolve_repair(repair, chosen))
     variants: list[Criterion] = [dataclasses.replace(cast(Any, protecting), tau=tau) for tau in thresholds]
     with _traced(model, data, test, timesteps, forward, loss, adapter, seed) as (table, network):
         names = weight_layers(table.model)
@@ -187,14 +198,15 @@ def threshold_sweep(
 
         def measured(variant: Criterion) -> tuple[float, float]:
             copy = table.copy()
-            WeightPruning(copy, table.adapter, variant, network, shares).step(recording.scores(variant.score), _fully)
+            pruning = WeightPruning(copy, table.adapter, variant, network, shares)
+            _repair(table, copy, network, pruning.step(recording.scores(variant.score), _fully), kind)
             return _accuracy(table, copy), _sparsity(copy, shares)
 
         found = [measured(variant) for variant in tracked(variants, progress, "measuring accuracy")]
     accuracies, sparsities = zip(*found, strict=True)
     protected = tuple(float((critical > tau).double().mean()) for tau in thresholds)
     title = type(model).__name__
-    return ThresholdSweep(dense, thresholds, accuracies, protected, sparsities, shares, chosen.name, title)
+    return ThresholdSweep(dense, thresholds, accuracies, protected, sparsities, shares, chosen.name, title, kind)
 
 
 @contextmanager
@@ -215,6 +227,14 @@ def _traced(
                 "indices [N]."
             )
         yield table, trace(table.model, found, table.feed.example(), timesteps=timesteps)
+
+
+def _repair(
+    table: Bench[nn.Module], copy: nn.Module, network: Network, edits: Sequence[Edit], kind: RepairKind | None
+) -> None:
+    """As ``apply`` would, after these edits."""
+    if kind and edits:
+        fit(copy, table.model, network, table.feed, edits, kind, table.seed, progress=False)
 
 
 def _accuracy(table: Bench[nn.Module], model: nn.Module) -> float:

@@ -20,7 +20,7 @@ X = torch.rand(3, 1, 8, 8)
 def compress(model: nn.Module, x: Tensor = X, timesteps: int | None = 3, **options: object) -> nn.Module:
     """Prune to a half and check mask equivalence (float32: snnTorch's ATan allows no more)."""
     case = liven(Case(model, x, timesteps))
-    compressed = prune(case, "magnitude", **options)
+    compressed = prune(case, "magnitude", repair=None, **options)
     assert largest_difference(case.model, compressed, case.feed) <= 1e-4
     return compressed
 
@@ -70,7 +70,7 @@ def test_all_to_all_recurrent_weights_lose_both_sides(kind: type[nn.Module], bit
     model = sequential(node)
     original = node.recurrent.weight.detach().clone()
     case = Case(model, X, 3)
-    compressed = prune(case, "magnitude", bits=bits, quantizer=PAPER)
+    compressed = prune(case, "magnitude", bits=bits, quantizer=PAPER, repair=None)
     keep = [c for c in range(8) if c not in snncompress.plan_of(compressed).removed_channels()["0"]]
     recurrent = compressed[1].recurrent
     stored = recurrent.parametrizations.weight.original if bits else recurrent.weight

@@ -365,7 +365,7 @@ def test_converted_networks_can_be_compressed(framework: str, kind: str, mode: s
                 layer.weight.mul_(3)  # so that all neurons fire
     model = convert(cnn, framework, neuron=mode, **calibration)
     options = {"data": batch, "timesteps": 4, "progress": False}
-    small = snncompress.apply(model, "svs", 0.5, None, **options)
+    small = snncompress.apply(model, "svs", 0.5, None, repair=None, **options)
     assert largest_difference(model, small, Feed(find_adapter(model), batch, 4)) < 1e-4
     masked = snncompress.apply(model, "magnitude", 0.5, 4, **options)
     assert snncompress.plan_of(masked).edits

@@ -112,8 +112,10 @@ def check(
     assert small[0].out_channels == 6  # 16 - ⌈0.6·16⌉
     assert small[4].out_channels == 12  # 32 - ⌈0.6·32⌉
     assert {s.split(",")[0] for s in seen} == {
+        "step 1/2: repairing",
         "step 1/2: fine-tuning",
         "step 2/2: calibrating svs",
+        "step 2/2: repairing",
         "step 2/2: fine-tuning",
     }
     a, b = (snncompress.profile(m, x_test[:20], timesteps=T) for m in (dense, small))

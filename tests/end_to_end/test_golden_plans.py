@@ -122,7 +122,7 @@ def plan_of(name: str) -> dict[str, Any]:
     looped = isinstance(model, OwnLoop)
     x = batch[0].expand(4, *X) if looped else batch[0]
     compressed = snncompress.apply(
-        model, data=(x, batch[1]), timesteps=None if looped else 4, quantizer=PAPER, **options
+        model, data=(x, batch[1]), timesteps=None if looped else 4, quantizer=PAPER, repair=None, **options
     )
     plan: dict[str, Any] = json.loads(snncompress.plan_of(compressed).to_json())
     plan["origin"] = {key: value for key, value in plan["origin"].items() if key not in VERSIONS}

@@ -248,7 +248,7 @@ def test_channels_removed_from_masked_layers(make: Make) -> None:
     """Depthwise, transposed, behind a flatten, recurrent: the mask loses the rows and columns of the channels."""
     case = make()
     masked = prune(case, WeightRandom(scope="layer"), 0.4)
-    mixed = prune(case, "random", 0.5, model=masked)
+    mixed = prune(case, "random", 0.5, model=masked, repair=None)
     gone, masks = snncompress.plan_of(mixed).removed_channels(), removed(masked)
     for name, (row, column, times) in WIRES[make].items():
         rows = [i for i in range(masks[name].shape[0]) if i not in gone.get(row, [])]
@@ -273,7 +273,7 @@ def test_weights_channels_and_bits_in_any_order(make: Make, order: tuple[str, ..
     case = make()
     small = case.model
     for event in order:
-        small = prune(case, model=small, **EVENTS[event])
+        small = prune(case, model=small, repair=None, **EVENTS[event])
     again = Plan.from_json(snncompress.plan_of(small).to_json()).apply(case.model)
     assert torch.equal(outputs(again, case.feed)[0], outputs(small, case.feed)[0])
     noise(small)

@@ -88,7 +88,7 @@ def test_every_layer_integrates_more_of_what_it_did(
         return
     net, data = conv(framework).eval(), batches()
     options: dict[str, Any] = {"data": data, "timesteps": T, "skip": []}
-    bare = snncompress.apply(net, criterion, ratio, bits, **options)
+    bare = snncompress.apply(net, criterion, ratio, bits, repair=None, **options)
     fitted = repair(bare, net, data, timesteps=T)
     removed = plan_of(fitted).removed_channels()
     feed = Feed(find_adapter(net), data, T)
@@ -119,7 +119,7 @@ def test_generated_networks(case: Case) -> None:
     """Repaired networks run, keep the structure of bare ones, and leave the original as it is."""
     before = snapshot(case.model)
     options: dict[str, Any] = {"data": case.x, "timesteps": case.timesteps, "skip": []}
-    bare = snncompress.apply(case.model, "magnitude", 0.4, None, **options)
+    bare = snncompress.apply(case.model, "magnitude", 0.4, None, repair=None, **options)
     fitted = snncompress.apply(case.model, "magnitude", 0.4, None, repair="membrane", **options)
     assert plan_of(fitted).edits == plan_of(bare).edits
     assert {k: v.shape for k, v in fitted.state_dict().items()} == {k: v.shape for k, v in bare.state_dict().items()}
@@ -277,7 +277,7 @@ def test_it_is_repeated_in_every_step_and_starts_from_what_was_trained() -> None
     options: dict[str, Any] = {"data": data, "timesteps": T, "skip": [], "scheduler": "iterative", "finetune": tuner}
     snncompress.apply(net, "magnitude", 0.5, None, repair="membrane", **options)
     fitted, calls = calls, []
-    snncompress.apply(net, "magnitude", 0.5, None, **options)
+    snncompress.apply(net, "magnitude", 0.5, None, repair=None, **options)
     assert len(fitted) == len(calls) > 1
     assert all(not torch.equal(a, b) for a, b in zip(fitted, calls, strict=True))
 
@@ -365,9 +365,53 @@ def test_sums_that_cant_be_solved_leave_the_start() -> None:
     assert torch.equal(solved(sums, start, 1e-3), start)
 
 
+@pytest.mark.parametrize("framework", ["single-step", "snntorch"])
+def test_real_data_are_repaired_on_and_synthetic_ones_are_not(framework: str) -> None:
+    """What nobody asks for: the membrane where data are given, bare removal where they are made up."""
+    net = conv(framework).eval()
+    options: dict[str, Any] = {"data": batches(), "timesteps": T, "skip": []}
+    default, asked, bare = (
+        snncompress.apply(net, "magnitude", 0.5, 4, **options, **how)
+        for how in ({}, {"repair": "membrane"}, {"repair": None})
+    )
+    assert plan_of(default) == plan_of(asked)
+    assert plan_of(default).origin["repair"] == "membrane"
+    assert plan_of(bare).origin["repair"] is None
+    assert all(
+        torch.equal(a, b) for a, b in zip(default.state_dict().values(), asked.state_dict().values(), strict=True)
+    )
+    assert not torch.equal(default[10].weight, bare[10].weight)
+    with pytest.warns(SyntheticDataWarning):
+        made_up = snncompress.apply(net, "magnitude", 0.5, 4, timesteps=T, skip=[])
+    assert plan_of(made_up).origin["repair"] is None
+    assert torch.equal(made_up[10].weight, bare[10].weight)
+
+
+def test_of_many_samples_the_first_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = conv("single-step").eval(), batches()
+    options: dict[str, Any] = {"timesteps": T, "skip": []}
+    monkeypatch.setattr("snncompress.pruning.fitting._SAMPLES", 25)
+    few = snncompress.apply(net, "magnitude", 0.5, None, data=data, **options)
+    monkeypatch.undo()
+    two, all_three = (snncompress.apply(net, "magnitude", 0.5, None, data=part, **options) for part in (data[:2], data))
+    weights = [one[8].weight for one in (few, two, all_three)]
+    assert torch.equal(weights[0], weights[1])  # two batches of 24
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_only_timesteps_go_and_nothing_is_repaired() -> None:
+    net = snncompress.apply(conv("single-step").eval(), "magnitude", 0.5, None, data=batches(), timesteps=T, skip=[])
+    short = snncompress.apply(net, None, bits=None, data=batches(), timesteps=T, truncate=2)
+    assert plan_of(short).timesteps == 2
+    assert "repaired" not in plan_of(short).origin
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), short.state_dict().values(), strict=True))
+
+
 def test_wrong_options() -> None:
     net, data = conv("single-step"), batches()
-    with pytest.raises(OptionError, match="repair must be 'membrane', 'current' or None, not 'glue'"):
+    with pytest.raises(
+        OptionError, match="repair must be 'auto', 'membrane', 'current', None or, for blocks, 'reinit', not 'glue'"
+    ):
         snncompress.apply(net, "magnitude", 0.5, None, data=data, timesteps=T, repair="glue")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="kind must be 'membrane' or 'current', not None"):
         repair(net, net, data, kind=None, timesteps=T)  # type: ignore[arg-type]

@@ -74,9 +74,9 @@ ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "mask in floats": lambda m, t: t.update({k: v.float() for k, v in t.items() if k.startswith(MASK)}),
     "mask too long": lambda m, t: t.update({k: v.repeat(2) for k, v in t.items() if k.startswith(MASK)}),
     "no block": lambda m, t: _edit(m, "remove_block").update(name=""),
-    "the block twice": lambda m, t: m["plan"]["edits"].insert(0, dict(_edit(m, "remove_block"), repairs=[])),
-    "a layer of terabytes": lambda m, t: _edit(m, "remove_block")["repairs"][0].update(after=2**40),
-    "a layer beyond all numbers": lambda m, t: _edit(m, "remove_block")["repairs"][0].update(after=10**30),
+    "the block twice": lambda m, t: m["plan"]["edits"].insert(0, dict(_edit(m, "remove_block"), resized=[])),
+    "a layer of terabytes": lambda m, t: _edit(m, "remove_block")["resized"][0].update(after=2**40),
+    "a layer beyond all numbers": lambda m, t: _edit(m, "remove_block")["resized"][0].update(after=10**30),
     "neuron on axis 0": lambda m, t: [s.__setitem__(3, 0) for s in _edit(m, "remove_channels")["slices"]],
     "layer on another axis": lambda m, t: [s.__setitem__(3, -3) for s in _edit(m, "remove_channels")["slices"]],
     "a slice a thousand times": lambda m, t: _edit(m, "remove_channels").update(

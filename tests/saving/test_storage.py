@@ -296,7 +296,7 @@ def test_a_mask_on_a_layer_that_grew(tmp_path: Path) -> None:
         )
 
     options: dict[str, Any] = {"data": torch.rand(4, 3), "timesteps": 2}
-    small = snncompress.apply(build(), Ablation(blocks=("2",), repair="slice"), 1.0, None,
+    small = snncompress.apply(build(), Ablation(blocks=("2",)), 1.0, None,
                               **{**options, "data": (torch.rand(4, 3), torch.arange(4) % 2)})  # fmt: skip
     assert small[3].weight.shape == (10, 20)
     small = snncompress.apply(small, WeightMagnitude(scope="layer"), 0.5, None, **options)
@@ -320,7 +320,9 @@ def test_scales_go_with_their_channels(parts: tuple[Any, dict[str, int]], gamma:
     options: dict[str, Any] = {"data": x, "timesteps": 2, "skip": []}
     small = snncompress.apply(build(), None, bits=4, quantizer=ReScaW(gamma=gamma, per_channel=True), **options)
     save(small, tmp_path / "small")
-    pruned = snncompress.apply(load(tmp_path / "small", into=build()), "magnitude", {"0": 0.4}, None, **options)
+    pruned = snncompress.apply(
+        load(tmp_path / "small", into=build()), "magnitude", {"0": 0.4}, None, repair=None, **options
+    )
     axis = 1 if kind is nn.ConvTranspose2d else 0
     kept = [c for c in range(40) if c not in plan_of(pruned).removed_channels()["0"]]
     assert len(kept) == 24

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from snncompress_fire import Ablation
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +25,7 @@ def point(accuracy: float, energy: float) -> Candidate:
 def test_every_candidate_is_what_apply_makes(framework: str, multi_step: bool) -> None:
     net = network(framework, multi_step)
     before, state = snapshot(net), torch.get_rng_state()
-    result = block_search(net, DATA, Ablation(repair="slice"), timesteps=4, remove=(0, 1, 3))
+    result = block_search(net, DATA, Ablation(), timesteps=4, remove=(0, 1, 3), repair=None)
     assert same(before, snapshot(net))
     assert torch.equal(state, torch.get_rng_state())
     assert result.blocks == ("2", "3", "6")  # behind 5, a residual sum wants its width
@@ -34,8 +34,8 @@ def test_every_candidate_is_what_apply_makes(framework: str, multi_step: bool) -
     for candidate in result.candidates:
         small = net
         if candidate.removed:
-            criterion = Ablation(blocks=candidate.removed, repair="slice")
-            small = snncompress.apply(net, criterion, 1.0, None, data=DATA, timesteps=4)
+            criterion = Ablation(blocks=candidate.removed)
+            small = snncompress.apply(net, criterion, 1.0, None, data=DATA, timesteps=4, repair=None)
             assert [e.name for e in plan_of(small).edits] == list(candidate.removed)
         measured = profile(small, DATA, timesteps=4)
         assert candidate.accuracy == evaluate(small, DATA, timesteps=4).accuracy
@@ -51,13 +51,50 @@ def test_greedy_takes_the_path_of_the_iterative_scheduler() -> None:
     assert {e.name for e in plan_of(small).edits} == set(result.candidates[2].removed)
 
 
+@pytest.mark.parametrize("method", ["exhaustive", "greedy"])
+def test_what_reads_a_removed_block_is_repaired(method: str) -> None:
+    """Linear blocks, and labels as the whole network gives them: what they did moves into the weights behind."""
+    torch.manual_seed(0)
+    one, other = (nn.Sequential(nn.Linear(8, 8, bias=False)) for _ in range(2))
+    net = nn.Sequential(
+        nn.Linear(5, 8), neuron.IFNode(), one, nn.Linear(8, 8), neuron.IFNode(), other, nn.Linear(8, 8),
+        neuron.IFNode(), nn.Linear(8, 2),
+    )  # fmt: skip
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data *= 3
+    x = 2 * torch.randn(64, 5)
+    with torch.no_grad():
+        y = sum(net(x) for _ in range(4)).argmax(1)
+    functional.reset_net(net)
+    found = {
+        kind: block_search(net, (x, y), Ablation(blocks=("2", "5")), method=method, timesteps=4, repair=kind)
+        for kind in (None, "membrane", "current")
+    }
+    assert y.bincount().min() > 5
+    assert all(candidate.accuracy == 1 for kind in ("membrane", "current") for candidate in found[kind].candidates)
+    assert all(candidate.accuracy < 0.9 for candidate in found[None].candidates if candidate.removed)
+    assert found["membrane"].budget == "repair='membrane', no fine-tuning, 64 samples"
+
+
+def test_new_weights_behind_every_removed_block() -> None:
+    """As ``apply`` draws them: the same candidates."""
+    net = network("spikingjelly")
+    result = block_search(net, DATA, Ablation(blocks=("2", "3")), timesteps=4, repair="reinit")
+    small = snncompress.apply(net, Ablation(blocks=("2",)), 1.0, None, data=DATA, timesteps=4, repair="reinit")
+    bare = snncompress.apply(net, Ablation(blocks=("2",)), 1.0, None, data=DATA, timesteps=4, repair=None)
+    measured, other = (profile(one, DATA, timesteps=4).energy_pj for one in (small, bare))
+    candidate = next(c for c in result.candidates if c.removed == ("2",))
+    assert candidate.energy_pj == measured != other
+
+
 def test_the_budget_is_spent_and_said() -> None:
     """The data hold six samples of five classes: with some epochs every candidate learns most of them."""
     net = network("spikingjelly", multi_step=True)
     options = {"timesteps": 4, "remove": [0, 3], "test": DATA}
     plain, tuned = (block_search(net, DATA * 5, epochs=epochs, lr=1e-2, **options) for epochs in (0, 6))
-    assert plain.budget == "no fine-tuning, 6 samples"
-    assert tuned.budget == "6 epochs of fine-tuning at 0.01, 6 samples"
+    assert plain.budget == "repair='membrane', no fine-tuning, 6 samples"
+    assert tuned.budget == "repair='membrane', 6 epochs of fine-tuning at 0.01, 6 samples"
     assert [c.removed for c in tuned.candidates] == [(), ("2", "3", "6")]
     assert all(a.accuracy > b.accuracy for a, b in zip(tuned.candidates, plain.candidates, strict=True))
 
@@ -118,6 +155,8 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
             block_search(net, DATA, timesteps=4, remove=remove)
     with pytest.raises(OptionError, match="epochs must be"):
         block_search(net, DATA, timesteps=4, epochs=-1)
+    with pytest.raises(OptionError, match=r"repair must be 'auto', .* for blocks, 'reinit', not 'slice'"):
+        block_search(net, DATA, timesteps=4, repair="slice")
     inner = nn.Sequential(nn.Sequential(nn.Linear(4, 4), neuron.LIFNode()))
     nested = nn.Sequential(nn.Linear(3, 4), neuron.LIFNode(), inner, nn.Linear(4, 2))
     with pytest.raises(OptionError, match=r"Block '2.0' is a part of block '2'"):

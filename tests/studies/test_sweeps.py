@@ -70,7 +70,7 @@ def test_single_weights_by_hand(fire: Callable[[], nn.Module]) -> None:
     # Layer 0 loses 0.1 and 0.2, which fire nothing; then 1.5, so that input 1 fires nothing, all scores are 0, and
     # argmax says class 0. Layer 2 loses -0.2 and -0.3, which leaves (0.5, 0) and (0, 0.4); then 0.4, so that class 1
     # scores 0 as class 0 does. ⌊0.99 · 4⌋ is 3 again.
-    result = sensitivity(tiny(fire), DATA, "weight_magnitude", (0, 0.5, 0.75, 0.99), timesteps=1)
+    result = sensitivity(tiny(fire), DATA, "weight_magnitude", (0, 0.5, 0.75, 0.99), timesteps=1, repair=None)
     assert result.dense == 1
     assert result.accuracy == {"0": (1, 1, 1 / 3, 1 / 3), "2": (1, 1, 1 / 3, 1 / 3)}
     assert (result.ratios, result.criterion, result.title) == ((0, 0.5, 0.75, 0.99), "weight_magnitude", "Sequential")
@@ -81,10 +81,11 @@ def test_channels_by_hand(fire: Callable[[], nn.Module]) -> None:
     # L1 norms 2, 1.5 and 0.1. ⌈3/3⌉ = 1 removes the last channel, ⌈0.5 · 3⌉ = 2 also the one of class 1, ⌈0.9 · 3⌉
     # would be all.
     data = DATA[0][..., None, None], DATA[1]
-    result = sensitivity(conv(fire), data, "magnitude", (1 / 3, 0.5, 0.9), layers="0", timesteps=1)
+    options: dict[str, Any] = {"timesteps": 1, "repair": None}
+    result = sensitivity(conv(fire), data, "magnitude", (1 / 3, 0.5, 0.9), layers="0", **options)
     assert result.accuracy == {"0": (1, 1 / 3, None)}
     # 2 of 6 weights, and 5 of 6, of the same layer: the zeros first, then 0.1 and 1.5.
-    weights = sensitivity(conv(fire), data, "weight_magnitude", (0.5, 0.9), layers=["0"], timesteps=1)
+    weights = sensitivity(conv(fire), data, "weight_magnitude", (0.5, 0.9), layers=["0"], **options)
     assert weights.accuracy == {"0": (1, 1 / 3)}
 
 
@@ -115,6 +116,25 @@ def labels(model: nn.Module, x: Tensor) -> Tensor:
     feed = Feed(find_adapter(model), x, 4)
     with torch.no_grad():
         return class_scores(feed(model, feed.first())).argmax(1)
+
+
+@pytest.mark.parametrize("make", [spikingjelly_case, snntorch_case])
+def test_repair_gives_accuracy_back(make: Callable[[], Any]) -> None:
+    case = make()
+    x = torch.rand(40, 1, 8, 8, dtype=case.x.dtype)
+    data = x, labels(case.model, x)
+    points = {}
+    for kind in ("membrane", "current", None):
+        layers = sensitivity(case.model, data, "magnitude", (0.5, 0.8), timesteps=4, repair=kind)
+        thresholds = threshold_sweep(case.model, data, (0.5, 1.0), 0.7, timesteps=4, repair=kind)
+        assert layers.repair == thresholds.repair == kind
+        assert (
+            (f"repaired on the {kind}" in str(layers)) == (f"repaired on the {kind}" in str(thresholds)) == bool(kind)
+        )
+        points[kind] = [a for row in layers.accuracy.values() for a in row], thresholds.accuracy
+    for kind in ("membrane", "current"):
+        for found, bare in zip(points[kind], points[None], strict=True):
+            assert sum(found) > sum(bare) + 0.1 * len(bare)
 
 
 def test_coupled_layers_share_one_measurement() -> None:
@@ -182,7 +202,7 @@ def test_thresholds_by_hand(fire: Callable[[], nn.Module]) -> None:
     # changes nothing. τ = 0.8 protects 2 alone: 1.5 goes, and class 1 with it. τ = 1 protects nothing, τ = 0 all, so
     # that 2 and 1.5 go, and all that is left to say is class 0.
     taus = (0.0, 0.5, 0.8, 1.0)
-    result = threshold_sweep(tiny(fire), DATA, taus, {"0": 0.5}, Protector(), timesteps=1)
+    result = threshold_sweep(tiny(fire), DATA, taus, {"0": 0.5}, Protector(), timesteps=1, repair=None)
     assert (result.dense, result.taus, result.ratio, result.criterion) == (1, taus, {"0": 0.5}, "protector")
     assert result.accuracy == (1 / 3, 1, 1 / 3, 1 / 3)
     assert result.protected == (1, 0.5, 0.25, 0)
@@ -260,10 +280,10 @@ def test_data_are_scored_once(sweep: Callable[..., Any]) -> None:
     x, y = DATA
     batches = [(x, y), *[(x[:1], y[:1])] * 4]
     if sweep is sensitivity:
-        sweep(tiny(), batches, "cqp", (0.5, 0.75), forward=forward)
+        sweep(tiny(), batches, "cqp", (0.5, 0.75), forward=forward, repair=None)
         points = 2 * 2
     else:
-        sweep(tiny(), batches, (0.1, 0.5, 1.0), forward=forward)
+        sweep(tiny(), batches, (0.1, 0.5, 1.0), forward=forward, repair=None)
         points = 3
     assert calls == {"scoring": 4, "measuring": 4 * (points + 1)}
 

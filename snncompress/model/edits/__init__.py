@@ -5,21 +5,20 @@ module isn't there or has another width, PlanError is raised before anything is 
 """
 
 from .base import Budget, Edit, edit_from_dict
-from .blocks import REPAIRS, RemoveBlock, Repair
+from .blocks import RemoveBlock, Resized
 from .channels import RemoveChannels, Slice
 from .masks import MaskWeights
 from .quantization import QuantizeWeights
 from .timesteps import TruncateTimesteps
 
 __all__ = [
-    "REPAIRS",
     "Budget",
     "Edit",
     "MaskWeights",
     "QuantizeWeights",
     "RemoveBlock",
     "RemoveChannels",
-    "Repair",
+    "Resized",
     "Slice",
     "TruncateTimesteps",
     "edit_from_dict",

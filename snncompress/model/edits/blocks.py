@@ -14,11 +14,12 @@ from snncompress.model.parametrizations import stored_weight, weight_mask
 
 from .base import Edit, find, integers
 
-REPAIRS = ("project", "slice", "reinit")
+_EARLIER = ("project", "slice", "reinit")
+"""What plans written by earlier versions call the weights of the layers behind a block; the last are new ones."""
 
 
 @dataclass(frozen=True)
-class Repair:
+class Resized:
     """A weight layer whose inputs change from ``before`` to ``after`` channels (features of a linear layer)."""
 
     layer: str
@@ -30,21 +31,20 @@ class Repair:
 class RemoveBlock(Edit):
     """Put a wire in the place of module ``name``, and mend the widths of the layers that read it.
 
-    ``repair`` says how their weights came about: "slice" keeps the first input channels (zeros where there are more
-    than before), "reinit" draws new ones, "project" fits them to calibration data. A replay can't know the data, so
-    it slices; loading the state_dict brings the weights.
+    ``resized`` layers keep the weights of their first input channels (zeros where there are more than before), or are
+    ``fresh``: drawn anew, the same at every replay. What repair or training made of them the state_dict holds.
     """
 
     name: str
-    repairs: tuple[Repair, ...]
-    repair: str
+    resized: tuple[Resized, ...]
+    fresh: bool = False
     kind: ClassVar[str] = "remove_block"
 
     def check(self, model: nn.Module) -> None:
         """The block must be there, and the layers behind it have the widths that the edit expects."""
         if not self.name or isinstance(find(model, self.name, "the plan removes it"), nn.Identity):
             raise PlanError(f"There is no block {self.name!r} to remove, or it is gone already.")
-        for piece in self.repairs:
+        for piece in self.resized:
             module = find(model, piece.layer, "the plan changes its inputs")
             if not isinstance(module, WEIGHT_LAYERS):
                 raise PlanError(f"{piece.layer} is a {type(module).__name__}, whose inputs can't be changed.")
@@ -58,7 +58,7 @@ class RemoveBlock(Edit):
 
     def check_growth(self, model: nn.Module, largest: int) -> None:
         """Raise PlanError where a layer would get more than ``largest`` weights."""
-        for piece in self.repairs:
+        for piece in self.resized:
             size = stored_weight(find(model, piece.layer, "the plan changes its inputs")).numel()
             if size * piece.after > largest * max(1, piece.before):
                 raise PlanError(f"{piece.layer} would grow from {piece.before} to {piece.after} inputs.")
@@ -67,18 +67,23 @@ class RemoveBlock(Edit):
         """Replace the block, resize what reads it."""
         self.check(model)
         model.set_submodule(self.name, nn.Identity())
-        for piece in self.repairs:
-            resize_inputs(model.get_submodule(piece.layer), piece.after, fresh=self.repair == "reinit")
+        for piece in self.resized:
+            resize_inputs(model.get_submodule(piece.layer), piece.after, fresh=self.fresh)
 
     def describe(self) -> str:
-        """The block, and the layers that were fitted."""
-        fitted = "".join(f", {r.layer} fitted from {r.before} to {r.after} inputs" for r in self.repairs)
-        return f"{self.name}: the block removed{fitted} (repair={self.repair})"
+        """The block, and the layers that got other inputs."""
+        how = ", drawn anew" if self.fresh else ""
+        resized = "".join(f", {r.layer} from {r.before} to {r.after} inputs{how}" for r in self.resized)
+        return f"{self.name}: the block removed{resized}"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RemoveBlock:
-        """The repair must be a known one."""
-        repairs = tuple(Repair(str(r["layer"]), *integers([r["before"], r["after"]])) for r in data["repairs"])
-        if data["repair"] not in REPAIRS:
-            raise ValueError(f"{data['repair']!r} is none of {', '.join(REPAIRS)}")
-        return cls(str(data["name"]), repairs, str(data["repair"]))
+        """Also from what earlier versions wrote: ``repairs``, and ``repair`` in words."""
+        if "repair" in data:
+            if data["repair"] not in _EARLIER:
+                raise ValueError(f"{data['repair']!r} is none of {', '.join(_EARLIER)}")
+            data = {**data, "resized": data["repairs"], "fresh": data["repair"] == "reinit"}
+        if not isinstance(data["fresh"], bool):
+            raise TypeError(f"fresh is {data['fresh']!r}, not true or false")
+        resized = tuple(Resized(str(r["layer"]), *integers([r["before"], r["after"]])) for r in data["resized"])
+        return cls(str(data["name"]), resized, data["fresh"])
