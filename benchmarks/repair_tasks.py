@@ -169,7 +169,7 @@ class Cifar(Task):
     name, timesteps, epoch = "cifar", 2, 5_000
     title = (
         "Seven convolutions of 32 to 128 channels, batch norm, LIF (decay_input=False), T = 2, eight epochs; "
-        "512 calibration images, every fourth test image."
+        "512 calibration images, every tenth test image."
     )
 
     def network(self) -> nn.Module:
@@ -188,7 +188,7 @@ class Cifar(Task):
 
     def read(self, split: str) -> Split:
         x, y = self.reader().cifar10(split)
-        every = 4 if split == "test" else 1
+        every = 10 if split == "test" else 1
         x = (torch.tensor(x[::every]).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
         return x.contiguous(), torch.tensor(y[::every]).long()
 

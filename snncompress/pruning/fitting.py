@@ -22,7 +22,7 @@ from .rounding import passed_on
 
 RepairKind = Literal["membrane", "current"]
 Rounding = Literal["gptq", "nearest"]
-_RIDGE = 1e-3
+_RIDGE, _DAMPING = 1e-3, 1e-2
 _LEAST = 1e-6
 """Of the gain of a batch norm: with less, nothing passes it."""
 _SAMPLES = 2048
@@ -128,7 +128,7 @@ class LayerFit:
             read = torch.cat([read, torch.full_like(read[..., :1], state.one)], 2)
         if self.sums is None:
             self.sums = Sums(read.shape[1], read.shape[2], wanted.shape[2], read.device)
-        self.sums.add(read, wanted)
+        self.sums.add(read, wanted, first=state.one == 1)
 
     def solve(self) -> bool:
         """Put better weights in, row by row; False where the old ones are as good."""
@@ -143,7 +143,7 @@ class LayerFit:
                 support = torch.cat([support, torch.ones_like(support[..., :1])], 2)
         errors = sums.errors(self._theta(self._effective(), offset))
         start = _Answer(old, offset, errors, torch.full_like(errors, torch.inf))
-        theta = solved(sums, self._theta(old, offset), _RIDGE, support)
+        theta = solved(sums, self._theta(old, offset), _RIDGE * sums.scarcity(), support)
         if self._offset and self.network.drives.get(self.name):
             wide = stretched(sums, theta)
             theta = wide.where((sums.errors(wide) < start.errors).unsqueeze(2), theta)
@@ -202,7 +202,9 @@ class LayerFit:
         like = compression.turned(stored_weight(layer))
         scale = as_matrix(layer, compression.turned(grid.scale.expand_as(like))).double()[..., :1]
         weights = self._weights(theta)
-        numbers = passed_on(theta, cast(Sums, self.sums).gram, weights.shape[2], scale, grid, kept)
+        sums = cast(Sums, self.sums)
+        damping = _DAMPING * sums.scarcity()
+        numbers = passed_on(theta, sums.gram, weights.shape[2], scale, grid, kept, damping)
         if numbers is None:
             return
         values = (numbers - grid.zero_point) * scale

@@ -20,14 +20,23 @@ class Sums:
         self.gram = torch.zeros(groups, reads, reads, dtype=torch.float64, device=device)
         self.cross = torch.zeros(groups, reads, rows, dtype=torch.float64, device=device)
         self.square = torch.zeros(groups, rows, dtype=torch.float64, device=device)
+        self.samples = 0
 
-    def add(self, read: Tensor, wanted: Tensor) -> None:
-        """More of it; products in float32 or better, sums in float64."""
+    def add(self, read: Tensor, wanted: Tensor, *, first: bool = True) -> None:
+        """More of it; products in float32 or better, sums in float64. Only what is ``first`` seen says anything new.
+
+        Later timesteps repeat it, more or less.
+        """
+        self.samples += len(read) if first else 0
         dtype = torch.promote_types(read.dtype, torch.float32)
         u, y = read.to(dtype).transpose(0, 1), wanted.to(dtype).transpose(0, 1)
         self.gram += u.transpose(1, 2) @ u
         self.cross += u.transpose(1, 2) @ y
         self.square += y.double().square().sum(1)
+
+    def scarcity(self) -> float:
+        """1 where there are many more samples than unknowns; by how much more the sums must be damped with fewer."""
+        return 1 + self.gram.shape[1] / max(1, self.samples)
 
     def errors(self, theta: Tensor) -> Tensor:
         """Σ (y − θ u)² of every row [G, R] of θ [G, R, D]; never below 0."""

@@ -16,19 +16,20 @@ from torch import Tensor
 
 from snncompress.model.grids import Grid
 
-_DAMPING = 1e-2
 _BLOCK = 128
 
 
-def passed_on(theta: Tensor, gram: Tensor, reads: int, scale: Tensor, grid: Grid, kept: Tensor | None) -> Tensor | None:
+def passed_on(
+    theta: Tensor, gram: Tensor, reads: int, scale: Tensor, grid: Grid, kept: Tensor | None, damping: float = 1e-2
+) -> Tensor | None:
     """The numbers on the grid of the first ``reads`` columns of θ [G, R, D], for the second moments [G, D, D].
 
     ``scale`` [G, R, 1] is that of each row. Where ``kept`` (bool [G, R, reads]) is False a weight is gone: its value is
     0. The largest weight of all that share a scale keeps its number, so that a range taken from it stays what it is.
-    None where the moments can't be factorized.
+    ``damping`` is relative to the mean diagonal of the moments. None where they can't be factorized.
     """
     work, numbers = theta.clone(), torch.empty_like(theta[..., :reads])
-    order, factor = _ordered(gram, reads)
+    order, factor = _ordered(gram, reads, damping)
     if factor is None:
         return None
     work = work.gather(2, order[:, None, :].expand_as(work))
@@ -54,13 +55,13 @@ def passed_on(theta: Tensor, gram: Tensor, reads: int, scale: Tensor, grid: Grid
     return numbers.scatter_(2, at, rounded)
 
 
-def _ordered(gram: Tensor, reads: int) -> tuple[Tensor, Tensor | None]:
+def _ordered(gram: Tensor, reads: int, damping: float) -> tuple[Tensor, Tensor | None]:
     """The order of the columns [G, D], and U of the columns in it."""
     power = gram.diagonal(dim1=1, dim2=2)
     behind = torch.arange(reads, gram.shape[1], device=gram.device).expand(len(gram), -1)
     order = torch.cat([power[:, :reads].argsort(stable=True, dim=1, descending=True), behind], 1)
     turned = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
-    ridge = _DAMPING * power[:, :reads].mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
+    ridge = damping * power[:, :reads].mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
     turned.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     lower, failed = torch.linalg.cholesky_ex(turned)
     if bool(failed.any()):
