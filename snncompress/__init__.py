@@ -10,6 +10,7 @@ from .conversion.converting import convert
 from .errors import (
     DataError,
     EmptyLayerWarning,
+    KeptStateWarning,
     ModelError,
     NothingToDoWarning,
     OptionError,
@@ -53,6 +54,7 @@ __all__ = [
     "Evaluation",
     "GradientAwareLoss",
     "GradientFlow",
+    "KeptStateWarning",
     "LayerProfile",
     "MaskWeights",
     "ModelError",

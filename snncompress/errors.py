@@ -61,3 +61,7 @@ class SilentNeuronsWarning(UserWarning):
 
 class EmptyLayerWarning(UserWarning):
     """Pruning of single weights left a layer without any, so the network is cut in two there."""
+
+
+class KeptStateWarning(UserWarning):
+    """A model keeps state of its own from batch to batch, so what is measured depends on their order."""

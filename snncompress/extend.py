@@ -27,7 +27,7 @@ from .interfaces import (
     Signal,
     StandIn,
 )
-from .model.modules import patched, remove_along
+from .model.modules import patched, remove_along, stacked
 from .model.network import remove_from_layer
 
 __all__ = [
@@ -57,4 +57,5 @@ __all__ = [
     "patched",
     "remove_along",
     "remove_from_layer",
+    "stacked",
 ]

@@ -24,7 +24,7 @@ Scope = Literal["layer", "global"]
 Signal = Literal["spikes", "membrane", "gradients"]
 Forward = Callable[[nn.Module, Any], Any]
 """How to run a model on one batch: ``forward(model, batch) -> output``."""
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 """A user's own loss: ``loss(output, y) -> scalar``, with the model's output as it comes and the batch's labels."""
 StandIn = Callable[[nn.Module, Tensor], Tensor]
 """Stands in for a neuron while channels are traced: ``stand_in(neuron, input) -> output`` of the same shape."""

@@ -19,6 +19,7 @@ from snncompress.extend import (
     patched,
     remove_along,
     remove_from_layer,
+    stacked,
 )
 
 _STATES = {"mem", "syn", "spk", "syn_exc", "syn_inh"}
@@ -54,8 +55,8 @@ class SNNTorchAdapter(Adapter):
         if timesteps is None:
             return model(x)
         if all(n.init_hidden for n in self.neurons(model).values()):
-            return _stack([model(x) for _ in range(timesteps)])
-        return model(x.unsqueeze(0).expand(timesteps, *x.shape))
+            return stacked([model(x.clone()) for _ in range(timesteps)])
+        return model(x.unsqueeze(0).repeat(timesteps, *[1] * x.dim()))
 
     @contextmanager
     def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
@@ -207,12 +208,6 @@ class SNNTorchAdapter(Adapter):
 
 def _above_zero(x: Tensor) -> Tensor:
     return (x > 0).to(x.dtype)
-
-
-def _stack(outputs: list[Any]) -> Any:
-    if isinstance(outputs[0], tuple):
-        return tuple(_stack([o[i] for o in outputs]) for i in range(len(outputs[0])))
-    return torch.stack(outputs)
 
 
 def _firing(neuron: nn.Module, forward: Callable[..., Any], stand_in: StandIn) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snncompress.extend import Adapter, Dynamics, ModelError, Observer, StandIn, patched, remove_along
+from snncompress.extend import Adapter, Dynamics, ModelError, Observer, StandIn, patched, remove_along, stacked
 
 _CONTAINERS = (
     "MultiStepContainer", "SeqToANNContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer", "StepModeContainer",
@@ -44,8 +44,8 @@ class SpikingJellyAdapter(Adapter):
         if timesteps is None:
             return model(x)
         if any(_is_multi_step(module) for module in model.modules()):
-            return model(x.unsqueeze(0).expand(timesteps, *x.shape))
-        return torch.stack([model(x) for _ in range(timesteps)])
+            return model(x.unsqueeze(0).repeat(timesteps, *[1] * x.dim()))
+        return stacked([model(x.clone()) for _ in range(timesteps)])
 
     @contextmanager
     def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:

@@ -81,10 +81,10 @@ def accuracy(model: nn.Module, feed: Feed) -> float:
     return right / total
 
 
-def classified(output: Any, y: Tensor | None) -> tuple[Tensor, Tensor]:
+def classified(output: Any, y: Any, *, batch_first: bool = False) -> tuple[Tensor, Tensor]:
     """Predicted classes and labels [N] of one batch; of labels that are probabilities, the most probable class."""
-    scores, y = scores_and_labels(output, y)
-    return scores.argmax(1), y.argmax(1) if y.dim() == 2 else y
+    scores, labels = scores_and_labels(output, y, batch_first=batch_first)
+    return scores.argmax(1), labels.argmax(1) if labels.dim() == 2 else labels
 
 
 def _classified(model: nn.Module, feed: Feed) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,6 +92,6 @@ def _classified(model: nn.Module, feed: Feed) -> Iterator[tuple[Tensor, Tensor]]
     try:
         with in_mode(model, training=False), torch.no_grad():
             for batch in feed:
-                yield classified(feed(model, batch), batch.y)
+                yield classified(feed(model, batch), batch.y, batch_first=feed.batch_first)
     finally:
         feed.adapter.reset(model)

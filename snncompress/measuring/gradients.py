@@ -19,7 +19,7 @@ from snncompress.model.modules import in_mode
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import computed_weight, stored_weight
 from snncompress.running.bench import bench
-from snncompress.running.scores import cross_entropy, loss_of
+from snncompress.running.scores import count_samples, cross_entropy, loss_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,8 +179,8 @@ def gradient_flow(
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         with in_mode(table.model, training=True):
             for batch in feed:
-                value = loss_of(feed, feed(table.model, batch), batch)
-                count = 1 if batch.y is None else len(batch.y)
+                output = feed(table.model, batch)
+                value, count = loss_of(feed, output, batch), count_samples(feed, output, batch)
                 gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 for total, gradient in zip(sums.values(), gradients, strict=True):
                     if gradient is not None:

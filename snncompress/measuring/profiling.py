@@ -17,10 +17,10 @@ from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
 from snncompress.model.parametrizations import weight_bits
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed, time_as_samples
-from snncompress.running.scores import class_scores
+from snncompress.running.scores import count_samples
 
 from .conventions import Conventions, resolve_conventions
-from .counting import PlainCounter, WeightCounter, spike_sum
+from .counting import PlainCounter, WeightCounter, energy_of, spike_sum
 from .reporting import Comparison, Kind, LayerProfile, Profile
 
 __all__ = ["Comparison", "LayerProfile", "Profile", "compare", "profile"]
@@ -62,9 +62,8 @@ def profile(
         adapter: a framework's name or an Adapter, where the model doesn't tell.
         energy_model: name or instance of the :class:`EnergyModel` that turns counts into pJ.
         conventions: what is counted: a preset (``"snncompress"``, ``"neurobench"``, ``"spikingjelly"``,
-            ``"syops"``) or :class:`Conventions`. The number of samples is taken from the output where it is
-            [N, K] or [T, N, K] (or a tuple that starts with one), else from the labels, else from the batch's
-            first dimension.
+            ``"syops"``) or :class:`Conventions`. The number of samples is that of the labels where they
+            are one each, else the number that neurons saw at a time, else it is taken from the output.
 
     Raises:
         ModelError: neurons of two frameworks, or an uninitialised layer.
@@ -105,7 +104,7 @@ def measure(
             output = feed(model, batch)
             if feed.timesteps is not None and feed.timesteps != len(batch.x):
                 meter.check_rows(feed.timesteps)
-            meter.n_samples += _samples(output, batch)
+            meter.n_samples += count_samples(feed, output, batch, meter.rows_seen())
             meter.n_batches += 1
             if watch:
                 watch(output, batch)
@@ -198,8 +197,12 @@ class _Meter:
 
     def check_rows(self, timesteps: int) -> None:
         """Neurons that saw T rows, and not one for each sample, took time for samples."""
-        if {neuron.rows for neuron in self.neurons.values() if neuron.updates} == {timesteps}:
+        if self.rows_seen() == {timesteps}:
             raise DataError(time_as_samples(timesteps))
+
+    def rows_seen(self) -> set[int]:
+        """For how many samples at a time neurons fired last."""
+        return {neuron.rows for neuron in self.neurons.values() if neuron.updates}
 
     def recording(self) -> ExitStack:
         """A context in which the model's calls are counted; all hooks are gone after it, also on error."""
@@ -246,7 +249,7 @@ class _Meter:
             size_bits = n_quantized * (bits or FLOAT_BITS) + (n_params - n_quantized) * FLOAT_BITS
             yield LayerProfile(
                 name=name, kind=kind, n_params=n_params, size_mb=size_bits / 8e6, n_mac=n_mac, n_ac=n_ac,
-                energy_pj=float(energy.energy_pj(OperationCounts(n_ac, n_mac, apart))),
+                energy_pj=energy_of(energy, OperationCounts(n_ac, n_mac, apart)),
                 firing_rate=firing_rate, bits=bits, sparsity=sparsity, input_rate=input_rate,
                 n_neuron_updates=updates, state_mb=state_mb, n_weights=n_weights,
             )  # fmt: skip
@@ -287,17 +290,3 @@ def _hook(counter: WeightCounter | PlainCounter) -> Callable[..., None]:
 def _described(energy: EnergyModel) -> str:
     options = ", ".join(f"{name}={value!r}" for name, value in energy.options().items())
     return f"{energy.name}({options})" if options else energy.name
-
-
-def _samples(output: Any, batch: Batch) -> int:
-    try:
-        return len(class_scores(output))
-    except DataError:
-        if batch.y is not None:
-            return len(batch.y)
-        if isinstance(batch.x, Tensor):
-            return len(batch.x)
-    raise DataError(
-        "Neither the output nor the batch tells how many samples it holds. Yield (x, y) batches, or pass a "
-        "forward that returns class scores [N, K] or [T, N, K]."
-    )

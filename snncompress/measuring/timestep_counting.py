@@ -18,7 +18,7 @@ from snncompress.interfaces import Adapter, EnergyModel, OperationCounts
 from snncompress.model.network import WEIGHT_LAYERS
 
 from .conventions import Conventions
-from .counting import WeightCounter
+from .counting import WeightCounter, energy_of
 
 _Watch = Callable[[str, Tensor, tuple[int, ...]], None]
 """Called with a layer's name, input and output shape, or a neuron's name, spikes [T', N, ...] and their shape."""
@@ -134,7 +134,7 @@ class StepMeter:
         for t in range(1, steps + 1):
             counts = [OperationCounts(*_total(counters[:t], samples)) for counters in self._layers.values()]
             counts += [OperationCounts(0, 0, sum(updates[:t]) / samples) for updates in self._updates.values()]
-            result.append(sum(float(energy.energy_pj(c)) for c in counts))
+            result.append(sum(energy_of(energy, c) for c in counts))
         return result
 
     def _count(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:

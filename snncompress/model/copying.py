@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
 
 from .parametrizations import computed_weight, separate_classes
@@ -29,6 +30,19 @@ def private_copy(model: M, adapter: Adapter) -> M:
         separate_classes(result)
         adapter.reset(result)
     return result
+
+
+def refuse_broken(model: nn.Module) -> None:
+    """Raise ModelError for a parameter that is NaN or infinite, or a buffer that is NaN."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        bad = torch.isnan(tensor) if not isinstance(tensor, nn.Parameter) else ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            raise ModelError(
+                f"{name} of this {type(model).__name__} holds {int(bad.sum())} NaN or infinite values of "
+                f"{tensor.numel()}. Likely cause: its training diverged. Go back to a checkpoint from before."
+            )
 
 
 def _graph_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -72,6 +72,23 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def stacked(outputs: list[Any]) -> Any:
+    """The outputs of single timesteps as one: tensors [N, ...] → [T, N, ...], in tuples, lists and mappings too.
+
+    >>> stacked([(torch.ones(2, 3), None), (torch.zeros(2, 3), None)])[0].shape
+    torch.Size([2, 2, 3])
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.stack(outputs)
+    if isinstance(first, dict):
+        return {key: stacked([output[key] for output in outputs]) for key in first}
+    if isinstance(first, (tuple, list)):
+        parts = [stacked(list(parts)) for parts in zip(*outputs, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
+
+
 def limit_timesteps(model: nn.Module, timesteps: int) -> None:
     """From now on a Feed drives this model, which is called step by step, for at most that many steps."""
     setattr(model, _LIMIT, timesteps)

@@ -12,8 +12,11 @@ from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward, Loss
+from snncompress.model.chance import held
+from snncompress.model.copying import private_copy
 from snncompress.model.modules import in_mode
 from snncompress.running.data import Feed
+from snncompress.running.rehearsal import rehearse
 from snncompress.running.scores import loss_of
 
 
@@ -48,7 +51,10 @@ def finetune(
     """
     check_training(epochs, lr, weight_decay)
     found = find_adapter(model, adapter, plain=True)
-    train(model, Feed(found, data, timesteps, forward, loss, on=model), epochs, lr, weight_decay, progress)
+    feed = Feed(found, data, timesteps, forward, loss, on=model)
+    with held(feed.generators()):
+        rehearse(private_copy(model, found), feed, stacklevel=3)
+    train(model, feed, epochs, lr, weight_decay, progress)
     return model
 
 
