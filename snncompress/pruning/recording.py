@@ -196,6 +196,10 @@ class _Scorer:
             raise PluginError(
                 f"{where}: {what} must return one score per {per}, {list(shape)}, not {list(scores.shape)}."
             )
+        if scores.is_complex() or scores.layout != torch.strided:
+            raise PluginError(
+                f"{where}: scores must be real numbers in a dense tensor, not {scores.dtype} {scores.layout}."
+            )
         if not bool(torch.isfinite(scores).all()):
             raise PluginError(
                 f"{where}: scores hold NaN or infinite values. Check for a division by zero, a silent layer or a "

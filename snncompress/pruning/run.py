@@ -27,6 +27,7 @@ from .checkpoint import Checkpoint
 from .repair import fit
 from .selection import check_bits, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
 from .settings import Finetune, Settings
+from .shares import Shares
 from .steps import ChannelPruning, Pruning, WeightPruning
 from .training import train
 
@@ -48,6 +49,7 @@ class Run(Generic[M]):
         self.repaired: list[str] = []
         self._before = private_copy(model, feed.adapter) if settings.repair else None
         self._since: list[Edit] = []
+        self._shares = Shares(settings.scheduler)
         channels = settings.criterion is not None and settings.granularity == "channel"
         self._network = network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps, groups=channels)
         names = weight_layers(model)
@@ -62,7 +64,7 @@ class Run(Generic[M]):
 
     def steps(self) -> list[Step]:
         """Quantization and the pruning steps, in the order that was asked for."""
-        steps: list[Step] = [partial(self.prune, n + 1) for n in range(self.settings.scheduler.n_steps)]
+        steps: list[Step] = [partial(self.prune, n + 1) for n in range(self._shares.steps)]
         steps.insert(0 if self.settings.order == "qp" else len(steps), self.quantize)
         return steps
 
@@ -78,10 +80,10 @@ class Run(Generic[M]):
 
     def prune(self, step: int, what: str) -> list[Edit]:
         """Score what is left, and remove up to the share of this step."""
-        seed, schedule = self.settings.seed + step, self.settings.scheduler
+        seed = self.settings.seed + step
         if self._pruning is None or not (scores := self._pruning.score(self.feed, seed, self.progress, what)):
             return []
-        return self._keep(self._pruning.step(scores, lambda target: schedule.ratio(target, step, schedule.n_steps)))
+        return self._keep(self._pruning.step(scores, partial(self._shares.after, step)))
 
     def repair(self, new: list[Edit], what: str) -> None:
         """Fit what is left to what the network did before, or did when it was trained last."""

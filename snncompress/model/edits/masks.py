@@ -83,7 +83,10 @@ class MaskWeights(Edit):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MaskWeights:
         """The shape must be whole numbers."""
-        return cls(str(data["layer"]), integers(data["shape"]), str(data["kept"]))
+        shape = integers(data["shape"])
+        if len(shape) > 8 or min(shape, default=0) < 0:
+            raise ValueError(f"a weight of shape {str(shape)[:80]}")
+        return cls(str(data["layer"]), shape, str(data["kept"]))
 
     def packed(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The mask as a tensor of bytes: bits, or the gaps between weights that exist where that is less."""
