@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from snncompress.errors import DataError, ModelError, PluginError, SNNCompressError
 from snncompress.interfaces import EnergyModel, OperationCounts
 from snncompress.model.network import POOLS, WEIGHT_LAYERS
+from snncompress.model.weights_in_use import weight_in_use
 
 from .conventions import Conventions, SpikeValues, resolve_conventions
 
@@ -254,7 +255,8 @@ def _weight(layer: nn.Module) -> Tensor:
             f"Operations are counted for convolutions, transposed convolutions and linear layers, not for "
             f"{type(layer).__name__}."
         )
-    return layer.weight
+    used = weight_in_use(layer)
+    return layer.weight if used is None else used
 
 
 def spike_sum(x: Tensor, dims: int = 0) -> Tensor:

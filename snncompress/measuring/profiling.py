@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward, OperationCounts
-from snncompress.model.modules import in_mode
+from snncompress.model.brevitas_layers import brevitas_bits
+from snncompress.model.modules import in_mode, tensors_in
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
 from snncompress.model.parametrizations import weight_bits
+from snncompress.model.weights_in_use import weight_in_use
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed, time_as_samples
 from snncompress.running.scores import count_samples
@@ -22,10 +24,12 @@ from snncompress.running.scores import count_samples
 from .conventions import Conventions, resolve_conventions
 from .counting import PlainCounter, WeightCounter, energy_of, spike_sum
 from .reporting import Comparison, Kind, LayerProfile, Profile
+from .uncounted import products_outside, unknown_weights
 
 __all__ = ["Comparison", "LayerProfile", "Profile", "compare", "profile"]
 
 FLOAT_BITS = 32
+_STORED = "parametrizations.weight.original"
 
 
 def profile(
@@ -49,8 +53,9 @@ def profile(
     still stored count.
 
     Operations are counted exactly, spike by spike (:mod:`snncompress.measuring.counting`), in every convolution,
-    transposed convolution and linear layer, also the recurrent ones inside neurons. Matrix products outside
-    such layers (attention, ``torch.nn.functional`` calls, sums of branches) are not seen. The model runs as a
+    transposed convolution and linear layer, also the recurrent ones inside neurons, with the weight that the layer
+    multiplies with: a layer of Brevitas' counts its bits and the zeros of its quantized weight. Products of tensors
+    outside such layers (attention, ``torch.nn.functional`` calls) are not counted, but named. The model runs as a
     private copy in eval mode without gradients, and stays bitwise as it is, as does torch's random state.
     Memory doesn't grow with the number of batches.
 
@@ -101,7 +106,8 @@ def measure(
     meter = _Meter(model, feed.adapter, rules)
     with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model), meter.recording():
         for batch in feed:
-            output = feed(model, batch)
+            with ExitStack() if meter.n_batches else meter.naming_what_is_not_counted():
+                output = feed(model, batch)
             if feed.timesteps is not None and feed.timesteps != len(batch.x):
                 meter.check_rows(feed.timesteps)
             meter.n_samples += count_samples(feed, output, batch, meter.rows_seen())
@@ -116,6 +122,7 @@ def measure(
         n_samples=meter.n_samples,
         n_batches=meter.n_batches,
         title=type(model).__name__,
+        uncounted=tuple(meter.uncounted),
     )
 
 
@@ -186,6 +193,7 @@ class _Meter:
         self.neurons = {name: _NeuronCounter() for name in adapter.neurons(model)}
         self.weights: dict[str, WeightCounter] = {}
         self.plain: dict[str, PlainCounter] = {}
+        self.uncounted: list[str] = []
         analog = not self.neurons
         for name, module in model.named_modules():
             if name in self.neurons:
@@ -199,6 +207,13 @@ class _Meter:
         """Neurons that saw T rows, and not one for each sample, took time for samples."""
         if self.rows_seen() == {timesteps}:
             raise DataError(time_as_samples(timesteps))
+
+    @contextmanager
+    def naming_what_is_not_counted(self) -> Iterator[None]:
+        """Inside, the model is run on a batch."""
+        with products_outside(self.model, {*self.weights, *self.neurons}) as products:
+            yield
+        self.uncounted = [*products, *unknown_weights(self.model, self.weights)]
 
     def rows_seen(self) -> set[int]:
         """For how many samples at a time neurons fired last."""
@@ -230,10 +245,11 @@ class _Meter:
             if name in self.weights:
                 kind, counter = "weight", self.weights[name]
                 n_ac, n_mac = (count / divisor for count in counter.totals())
-                weight = module.weight
+                used = weight_in_use(module)
+                weight = module.weight if used is None else used
                 n_weights, input_rate = weight.numel(), counter.input_rate
                 sparsity = int(weight.eq(0).sum()) / n_weights if n_weights else 0.0
-                bits = weight_bits(module) or FLOAT_BITS
+                bits = weight_bits(module) or brevitas_bits(module) or FLOAT_BITS
             elif name in self.neurons:
                 kind, neuron = "neuron", self.neurons[name]
                 updates, state_mb = neuron.updates / divisor, neuron.size * FLOAT_BITS / 8e6
@@ -263,7 +279,7 @@ class _Meter:
             row = next((name for name in _ancestors(home) if name in listed), home)
             total, quantized = owned.get(row, (0, 0))
             within = parameter_name[len(row) + 1 :] if row else parameter_name
-            is_weight = row in self.weights and within.startswith(("weight", "parametrizations.weight.original"))
+            is_weight = row in self.weights and (within == "weight" or within.startswith(_STORED))
             owned[row] = total + parameter.numel(), quantized + is_weight * parameter.numel()
         return owned
 
@@ -278,7 +294,7 @@ def _ancestors(name: str) -> Iterator[str]:
 
 def _hook(counter: WeightCounter | PlainCounter) -> Callable[..., None]:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        x = next(tensors_in([args, kwargs]))
         if isinstance(counter, WeightCounter):
             counter.add(x, output.shape)
         else:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
 
+from .brevitas_layers import without_quantization
 from .parametrizations import computed_weight, separate_classes
 
 M = TypeVar("M", bound=nn.Module)
@@ -65,6 +66,7 @@ def _non_leaves(value: Any) -> Iterator[Tensor]:
 def plain_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A private copy in eval mode with plain weights that all require a gradient, ready to be traced."""
     copy = private_copy(model, adapter).eval()
+    without_quantization(copy)
     for module in list(copy.modules()):
         if parametrize.is_parametrized(module, "weight") and not computed_weight(module):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)

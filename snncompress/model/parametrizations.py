@@ -13,12 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from snncompress.interfaces import Quantizer
 
+from .brevitas_layers import quantized_by_brevitas
 from .grids import FixedGrid, Grid
+from .weights_in_use import computes_its_weight
 
 
 class CompressedWeight(nn.Module):
@@ -100,6 +102,10 @@ def computed_weight(module: nn.Module) -> str:
         return f"its weight is computed by {', '.join(others)}"
     if not _chain(module) and "weight" not in module._parameters:
         return "its weight is computed from other parameters before each forward pass (weight_norm, prune …)"
+    if quantized_by_brevitas(module):
+        return f"Brevitas quantizes its weight already ({type(module).__name__})"
+    if isinstance(module, (_ConvNd, nn.Linear)) and computes_its_weight(module):
+        return f"its forward computes another weight from the stored one ({type(module).__name__})"
     return ""
 
 
