@@ -27,7 +27,7 @@ from .interfaces import (
     Signal,
     StandIn,
 )
-from .model.modules import patched, remove_along, stacked
+from .model.modules import patched, remove_along, stacked, without
 from .model.network import remove_from_layer
 
 __all__ = [
@@ -58,4 +58,5 @@ __all__ = [
     "remove_along",
     "remove_from_layer",
     "stacked",
+    "without",
 ]

@@ -323,6 +323,20 @@ class Adapter(ABC):
             if isinstance(module, Memory):
                 module.reset()
 
+    def differentiable(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, neurons have their surrogate gradient and call their surrogate function, in eval mode too.
+
+        For frameworks that leave it out there; by default nothing is changed.
+        """
+        return nullcontext()
+
+    def refusal(self, model: nn.Module) -> str:
+        """Why a model in which no neuron is known is of this framework all the same, and what to do; empty if it isn't.
+
+        For versions of the framework that the adapter doesn't take.
+        """
+        return ""
+
     def leak(self, neuron: nn.Module) -> Tensor:
         """The share of the membrane potential that is lost in a timestep, [] or per channel, for ``repair``.
 

@@ -15,7 +15,7 @@ def refuse_special(path: Path) -> None:
     """Raise StorageError for what is there and isn't a file: reading a named pipe would never end."""
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe or a device"
-        raise StorageError(f"{path} is {what}, not a file. Give the name of a file, or of one that is yet to be.")
+        raise StorageError(f"{path} can't be read or written: it is {what}. Give the name of a file.")
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:

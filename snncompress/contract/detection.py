@@ -38,6 +38,8 @@ def find_adapter(model: nn.Module, adapter: Adapter | str | None = None, *, plai
             f"{type(model).__name__} mixes neurons of several frameworks: {examples}. Compress the parts one by one, "
             f"or pass adapter= to treat it as one framework's model."
         )
+    if why := next((why for a in candidates if (why := a.refusal(model))), ""):
+        raise ModelError(f"{type(model).__name__} can't be taken: {why}")
     if plain:
         return PlainAdapter()
     names = ", ".join(a.framework for a in candidates) or "none installed"

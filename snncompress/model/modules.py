@@ -43,21 +43,33 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
     """Remove ``indices`` along ``axis`` < 0 from the module's own parameters and persistent buffers, in place.
 
-    Only tensors with ``width`` entries on that axis hold one per channel; others (fewer dimensions, another size) are
-    left. The channel axis of an input [N, C, H, W] is -3: a threshold [C, 1, 1] shrinks, one of shape [W] doesn't.
+    Plain tensors among its attributes shrink too. Only tensors with ``width`` entries on that axis hold one per
+    channel; others (fewer dimensions, another size) are left. The channel axis of an input [N, C, H, W] is -3: a
+    threshold [C, 1, 1] shrinks, one of shape [W] doesn't.
     """
     persistent = {n for n, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
-    for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent):
+    plain = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+    for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent) + plain:
         tensor = getattr(module, name)
         if tensor.dim() < -axis or tensor.shape[axis] != width:
             continue
-        keep = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
-        keep[indices] = False
-        kept = tensor.detach().movedim(axis, 0)[keep].movedim(0, axis).contiguous()
+        kept = without(tensor.detach(), indices, axis)
         if isinstance(tensor, nn.Parameter):
             setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
         else:
             setattr(module, name, kept)
+
+
+def without(tensor: Tensor, indices: list[int], axis: int) -> Tensor:
+    """A tensor without some entries on an axis.
+
+    >>> without(torch.arange(6).view(2, 3), [1], -1)
+    tensor([[0, 2],
+            [3, 5]])
+    """
+    keep = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
+    keep[indices] = False
+    return tensor.movedim(axis, 0)[keep].movedim(0, axis).contiguous()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

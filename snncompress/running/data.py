@@ -75,7 +75,8 @@ class Feed:
         self.adapter.reset(model)
         self.check(model, batch)
         try:
-            with parametrize.cached():  # a masked or quantized weight is computed once, not at every timestep
+            # A masked or quantized weight is computed once, not at every timestep.
+            with self.adapter.differentiable(model), parametrize.cached():
                 if self.forward is not None:
                     return self.forward(model, own_copy(batch.raw))
                 return self.adapter.run(model, own_copy(batch.x), self.steps(model))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snncompress.errors import KeptStateWarning, SNNCompressError
+from snncompress.errors import KeptStateWarning, ModelError, SNNCompressError
 from snncompress.model.chance import seeded
 from snncompress.model.modules import in_mode, tensors_in
 
@@ -46,8 +46,9 @@ def _rows(model: nn.Module, feed: Feed) -> Iterator[set[int]]:
     rows: set[int] = set()
     with ExitStack() as stack:
         for neuron in feed.adapter.neurons(model).values():
-            stop = feed.adapter.observe(neuron, lambda spikes, _: rows.add(spikes.shape[1]), membrane=False)
-            stack.callback(stop)
+            with suppress(ModelError):  # which can't be watched, and says so where it must be
+                stop = feed.adapter.observe(neuron, lambda spikes, _: rows.add(spikes.shape[1]), membrane=False)
+                stack.callback(stop)
         yield rows
 
 
