@@ -29,6 +29,7 @@ from .interfaces import (
 )
 from .model.modules import patched, remove_along, stacked, without
 from .model.network import remove_from_layer
+from .model.one_step import all_steps, first_step, through
 
 __all__ = [
     "Adapter",
@@ -52,11 +53,14 @@ __all__ = [
     "Scope",
     "Signal",
     "StandIn",
+    "all_steps",
+    "first_step",
     "hookimpl",
     "layer_adaptive",
     "patched",
     "remove_along",
     "remove_from_layer",
     "stacked",
+    "through",
     "without",
 ]

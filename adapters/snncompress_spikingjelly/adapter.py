@@ -10,7 +10,20 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from snncompress.extend import Adapter, Dynamics, ModelError, Observer, StandIn, patched, remove_along, stacked, without
+from snncompress.extend import (
+    Adapter,
+    Dynamics,
+    ModelError,
+    Observer,
+    StandIn,
+    all_steps,
+    first_step,
+    patched,
+    remove_along,
+    stacked,
+    through,
+    without,
+)
 
 _CONTAINERS = (
     "MultiStepContainer", "SeqToANNContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer", "StepModeContainer",
@@ -31,9 +44,9 @@ class SpikingJellyAdapter(Adapter):
     framework = "spikingjelly"
 
     def is_neuron(self, module: nn.Module) -> bool:
-        """A class of SpikingJelly's neurons in the ancestry, but for those that never fire."""
+        """A class of SpikingJelly's neurons in the ancestry, but for those that never fire; or a cell of its RNNs."""
         kinds = [cls.__name__ for cls in type(module).__mro__ if _lives_in(cls, "neuron")]
-        return bool(kinds) and not any("NonSpiking" in name for name in kinds)
+        return (bool(kinds) and not any("NonSpiking" in name for name in kinds)) or _is_cell(module)
 
     def refusal(self, model: nn.Module) -> str:
         """``clock_driven`` is SpikingJelly before 0.0.0.0.14, which had other modules for multi-step mode."""
@@ -67,11 +80,17 @@ class SpikingJellyAdapter(Adapter):
     def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         """Multi-step modules run the first timestep alone and repeat its result over all T.
 
-        What can't run a single step (BN over time, PSN) runs all of them.
+        A cell of an RNN computes as it does, with its surrogate functions as wires. What can't run a single step (BN
+        over time, PSN) runs all of them.
         """
         with ExitStack() as stack:
             module: Any  # nor of step modes
             for module in list(model.modules()):
+                if _is_cell(module):
+                    for name in _surrogates(module):
+                        stack.enter_context(patched(module, name, _wire))
+                    stack.enter_context(patched(module, "forward", through(module.forward)))
+                    continue
                 if self.is_neuron(module):
                     single: Callable[..., Any] | None = _firing(module, stand_in)
                 elif _derives(module, "layer", _RECURRENT):
@@ -93,7 +112,8 @@ class SpikingJellyAdapter(Adapter):
         if not membrane:
             rate_coded = _derives(neuron, "neuron", _RATE_CODED)  # their spikes are as high as the threshold
 
-            def hook(module: nn.Module, args: Any, spikes: Tensor) -> None:
+            def hook(module: nn.Module, args: Any, spikes: Any) -> None:
+                spikes = spikes[0] if isinstance(spikes, tuple) else spikes  # an LSTM's hidden state, and its cell's
                 spikes = spikes.detach().ne(0).to(spikes.dtype) if rate_coded else spikes.detach()
                 observer(spikes if _is_multi_step(module) else spikes.unsqueeze(0), None)
 
@@ -114,7 +134,7 @@ class SpikingJellyAdapter(Adapter):
         """Some have a surrogate gradient in train mode only, as all of 0.0.0.0.14, and are otherwise alike in it."""
         with ExitStack() as stack:
             for neuron in self.neurons(model).values():
-                old = hasattr(neuron, "jit_eval_single_step_forward_hard_reset")
+                old = any(name.startswith("jit_eval_") for name in dir(type(neuron)))
                 if old or _derives(neuron, "neuron", ("ComplementaryLIFNode",)):
                     stack.enter_context(patched(neuron, "training", True))
             yield
@@ -278,6 +298,18 @@ def _is_old(cls: type) -> bool:
     return f"{cls.__module__}.".startswith("spikingjelly.clock_driven.")
 
 
+def _is_cell(module: nn.Module) -> bool:
+    return _derives(module, "rnn", ("SpikingRNNCellBase",))
+
+
+def _surrogates(cell: nn.Module) -> list[str]:
+    return [name for name, child in cell.named_children() if name.startswith("surrogate_function")]
+
+
+def _wire(x: Tensor) -> Tensor:
+    return x * 1.0
+
+
 def _is_memory(module: nn.Module) -> bool:
     return _derives(module, "base", ("MemoryModule",)) or any("NonSpiking" in c.__name__ for c in type(module).__mro__)
 
@@ -318,39 +350,10 @@ def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _collapsed(module: nn.Module, single: Callable[..., Any]) -> Callable[..., Tensor]:
-    time_last = type(module).__name__.startswith("TLast")
+    axis = -1 if type(module).__name__.startswith("TLast") else 0
 
     def forward(*args: Any, **named: Any) -> Tensor:
         x_seq: Tensor = next(iter((*args, *named.values())))
-        if time_last:
-            x_seq = x_seq.movedim(-1, 0)
-        y: Tensor = _AllSteps.apply(single(_FirstStep.apply(x_seq)), len(x_seq))  # type: ignore[no-untyped-call]
-        return y.movedim(0, -1) if time_last else y
+        return all_steps(single(first_step(x_seq, axis)), x_seq.shape[axis], axis)
 
     return forward
-
-
-class _FirstStep(torch.autograd.Function):
-    """[T, N, ...] → [N, ...]; one node that torch-pruning takes for an elementwise operation."""
-
-    @staticmethod
-    def forward(ctx: Any, x_seq: Tensor) -> Tensor:
-        ctx.steps = len(x_seq)
-        return x_seq[0].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        rest = grads[0].new_zeros(ctx.steps - 1, *grads[0].shape)
-        return torch.cat([grads[0].unsqueeze(0), rest])
-
-
-class _AllSteps(torch.autograd.Function):
-    """[N, ...] → [T, N, ...]; memory of its own, since models add to it in place."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, steps: int) -> Tensor:
-        return y.unsqueeze(0).repeat(steps, *[1] * y.dim())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].sum(0), None

@@ -211,7 +211,7 @@ class _Meter:
     @contextmanager
     def naming_what_is_not_counted(self) -> Iterator[None]:
         """Inside, the model is run on a batch."""
-        with products_outside(self.model, {*self.weights, *self.neurons}) as products:
+        with products_outside(self.model, self.weights, self.neurons) as products:
             yield
         self.uncounted = [*products, *unknown_weights(self.model, self.weights)]
 

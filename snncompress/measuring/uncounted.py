@@ -26,16 +26,18 @@ def unknown_weights(model: nn.Module, layers: Collection[str]) -> list[str]:
 
 
 @contextmanager
-def products_outside(model: nn.Module, counted: Collection[str]) -> Iterator[list[str]]:
-    """Inside, every product of tensors that happens outside the modules ``counted`` is noted: "matmul in attn"."""
+def products_outside(model: nn.Module, layers: Collection[str], neurons: Collection[str]) -> Iterator[list[str]]:
+    """Inside, every product of tensors that is neither a layer's nor a neuron's own is noted: "matmul in attn"."""
     notes: list[str] = []
     inside: list[str] = []
 
     def seen(product: str, operands: list[Any]) -> None:
-        if not any(name in counted for name in inside):
-            note = f"{product.strip('_')} in {(inside and inside[-1]) or type(model).__name__}"
-            if note not in notes:
-                notes.append(note)
+        where = inside[-1] if inside else ""
+        if where in neurons or any(name in layers for name in inside):
+            return
+        note = f"{product.strip('_')} in {where or type(model).__name__}"
+        if note not in notes:
+            notes.append(note)
 
     def enter(name: str, *_: Any) -> None:
         inside.append(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,14 @@ def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int
     persistent = {n for n, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
     plain = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
     for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent) + plain:
-        tensor = getattr(module, name)
+        home: Any = next(h for h in (module._parameters, module._buffers, vars(module)) if name in h)
+        tensor = cast(Tensor, home[name])  # an attribute of that name may be something else
         if tensor.dim() < -axis or tensor.shape[axis] != width:
             continue
         kept = without(tensor.detach(), indices, axis)
         if isinstance(tensor, nn.Parameter):
-            setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
-        else:
-            setattr(module, name, kept)
+            kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+        home[name] = kept
 
 
 def without(tensor: Tensor, indices: list[int], axis: int) -> Tensor:
