@@ -21,6 +21,7 @@ from .errors import (
     StorageError,
     SyntheticDataWarning,
     UnknownNameError,
+    UnknownNeuronsWarning,
 )
 from .export.exporting import export
 from .export.freezing import freeze
@@ -31,6 +32,7 @@ from .measuring.profiling import compare, profile
 from .measuring.reporting import Comparison, LayerProfile, Profile
 from .measuring.temporal import TemporalAnalysis, temporal_analysis
 from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Repair, TruncateTimesteps
+from .model.own_neurons import OwnNeurons
 from .model.plan import Plan, plan_of
 from .pruning.apply import apply
 from .pruning.collapse import collapse
@@ -60,6 +62,7 @@ __all__ = [
     "ModelError",
     "NothingToDoWarning",
     "OptionError",
+    "OwnNeurons",
     "Plan",
     "PlanError",
     "PluginError",
@@ -77,6 +80,7 @@ __all__ = [
     "ThresholdSweep",
     "TruncateTimesteps",
     "UnknownNameError",
+    "UnknownNeuronsWarning",
     "__version__",
     "apply",
     "block_search",

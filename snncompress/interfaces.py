@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -322,6 +322,10 @@ class Adapter(ABC):
         for module in model.modules():
             if isinstance(module, Memory):
                 module.reset()
+
+    def beside(self, model: nn.Module, others: Iterable[Adapter]) -> Adapter:
+        """The adapter to take for this model: one that leaves a part of it to one of ``others`` may say so here."""
+        return self
 
     def differentiable(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, neurons have their surrogate gradient and call their surrogate function, in eval mode too.

@@ -15,6 +15,7 @@ from snncompress.interfaces import Adapter, EnergyModel, Forward, OperationCount
 from snncompress.model.brevitas_layers import brevitas_bits
 from snncompress.model.modules import in_mode, tensors_in
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
+from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.parametrizations import weight_bits
 from snncompress.model.weights_in_use import weight_in_use
 from snncompress.running.bench import bench
@@ -39,6 +40,8 @@ def profile(
     timesteps: int | None = None,
     forward: Forward | None = None,
     adapter: Adapter | str | None = None,
+    neurons: Neurons | None = None,
+    time_dim: int | None = None,
     energy_model: EnergyModel | str = "horowitz_45nm",
     conventions: Conventions | str | None = None,
 ) -> Profile:
@@ -65,6 +68,8 @@ def profile(
         timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds batches as they are.
         forward: ``forward(model, batch)`` for models with a signature of their own.
         adapter: a framework's name or an Adapter, where the model doesn't tell.
+        neurons: the class of spiking neurons of your own, or several (:class:`snncompress.OwnNeurons`).
+        time_dim: the axis of time in what they take, None where they take one timestep.
         energy_model: name or instance of the :class:`EnergyModel` that turns counts into pJ.
         conventions: what is counted: a preset (``"snncompress"``, ``"neurobench"``, ``"spikingjelly"``,
             ``"syops"``) or :class:`Conventions`. The number of samples is that of the labels where they
@@ -91,7 +96,8 @@ def profile(
     """
     rules = resolve_conventions(conventions)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
-    with bench(model, data, timesteps, forward, adapter=adapter, plain=True) as table:
+    named = named_neurons(adapter, neurons, time_dim)
+    with bench(model, data, timesteps, forward, adapter=named, plain=True, unknown=True) as table:
         return measure(table.model, table.feed, energy, rules)
 
 

@@ -62,6 +62,7 @@ def bench(
     labels: str = "",
     seed: int = 0,
     gradients: bool = False,
+    unknown: bool = False,
 ) -> Iterator[Bench[M]]:
     """Inside, a copy of the model can be run, changed and trained.
 
@@ -83,6 +84,7 @@ def bench(
         labels: why labels are needed, "" where they aren't.
         seed: of all that is random.
         gradients: whether autograd records.
+        unknown: whether to warn of neurons that no adapter knows.
 
     Raises:
         ModelError: no framework knows the model, or its weights hold NaN.
@@ -107,7 +109,7 @@ def bench(
                 raise DataError(
                     f"The data have no labels, and {labels}. Pass (x, y) batches, y being class indices [N]."
                 )
-            rehearse(private_copy(work, found), feed)
+            rehearse(private_copy(work, found), feed, unknown=unknown)
             measured.batch_first = feed.batch_first
             yield Bench(work, feed, measured, seed)
 

@@ -18,13 +18,17 @@ from .batches import Batch
 from .data import Feed
 from .sameness import all_same
 from .scores import main_tensor
+from .unknown import unknown_neurons, warn_of_unknown
 
 
-def rehearse(model: nn.Module, feed: Feed, *, stacklevel: int = 5) -> None:
-    """Run an example on ``model``, a copy for this purpose; tell ``feed`` what was learned, and warn of kept state."""
+def rehearse(model: nn.Module, feed: Feed, *, unknown: bool = False, stacklevel: int = 5) -> None:
+    """Run an example on ``model``, a copy for this purpose; tell ``feed`` what was learned, and warn of kept state.
+
+    With ``unknown``, warn of neurons that no adapter knows, too.
+    """
     with seeded(model), in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model):
         before = _attributes(model)
-        with _rows(model, feed) as rows:
+        with _rows(model, feed) as rows, unknown_neurons(model, feed.adapter) as strangers:
             output = feed.example()(model)
         feed.adapter.reset(model)
         changed = [name for name, tensors in _attributes(model).items() if _others(before.get(name, []), tensors)]
@@ -37,6 +41,8 @@ def rehearse(model: nn.Module, feed: Feed, *, stacklevel: int = 5) -> None:
                 KeptStateWarning,
                 stacklevel=stacklevel,  # the call of the user
             )
+        if unknown:
+            warn_of_unknown(model, strangers, feed.adapter, stacklevel=stacklevel + 1)
         feed.batch_first = _batch_first(model, feed, output, rows)
 
 

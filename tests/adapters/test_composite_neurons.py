@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,15 @@ import snncompress
 from snncompress.contract.detection import find_adapter
 from tests.equivalence import same as unchanged
 from tests.equivalence import snapshot
+
+
+@pytest.fixture(autouse=True)
+def _own_list() -> Iterator[None]:
+    """snnTorch's ``utils.reset`` goes through every neuron ever built, and fails on a DeltaLeaky."""
+    before = list(snn.SpikingNeuron.instances)
+    yield
+    snn.SpikingNeuron.instances[:] = before
+
 
 X, IMAGES, Y = torch.rand(5, 3, 8), torch.rand(5, 3, 1, 6, 6), torch.arange(3)
 
