@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from snncompress.base.display import new_axes, number, table
 from snncompress.errors import DataError, ModelError, OptionError
 from snncompress.interfaces import Adapter, Forward, Loss
+from snncompress.model.cells import layer_at
 from snncompress.model.modules import in_mode
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import computed_weight, stored_weight
@@ -200,6 +201,6 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name in weight_layers(model):
-        module = model.get_submodule(name)
+        module = layer_at(model, name)
         if not computed_weight(module):
             yield name, stored_weight(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward, OperationCounts
 from snncompress.model.brevitas_layers import brevitas_bits
+from snncompress.model.cells import CellWeight, cell_weights, home, layer_at
 from snncompress.model.modules import in_mode, tensors_in
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
 from snncompress.model.own_neurons import Neurons, named_neurons
@@ -30,7 +32,7 @@ from .uncounted import products_outside, unknown_weights
 __all__ = ["Comparison", "LayerProfile", "Profile", "compare", "profile"]
 
 FLOAT_BITS = 32
-_STORED = "parametrizations.weight.original"
+_STORED = re.compile(r"\.?\bparametrizations\.(\w+)\.original$")
 
 
 def profile(
@@ -204,6 +206,8 @@ class _Meter:
         for name, module in model.named_modules():
             if name in self.neurons:
                 continue
+            for weight in cell_weights(name, module):
+                self.weights[weight] = WeightCounter(layer_at(model, weight), conventions, analog)
             if isinstance(module, WEIGHT_LAYERS):
                 self.weights[name] = WeightCounter(module, conventions, analog)
             elif isinstance(module, NORMS) or (conventions.pooling and isinstance(module, POOLS)):
@@ -230,7 +234,9 @@ class _Meter:
         counters: dict[str, WeightCounter | PlainCounter] = {**self.weights, **self.plain}
         with ExitStack() as stack:
             for name, counter in counters.items():
-                handle = self.model.get_submodule(name).register_forward_hook(_hook(counter), with_kwargs=True)
+                layer = layer_at(self.model, name)
+                hook = _cell_hook if isinstance(layer, CellWeight) else _hook
+                handle = home(layer)[0].register_forward_hook(hook(counter, home(layer)[1]), with_kwargs=True)
                 stack.callback(handle.remove)
             for name, observer in self.neurons.items():
                 neuron = self.model.get_submodule(name)
@@ -241,9 +247,10 @@ class _Meter:
         """One row per layer in module order; every parameter is in exactly one of them."""
         divisor = self.n_samples if self.conventions.per == "sample" else self.n_batches
         owned = self._parameters()
-        for name, module in self.model.named_modules():
+        for name in self._rows():
             if name not in owned:
                 continue
+            module: Any = layer_at(self.model, name)
             kind: Kind = "other"
             n_ac = n_mac = updates = 0.0
             firing_rate = input_rate = sparsity = bits = None
@@ -276,16 +283,22 @@ class _Meter:
                 n_neuron_updates=updates, state_mb=state_mb, n_weights=n_weights,
             )  # fmt: skip
 
+    def _rows(self) -> Iterator[str]:
+        """Names of all modules, and of the weights of cells."""
+        for name, module in self.model.named_modules():
+            yield name
+            yield from cell_weights(name, module)
+
     def _parameters(self) -> dict[str, tuple[int, int]]:
         """Row → (parameters, those of them that have the row's bit width)."""
         listed = {*self.weights, *self.neurons, *self.plain}
         owned = dict.fromkeys(listed, (0, 0))
         for parameter_name, parameter in self.model.named_parameters():  # a shared one comes once
-            home = parameter_name.rpartition(".")[0]
-            row = next((name for name in _ancestors(home) if name in listed), home)
+            plain = _STORED.sub(r".\1", parameter_name).lstrip(".")  # as it is called in an uncompressed network
+            owner = plain.rpartition(".")[0]
+            row = next((name for name in (plain, *_ancestors(owner)) if name in listed), owner)
             total, quantized = owned.get(row, (0, 0))
-            within = parameter_name[len(row) + 1 :] if row else parameter_name
-            is_weight = row in self.weights and (within == "weight" or within.startswith(_STORED))
+            is_weight = row in self.weights and plain in (row, f"{row}.weight".lstrip("."))
             owned[row] = total + parameter.numel(), quantized + is_weight * parameter.numel()
         return owned
 
@@ -298,13 +311,25 @@ def _ancestors(name: str) -> Iterator[str]:
     yield ""
 
 
-def _hook(counter: WeightCounter | PlainCounter) -> Callable[..., None]:
+def _hook(counter: WeightCounter | PlainCounter, tensor: str = "") -> Callable[..., None]:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         x = next(tensors_in([args, kwargs]))
         if isinstance(counter, WeightCounter):
             counter.add(x, output.shape)
         else:
             counter.add(x)
+
+    return count
+
+
+def _cell_hook(counter: Any, tensor: str) -> Callable[..., None]:
+    """Of a cell's two weights, one meets the input and one the hidden state, which begins at 0."""
+
+    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x, *states = tensors_in([args, kwargs])
+        if tensor == "weight_hh":
+            x = states[0] if states else x.new_zeros(*x.shape[:-1], module.hidden_size)
+        counter.add(x, (*x.shape[:-1], getattr(module, tensor).shape[0]))
 
     return count
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from snncompress.model.brevitas_layers import brevitas_bits
+from snncompress.model.cells import WEIGHTS, layer_at
 from snncompress.model.weights_in_use import Products, computes_its_weight, weight_in_use
 
 
@@ -17,7 +18,7 @@ def unknown_weights(model: nn.Module, layers: Collection[str]) -> list[str]:
     """Of layers that compute their weight in forward, what isn't known."""
     notes = []
     for name in layers:
-        module = model.get_submodule(name)
+        module = layer_at(model, name)
         if not computes_its_weight(module) or brevitas_bits(module) is not None:
             continue
         what = "bits" if weight_in_use(module) is not None else "zeros and bits"
@@ -30,10 +31,11 @@ def products_outside(model: nn.Module, layers: Collection[str], neurons: Collect
     """Inside, every product of tensors that is neither a layer's nor a neuron's own is noted: "matmul in attn"."""
     notes: list[str] = []
     inside: list[str] = []
+    counted = {*layers, *(name.rpartition(".")[0] for name in layers if name.endswith(WEIGHTS))}
 
     def seen(product: str, operands: list[Any]) -> None:
         where = inside[-1] if inside else ""
-        if where in neurons or any(name in layers for name in inside):
+        if where in neurons or any(name in counted for name in inside):
             return
         note = f"{product.strip('_')} in {where or type(model).__name__}"
         if note not in notes:

@@ -14,6 +14,7 @@ from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
 
 from .brevitas_layers import learned_scales
+from .cells import cell_weights
 from .parametrizations import computed_weight, resize_weight, stored_weight
 
 Side = Literal["out", "in", "neuron"]
@@ -120,8 +121,11 @@ class Network:
 
 
 def weight_layers(model: nn.Module) -> list[str]:
-    """Names of all convolutions and linear layers, recurrent ones inside neurons included."""
-    return [name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
+    """Names of all convolutions and linear layers, recurrent ones inside neurons included, and of cells' weights."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        names += [name] if isinstance(module, WEIGHT_LAYERS) else cell_weights(name, module)
+    return names
 
 
 def width(module: nn.Module, side: Side) -> int:

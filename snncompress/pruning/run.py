@@ -13,6 +13,7 @@ from snncompress.base.progress import Progress
 from snncompress.errors import NothingToDoWarning, OptionError
 from snncompress.interfaces import BlockCriterion
 from snncompress.measuring.temporal import analyse
+from snncompress.model.cells import layer_at
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit, QuantizeWeights
 from snncompress.model.network import Network, computed_or_shared, weight_layers
@@ -74,7 +75,7 @@ class Run(Generic[M]):
         for name, bits in self._quantized().items():
             edit = QuantizeWeights.of(name, self.settings.quantizer, bits)
             edit.check(self.model)
-            quantize_weight(self.model.get_submodule(name), self.settings.quantizer, bits)
+            quantize_weight(layer_at(self.model, name), self.settings.quantizer, bits)
             edits.append(edit)
         return self._keep(edits)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import layer_at
 
 KINDS: dict[str, type[Edit]] = {}
 """Every kind of edit by its name."""
@@ -125,6 +126,6 @@ def integers(values: Any) -> tuple[int, ...]:
 def find(model: nn.Module, name: str, why: str) -> nn.Module:
     """The module that an edit is about; raises PlanError where there is none."""
     try:
-        return model.get_submodule(name)
+        return layer_at(model, name)
     except AttributeError as error:
         raise PlanError(f"{type(model).__name__} has no module {name!r}; {why}. Is it another architecture?") from error
