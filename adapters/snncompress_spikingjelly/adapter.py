@@ -244,8 +244,8 @@ class _Tap(nn.Module):
         self.surrogate, self.threshold, self.observer = surrogate, threshold, observer
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        spikes: Tensor = self.surrogate(x)
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        spikes: Tensor = self.surrogate(x, *args, **named)
         self.seen.append((spikes.detach(), x.detach() + self.threshold()))
         return spikes
 

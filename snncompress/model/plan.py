@@ -20,6 +20,8 @@ from .network import Side
 
 FORMAT = 2
 M = TypeVar("M", bound=nn.Module)
+_GROWTH = 1000
+"""No layer behind a removed block gets more weights than this many times those of the network."""
 _ATTRIBUTE = "_snncompress_plan"
 _DETACHED = "_snncompress_detached"
 
@@ -46,7 +48,9 @@ class Plan:
 
         The given model stays as it was. Raises PlanError where the architecture differs.
         """
-        return self.replayed(model, find_adapter(model, adapter))
+        found = find_adapter(model, adapter)
+        weights = sum(p.numel() for p in model.parameters())
+        return self.replayed(model, found, largest=_GROWTH * (weights + _GROWTH))
 
     def replayed(self, model: M, adapter: Adapter, largest: int | None = None) -> M:
         """:meth:`apply`, for those who know the adapter; no layer may grow beyond ``largest`` weights."""

@@ -215,6 +215,24 @@ def of(*edits: object, skipped: object = None, origin: object = None) -> str:
     return json.dumps({"format": 2, "edits": edits, "skipped": skipped or {}, "origin": origin or {}})
 
 
+@pytest.mark.parametrize("inputs", [10**6, 10**9, 2**31])
+def test_a_layer_behind_a_removed_block_does_not_grow_without_bound(inputs: int) -> None:
+    plan = Plan.from_json(
+        of(
+            {
+                "edit": "remove_block",
+                "name": "1",
+                "repair": "slice",
+                "repairs": [{"layer": "6", "before": 32, "after": inputs}],
+            }
+        )
+    )
+    start = time.monotonic()
+    with pytest.raises(PlanError, match="would grow from 32"):
+        plan.apply(net())
+    assert time.monotonic() - start < 2
+
+
 @pytest.mark.parametrize(
     "text",
     [
