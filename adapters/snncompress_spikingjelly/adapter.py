@@ -266,6 +266,8 @@ class _Tap(nn.Module):
 
 def _threshold(neuron: Any) -> Callable[[], Any]:
     """θ as it stands when the surrogate function is called; raises ModelError where Ũ can't be read there."""
+    if _derives(neuron, "neuron", ("ILIFNode",)):  # whole numbers of spikes, of a surrogate function of its own
+        raise _unreadable(neuron)
     if _derives(neuron, "neuron", ("BaseNode", "SimpleBaseNode")):
         return lambda: neuron.v_threshold
     if _derives(neuron, "neuron", ("GatedLIFNode",)):

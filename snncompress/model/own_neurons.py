@@ -219,7 +219,8 @@ def named_neurons(adapter: Adapter | str | None, neurons: Neurons | None, time_d
 
 
 def _layers(neuron: nn.Module) -> bool:
-    return any(p.dim() > 1 for child in neuron.children() for p in child.parameters())
+    """Does it hold modules with an entry for each channel, or more? A learnable number is none."""
+    return any(t.numel() > 1 for child in neuron.children() for t in (*child.parameters(), *child.buffers()))
 
 
 def _wants_more(method: Callable[..., Any]) -> bool:

@@ -213,6 +213,24 @@ def test_they_make_an_adapter_that_keeps_the_contract(name: str) -> None:
     check_adapter(case.adapter, case.build(), case.x)
 
 
+def test_a_neuron_that_holds_layers_stays_whole() -> None:
+    class Normed(Surrogate):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.norm = nn.BatchNorm1d(channels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norm(x.flatten(0, 1)).view(x.shape))
+
+    model = Line(Normed).eval()
+    model.b = Surrogate(12)
+    small = snncompress.apply(
+        model, "magnitude", 0.5, None, data=CASES["[T, N, C]"].x, neurons=Surrogate, time_dim=0, skip=[]
+    )
+    assert [len(small.get_submodule(n).weight) for n in ("f1", "f2")] == [16, 6]
+    run(small, CASES["[T, N, C]"])
+
+
 class Mixed(nn.Module):
     """Layers and a neuron of SpikingJelly's in multi-step mode, beside one's own."""
 
