@@ -14,8 +14,8 @@ from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward, OperationCounts
 from snncompress.model.brevitas_layers import brevitas_bits
-from snncompress.model.cells import CellWeight, cell_weights, home, layer_at
-from snncompress.model.modules import in_mode, tensors_in
+from snncompress.model.cells import cell_weights, home, layer_at, made_by, met_by
+from snncompress.model.modules import in_mode
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.parametrizations import weight_bits
@@ -235,8 +235,7 @@ class _Meter:
         with ExitStack() as stack:
             for name, counter in counters.items():
                 layer = layer_at(self.model, name)
-                hook = _cell_hook if isinstance(layer, CellWeight) else _hook
-                handle = home(layer)[0].register_forward_hook(hook(counter, home(layer)[1]), with_kwargs=True)
+                handle = home(layer)[0].register_forward_hook(_hook(counter, layer), with_kwargs=True)
                 stack.callback(handle.remove)
             for name, observer in self.neurons.items():
                 neuron = self.model.get_submodule(name)
@@ -311,25 +310,13 @@ def _ancestors(name: str) -> Iterator[str]:
     yield ""
 
 
-def _hook(counter: WeightCounter | PlainCounter, tensor: str = "") -> Callable[..., None]:
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x = next(tensors_in([args, kwargs]))
+def _hook(counter: WeightCounter | PlainCounter, layer: nn.Module) -> Callable[..., None]:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = met_by(layer, args, kwargs)
         if isinstance(counter, WeightCounter):
-            counter.add(x, output.shape)
+            counter.add(x, made_by(layer, x, output))
         else:
             counter.add(x)
-
-    return count
-
-
-def _cell_hook(counter: Any, tensor: str) -> Callable[..., None]:
-    """Of a cell's two weights, one meets the input and one the hidden state, which begins at 0."""
-
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x, *states = tensors_in([args, kwargs])
-        if tensor == "weight_hh":
-            x = states[0] if states else x.new_zeros(*x.shape[:-1], module.hidden_size)
-        counter.add(x, (*x.shape[:-1], getattr(module, tensor).shape[0]))
 
     return count
 

@@ -7,10 +7,12 @@ for; nothing is added to the model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
+
+from .modules import tensors_in
 
 WEIGHTS = ("weight_ih", "weight_hh")
 
@@ -47,6 +49,24 @@ def layer_at(model: nn.Module, name: str) -> nn.Module:
     if leaf in WEIGHTS and isinstance(cell := model.get_submodule(owner), RNNCellBase):
         return CellWeight(cell, leaf)
     return model.get_submodule(name)
+
+
+def met_by(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """What a layer's weight meets in a call of the module that holds it: its first tensor.
+
+    A cell's ``weight_hh`` meets the hidden state, which begins at 0.
+    """
+    x, *states = tensors_in([args, named])
+    if home(layer)[1] != "weight_hh":
+        return x
+    return states[0] if states else x.new_zeros(*x.shape[:-1], cast(nn.Linear, layer).in_features)
+
+
+def made_by(layer: nn.Module, x: Tensor, output: Any) -> tuple[int, ...]:
+    """The shape of what comes of the product of a layer's weight with ``x``."""
+    if isinstance(layer, CellWeight):
+        return (*x.shape[:-1], layer.out_features)
+    return tuple(output.shape)
 
 
 def cell_weights(name: str, module: nn.Module) -> Iterator[str]:

@@ -206,6 +206,7 @@ def test_operations_inside_an_lstm_cell_by_hand() -> None:
     assert rows["cell.lstm_cell.weight_ih"].n_ac == pytest.approx(sum(inputs) * 48 / 3)
     assert rows["cell.lstm_cell.weight_hh"].n_mac == 5 * 12 * 48
     assert table.n_params == sum(p.numel() for p in model.parameters())
+    assert snncompress.temporal_analysis(model, X).energy_pj[-1] == pytest.approx(table.energy_pj)
     assert table.uncounted == ()
 
 
