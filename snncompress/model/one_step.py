@@ -78,7 +78,7 @@ class _All(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, steps: int, axis: int) -> Tensor:
         ctx.axis = axis
-        return y.unsqueeze(0).repeat(steps, *[1] * y.dim()).movedim(0, axis).contiguous()
+        return torch.stack([y] * steps, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
