@@ -10,6 +10,7 @@ from .conversion.converting import convert
 from .errors import (
     DataError,
     EmptyLayerWarning,
+    KeptStateWarning,
     ModelError,
     NothingToDoWarning,
     OptionError,
@@ -20,6 +21,7 @@ from .errors import (
     StorageError,
     SyntheticDataWarning,
     UnknownNameError,
+    UnknownNeuronsWarning,
 )
 from .export.exporting import export
 from .export.freezing import freeze
@@ -30,6 +32,7 @@ from .measuring.profiling import compare, profile
 from .measuring.reporting import Comparison, LayerProfile, Profile
 from .measuring.temporal import TemporalAnalysis, temporal_analysis
 from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Resized, TruncateTimesteps
+from .model.own_neurons import OwnNeurons
 from .model.plan import Plan, plan_of
 from .pruning.apply import apply
 from .pruning.collapse import collapse
@@ -54,11 +57,13 @@ __all__ = [
     "Evaluation",
     "GradientAwareLoss",
     "GradientFlow",
+    "KeptStateWarning",
     "LayerProfile",
     "MaskWeights",
     "ModelError",
     "NothingToDoWarning",
     "OptionError",
+    "OwnNeurons",
     "Plan",
     "PlanError",
     "PluginError",
@@ -76,6 +81,7 @@ __all__ = [
     "ThresholdSweep",
     "TruncateTimesteps",
     "UnknownNameError",
+    "UnknownNeuronsWarning",
     "__version__",
     "apply",
     "block_search",

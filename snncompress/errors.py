@@ -61,3 +61,11 @@ class SilentNeuronsWarning(UserWarning):
 
 class EmptyLayerWarning(UserWarning):
     """Pruning of single weights left a layer without any, so the network is cut in two there."""
+
+
+class UnknownNeuronsWarning(UserWarning):
+    """Modules put out spikes that no adapter knows as neurons, so they aren't counted or pruned as such."""
+
+
+class KeptStateWarning(UserWarning):
+    """A model keeps state of its own from batch to batch, so what is measured depends on their order."""

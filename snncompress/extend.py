@@ -28,8 +28,9 @@ from .interfaces import (
     Signal,
     StandIn,
 )
-from .model.modules import patched, remove_along
+from .model.modules import patched, remove_along, stacked, without
 from .model.network import remove_from_layer
+from .model.one_step import all_steps, first_step, through
 
 __all__ = [
     "Adapter",
@@ -54,9 +55,14 @@ __all__ = [
     "Scope",
     "Signal",
     "StandIn",
+    "all_steps",
+    "first_step",
     "hookimpl",
     "layer_adaptive",
     "patched",
     "remove_along",
     "remove_from_layer",
+    "stacked",
+    "through",
+    "without",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,7 +24,7 @@ Scope = Literal["layer", "global"]
 Signal = Literal["spikes", "membrane", "gradients", "inputs"]
 Forward = Callable[[nn.Module, Any], Any]
 """How to run a model on one batch: ``forward(model, batch) -> output``."""
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 """A user's own loss: ``loss(output, y) -> scalar``, with the model's output as it comes and the batch's labels."""
 StandIn = Callable[[nn.Module, Tensor], Tensor]
 """Stands in for a neuron while channels are traced: ``stand_in(neuron, input) -> output`` of the same shape."""
@@ -391,6 +391,24 @@ class Adapter(ABC):
         for module in model.modules():
             if isinstance(module, Memory):
                 module.reset()
+
+    def beside(self, model: nn.Module, others: Iterable[Adapter]) -> Adapter:
+        """The adapter to take for this model: one that leaves a part of it to one of ``others`` may say so here."""
+        return self
+
+    def differentiable(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, neurons have their surrogate gradient and call their surrogate function, in eval mode too.
+
+        For frameworks that leave it out there; by default nothing is changed.
+        """
+        return nullcontext()
+
+    def refusal(self, model: nn.Module) -> str:
+        """Why a model in which no neuron is known is of this framework all the same, and what to do; empty if it isn't.
+
+        For versions of the framework that the adapter doesn't take.
+        """
+        return ""
 
     def leak(self, neuron: nn.Module) -> Tensor:
         """The share of the membrane potential that is lost in a timestep, [] or per channel, for ``repair``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from snncompress.extend import (
     ModelError,
     Observer,
     StandIn,
+    all_steps,
+    first_step,
     patched,
     remove_along,
     remove_from_layer,
+    stacked,
+    through,
 )
 
 _STATES = {"mem", "syn", "spk", "syn_exc", "syn_inh"}
@@ -34,14 +38,17 @@ class SNNTorchAdapter(Adapter):
     framework = "snntorch"
 
     def is_neuron(self, module: nn.Module) -> bool:
-        """SpikingNeuron in the class's ancestry."""
-        return any(
-            c.__module__ == "snntorch._neurons.neurons" and c.__name__ == "SpikingNeuron" for c in type(module).__mro__
-        )
+        """SpikingNeuron in the class's ancestry, or LeakyParallel; but for those of all timesteps that put out Ũ."""
+        if _derives(module, "SpikingNeuron"):
+            return not _derives(module, "StateLeaky") or bool(module.output)
+        return _derives(module, "LeakyParallel")
 
     def reset(self, model: nn.Module) -> None:
         """States back to the empty tensors that a new neuron has; they take the next input's shape."""
         for neuron in self.neurons(model).values():
+            if _derives(neuron, "DeltaLeaky"):
+                vars(neuron).update(mem_prev=None)
+                neuron._buffers["mem"] = None
             for name in _STATES & neuron._non_persistent_buffers_set:
                 state = getattr(neuron, name)
                 if isinstance(state, Tensor):
@@ -53,49 +60,64 @@ class SNNTorchAdapter(Adapter):
         """Loops over T where the neurons keep their state, else leaves the loop to the model."""
         if timesteps is None:
             return model(x)
-        if all(n.init_hidden for n in self.neurons(model).values()):
-            return _stack([model(x) for _ in range(timesteps)])
-        return model(x.unsqueeze(0).expand(timesteps, *x.shape))
+        if all(getattr(n, "init_hidden", False) for n in self.neurons(model).values()):
+            return stacked([model(x.clone()) for _ in range(timesteps)])
+        return model(x.unsqueeze(0).repeat(timesteps, *[1] * x.dim()))
 
     @contextmanager
     def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
-        """Each neuron runs for the shape of what it returns; all of it is replaced by ``stand_in``'s output."""
+        """Each neuron runs for the form of what it returns; all of it is replaced by ``stand_in``'s output.
+
+        One that holds layers, as SLSTM does, computes as it does, firing by a wire.
+        """
         with ExitStack() as stack:
             for neuron in self.neurons(model).values():
-                stack.enter_context(patched(neuron, "forward", _firing(neuron, neuron.forward, stand_in)))
+                if _layers(neuron):
+                    stack.enter_context(patched(neuron, "spike_grad", _wire))
+                    stack.enter_context(patched(neuron, "forward", through(neuron.forward)))
+                else:
+                    stack.enter_context(patched(neuron, "forward", _firing(neuron, neuron.forward, stand_in)))
             yield
         self.reset(model)
 
     def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
-        """Spikes from a forward hook; Ũ by standing in for ``fire``, which is called with Ũ once per step."""
-        if not membrane:
+        """Spikes from a forward hook; Ũ by standing in for ``fire``, which is called with Ũ once per step.
+
+        DeltaLeaky returns Ũ, and LeakyParallel fires where Ũ - θ > 0.
+        """
+        delta = _derives(neuron, "DeltaLeaky")
+        if not membrane or delta:
 
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 spikes = output[0] if isinstance(output, tuple) else output
-                observer(spikes.detach().unsqueeze(0), None)
+                observer(_timed(neuron, spikes), _timed(neuron, output[1][0]) if membrane else None)
 
             return neuron.register_forward_hook(hook).remove
 
-        def tapped(fire: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def tapped(fire: Any, offset: Any = 0) -> Callable[..., Tensor]:
             def call(*args: Any) -> Tensor:
-                spikes = fire(*args)
-                observer(spikes.detach().unsqueeze(0), args[-1].detach().unsqueeze(0))
+                spikes: Tensor = fire(*args)
+                observer(_timed(neuron, spikes), _timed(neuron, args[-1]) + offset)
                 return spikes
 
             return call
 
         taps = ExitStack()
-        for name in ("fire", "fire_inhibition"):
-            taps.enter_context(patched(neuron, name, tapped(getattr(neuron, name))))
+        if _derives(neuron, "LeakyParallel"):
+            fire = tapped(neuron.spike_grad, cast(Tensor, neuron.threshold).detach())
+            taps.enter_context(patched(neuron, "spike_grad", fire))
+        else:
+            for name in ("fire", "fire_inhibition"):
+                taps.enter_context(patched(neuron, name, tapped(getattr(neuron, name))))
         return taps.close
 
     def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
         """β, α, threshold, V along the channel axis; all-to-all recurrent weights on both sides."""
+        if _layers(neuron):
+            raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
         if neuron.inhibition:
             raise ModelError("inhibition lets only the strongest neuron fire, so its channels depend on one another")
         recurrent = getattr(neuron, "recurrent", None)
-        if recurrent is None and next(neuron.children(), None) is not None:
-            raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
         remove_along(neuron, indices, width=width, axis=axis)
         if recurrent is None:
             return
@@ -125,13 +147,17 @@ class SNNTorchAdapter(Adapter):
         """Ũ - θ > 0, as the surrogate functions have it; the kind of reset, which is asked for, as a plain number."""
         neuron: Any
         for neuron in self.neurons(model).values():
+            if _all_steps(neuron):
+                raise ModelError(
+                    f"{type(neuron).__name__} needs all timesteps at once, so it can't be exported as one."
+                )
             neuron.spike_grad = _above_zero
             vars(neuron)["reset_mechanism_val"] = int(neuron._buffers.pop("reset_mechanism_val"))
 
     def single_step(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Tensor:
         """A model whose neurons keep their state is called step by step anyway; others loop over time themselves."""
         for name, neuron in self.neurons(model).items():
-            if not neuron.init_hidden:
+            if not getattr(neuron, "init_hidden", False):
                 raise ModelError(
                     f"{name} ({type(neuron).__name__}) gets its state from {type(model).__name__}.forward, which loops "
                     f"over time itself, so there is no single timestep to export. Build the neurons with "
@@ -143,6 +169,8 @@ class SNNTorchAdapter(Adapter):
         """The hidden states; empty tensors mean zeros."""
         names = sorted(_STATES & neuron._non_persistent_buffers_set)
         states = {name: getattr(neuron, name) for name in names}
+        if any(state is None for state in states.values()):
+            raise ModelError(f"{type(neuron).__name__} remembers more than its membrane potential")
         return {name: state if state.numel() else state.new_zeros(()) for name, state in states.items()}
 
     def set_states(self, neuron: nn.Module, states: dict[str, Tensor]) -> None:
@@ -189,7 +217,7 @@ class SNNTorchAdapter(Adapter):
     def alone(self, model: nn.Module) -> Iterator[None]:
         """``utils.reset`` in a user's code then resets this model, and not the one that it was copied from."""
         base = sys.modules["snntorch._neurons.neurons"].SpikingNeuron
-        before, own = base.instances, list(self.neurons(model).values())
+        before, own = base.instances, self._listed(model)
         base.instances = list(own)
         try:
             yield
@@ -202,28 +230,52 @@ class SNNTorchAdapter(Adapter):
         """snnTorch's ``utils.reset`` and ``backprop`` only see neurons in the class's list; copies must be added."""
         instances = sys.modules["snntorch._neurons.neurons"].SpikingNeuron.instances
         known = {id(n) for n in instances}
-        instances.extend(n for n in self.neurons(model).values() if id(n) not in known)
+        instances.extend(n for n in self._listed(model) if id(n) not in known)
+
+    def _listed(self, model: nn.Module) -> list[nn.Module]:
+        """Those that snnTorch itself keeps in its list."""
+        return [n for n in self.neurons(model).values() if _derives(n, "SpikingNeuron")]
+
+
+def _derives(module: nn.Module, name: str) -> bool:
+    # By name, so that snnTorch isn't imported for a model of another framework.
+    return any(c.__name__ == name and c.__module__.startswith("snntorch._neurons.") for c in type(module).__mro__)
+
+
+def _layers(neuron: nn.Module) -> bool:
+    """Does it hold layers, other than the connections from its own output?"""
+    return any(name != "recurrent" and any(True for _ in child.parameters()) for name, child in neuron.named_children())
+
+
+def _all_steps(neuron: nn.Module) -> bool:
+    """Does it take [T, N, ...]?"""
+    return any(_derives(neuron, name) for name in ("StateLeaky", "LeakyParallel", "AssociativeLeaky"))
+
+
+def _timed(neuron: nn.Module, x: Tensor) -> Tensor:
+    """[T', N, ...], without gradient."""
+    return x.detach() if _all_steps(neuron) else x.detach().unsqueeze(0)
+
+
+def _wire(x: Tensor) -> Tensor:
+    return x * 1.0
 
 
 def _above_zero(x: Tensor) -> Tensor:
     return (x > 0).to(x.dtype)
 
 
-def _stack(outputs: list[Any]) -> Any:
-    if isinstance(outputs[0], tuple):
-        return tuple(_stack([o[i] for o in outputs]) for i in range(len(outputs[0])))
-    return torch.stack(outputs)
-
-
 def _firing(neuron: nn.Module, forward: Callable[..., Any], stand_in: StandIn) -> Callable[..., Any]:
     def call(*args: Any, **named: Any) -> Any:
         x: Tensor = args[0] if args else named["input_"]
         with torch.no_grad():
-            real = forward(*args, **named)
-        first = real[0] if isinstance(real, tuple) else real
-        if first.shape != x.shape:  # holds weights of its own, as SLSTM does: followed as it is
-            return forward(*args, **named)
-        y = stand_in(neuron, x)
-        return tuple(y for _ in real) if isinstance(real, tuple) else y
+            form = forward(*args, **named)
+        y = all_steps(stand_in(neuron, first_step(x, 0)), len(x), 0) if _all_steps(neuron) else stand_in(neuron, x)
+        return _like(form, y)
 
     return call
+
+
+def _like(form: Any, y: Tensor) -> Any:
+    """``y`` wherever a neuron returned something."""
+    return tuple(_like(part, y) for part in form) if isinstance(form, tuple) else y

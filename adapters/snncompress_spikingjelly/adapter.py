@@ -5,17 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from snncompress.extend import Adapter, Dynamics, ModelError, Observer, StandIn, patched, remove_along
+from snncompress.extend import (
+    Adapter,
+    Dynamics,
+    ModelError,
+    Observer,
+    StandIn,
+    all_steps,
+    first_step,
+    patched,
+    remove_along,
+    stacked,
+    through,
+    without,
+)
 
 _CONTAINERS = (
     "MultiStepContainer", "SeqToANNContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer", "StepModeContainer",
 )  # fmt: skip
 _RECURRENT = ("ElementWiseRecurrentContainer", "LinearRecurrentContainer")
+_PARALLEL = ("PSN", "MaskedPSN", "SlidingPSN")
+_RATE_CODED = ("DSRIFNode", "DSRLIFNode")
+_HOME = "spikingjelly.activation_based"
 
 
 class SpikingJellyAdapter(Adapter):
@@ -28,14 +44,27 @@ class SpikingJellyAdapter(Adapter):
     framework = "spikingjelly"
 
     def is_neuron(self, module: nn.Module) -> bool:
-        """BaseNode or SimpleBaseNode in the class's ancestry."""
-        return _derives(module, "neuron.base_node", ("BaseNode", "SimpleBaseNode"))
+        """A class of SpikingJelly's neurons in the ancestry, but for those that never fire; or a cell of its RNNs."""
+        kinds = [cls.__name__ for cls in type(module).__mro__ if _lives_in(cls, "neuron")]
+        return (bool(kinds) and not any("NonSpiking" in name for name in kinds)) or _is_cell(module)
+
+    def refusal(self, model: nn.Module) -> str:
+        """``clock_driven`` is SpikingJelly before 0.0.0.0.14, which had other modules for multi-step mode."""
+        old = [name for name, m in model.named_modules() if any(_is_old(cls) for cls in type(m).__mro__)]
+        if not old:
+            return ""
+        return (
+            f"{old[0]!r} is of spikingjelly.clock_driven, which SpikingJelly gave up in 2022. Port the model: import "
+            f"from spikingjelly.activation_based; write MultiStepLIFNode(...) as neuron.LIFNode(..., step_mode='m'); "
+            f"wrap layers for [T, N, ...] as layer.SeqToANNContainer(...), or take layer.Conv2d and its kin with "
+            f"step_mode='m'. A state_dict loads as it is."
+        )
 
     def reset(self, model: nn.Module) -> None:
         """Every memory back to its reset value."""
         module: Any  # nn.Module's own type knows nothing of reset()
         for module in model.modules():
-            if _is_memory(module):
+            if _is_memory(module) and callable(getattr(module, "reset", None)):
                 module.reset()
         self.reset_memories(model)
 
@@ -44,21 +73,27 @@ class SpikingJellyAdapter(Adapter):
         if timesteps is None:
             return model(x)
         if any(_is_multi_step(module) for module in model.modules()):
-            return model(x.unsqueeze(0).expand(timesteps, *x.shape))
-        return torch.stack([model(x) for _ in range(timesteps)])
+            return model(x.unsqueeze(0).repeat(timesteps, *[1] * x.dim()))
+        return stacked([model(x.clone()) for _ in range(timesteps)])
 
     @contextmanager
     def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         """Multi-step modules run the first timestep alone and repeat its result over all T.
 
-        What can't run a single step (BN over time, PSN) runs all of them.
+        A cell of an RNN computes as it does, with its surrogate functions as wires. What can't run a single step (BN
+        over time, PSN) runs all of them.
         """
         with ExitStack() as stack:
             module: Any  # nor of step modes
             for module in list(model.modules()):
+                if _is_cell(module):
+                    for name in _surrogates(module):
+                        stack.enter_context(patched(module, name, _wire))
+                    stack.enter_context(patched(module, "forward", through(module.forward)))
+                    continue
                 if self.is_neuron(module):
                     single: Callable[..., Any] | None = _firing(module, stand_in)
-                elif _derives(module, "layer.container", _RECURRENT):
+                elif _derives(module, "layer", _RECURRENT):
                     single = _twice(_in_single_step(module))
                 elif _is_container(module):
                     single = partial(nn.Sequential.forward, module)
@@ -75,28 +110,59 @@ class SpikingJellyAdapter(Adapter):
     def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
         """Spikes from a forward hook; Ũ by standing in for the surrogate function, which is called with Ũ − θ."""
         if not membrane:
+            rate_coded = _derives(neuron, "neuron", _RATE_CODED)  # their spikes are as high as the threshold
 
-            def hook(module: nn.Module, args: Any, spikes: Tensor) -> None:
-                spikes = spikes.detach()
+            def hook(module: nn.Module, args: Any, spikes: Any) -> None:
+                spikes = spikes[0] if isinstance(spikes, tuple) else spikes  # an LSTM's hidden state, and its cell's
+                spikes = spikes.detach().ne(0).to(spikes.dtype) if rate_coded else spikes.detach()
                 observer(spikes if _is_multi_step(module) else spikes.unsqueeze(0), None)
 
             return neuron.register_forward_hook(hook).remove
+        threshold = _threshold(neuron)
         original = neuron.surrogate_function
-        neuron.surrogate_function = _Tap(original, neuron, observer)
+        neuron.surrogate_function = tap = _Tap(original, threshold, observer)
+        hook_handle = neuron.register_forward_hook(tap.hand_over)
 
         def stop() -> None:
+            hook_handle.remove()
             neuron.surrogate_function = original
 
         return stop
 
+    @contextmanager
+    def differentiable(self, model: nn.Module) -> Iterator[None]:
+        """Some have a surrogate gradient in train mode only, as all of 0.0.0.0.14, and are otherwise alike in it."""
+        with ExitStack() as stack:
+            for neuron in self.neurons(model).values():
+                old = any(name.startswith("jit_eval_") for name in dir(type(neuron)))
+                if old or _derives(neuron, "neuron", ("ComplementaryLIFNode",)):
+                    stack.enter_context(patched(neuron, "training", True))
+            yield
+
     def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
-        """Most neurons have scalar parameters, so nothing to remove; those that hold layers can't be shrunk."""
+        """Parameters and memories along the channel axis; those that hold layers can't be shrunk."""
         layers = [name for name, child in neuron.named_children() if next(child.parameters(), None) is not None]
         if layers:
             raise ModelError(
                 f"{type(neuron).__name__} holds layers of its own ({', '.join(layers)}), so its channels stay."
             )
+        if _derives(neuron, "neuron", _PARALLEL):  # their weights are of timesteps
+            return
+        if _derives(neuron, "neuron", ("GatedLIFNode",)):  # [C] or [T, C]; or one for all, and then [T]
+            if cast(Tensor, neuron.alpha).numel() > 1:
+                remove_along(neuron, indices, width=width, axis=-1)
+            return
+        held: dict[str, Any] = vars(neuron).get("_memories_rv", {})
+        if not _derives(neuron, "neuron", ("BaseNode", "SimpleBaseNode")):
+            own = [*neuron.parameters(), *neuron.buffers(), *(m for m in held.values() if isinstance(m, Tensor))]
+            if any(width in tensor.shape for tensor in own):
+                raise ModelError(f"which tensors of a {type(neuron).__name__} belong to its channels isn't known")
         remove_along(neuron, indices, width=width, axis=axis)
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.dim() >= -axis and value.shape[axis] == width:
+                held[name] = without(value, indices, axis)
+        if _is_memory(neuron):
+            cast(Any, neuron).reset()
 
     def make_neuron(self, kind: Literal["lif", "if"]) -> nn.Module:
         """LIFNode, whose input leaks too (``decay_input``), or IFNode; single-step."""
@@ -135,7 +201,7 @@ class SpikingJellyAdapter(Adapter):
 
     def states(self, neuron: nn.Module) -> dict[str, Tensor]:
         """The neuron's memories."""
-        memories: dict[str, Any] = vars(neuron)["_memories"]
+        memories: dict[str, Any] = vars(neuron).get("_memories", {})
         for name, value in memories.items():
             if not isinstance(value, (Tensor, float, int)):
                 raise ModelError(f"its memory {name!r} is a {type(value).__name__}, not a tensor")
@@ -143,12 +209,12 @@ class SpikingJellyAdapter(Adapter):
 
     def set_states(self, neuron: nn.Module, states: dict[str, Tensor]) -> None:
         """Number or tensor, as the neuron takes it."""
-        vars(neuron)["_memories"].update(states)
+        vars(neuron).get("_memories", {}).update(states)
 
     def dynamics(self, neuron: nn.Module) -> Dynamics:
         """IFNode, LIFNode and ParametricLIFNode: v + (v_reset - v)/τ + x, or x/τ with ``decay_input``."""
         node: Any = neuron
-        kind = type(node).__name__ if type(node).__module__.startswith("spikingjelly.activation_based.neuron.") else ""
+        kind = type(node).__name__ if _lives_in(type(node), "neuron") else ""
         if kind == "IFNode":
             leak, gain = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
         elif kind in ("LIFNode", "ParametricLIFNode"):
@@ -167,31 +233,91 @@ class _AtLeastZero(nn.Module):
 
 
 class _Tap(nn.Module):
-    """Passes Ũ − θ on to the surrogate function and shows (spikes, Ũ) to the observer."""
+    """Passes Ũ − θ on to the surrogate function, and shows (spikes, Ũ) of a call of the neuron to the observer.
 
-    def __init__(self, surrogate: Any, neuron: nn.Module, observer: Observer) -> None:
+    Neurons that are parallel in time call it for all timesteps at once, and flattened. A neuron whose spikes aren't
+    what the surrogate function returned, one by one, means something else by it.
+    """
+
+    def __init__(self, surrogate: Any, threshold: Callable[[], Any], observer: Observer) -> None:
         super().__init__()
-        self.surrogate, self.observer = surrogate, observer
-        self.threshold: Any = neuron.v_threshold
+        self.surrogate, self.threshold, self.observer = surrogate, threshold, observer
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        spikes: Tensor = self.surrogate(x)
-        self.observer(spikes.detach().unsqueeze(0), (x.detach() + self.threshold).unsqueeze(0))
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        spikes: Tensor = self.surrogate(x, *args, **named)
+        self.seen.append((spikes.detach(), x.detach() + self.threshold()))
         return spikes
+
+    def hand_over(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        output = output.detach() if _is_multi_step(module) else output.detach().unsqueeze(0)
+        seen, self.seen = self.seen, []
+        spikes, potentials = (torch.stack([step[part] for step in seen]) if seen else output[:0] for part in (0, 1))
+        if spikes.numel() != output.numel() or not torch.equal(spikes.view(output.shape), output):
+            raise _unreadable(module)
+        self.observer(output, potentials.view(output.shape))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("surrogate"), name)
+
+
+def _threshold(neuron: Any) -> Callable[[], Any]:
+    """θ as it stands when the surrogate function is called; raises ModelError where Ũ can't be read there."""
+    if _derives(neuron, "neuron", ("ILIFNode",)):  # whole numbers of spikes, of a surrogate function of its own
+        raise _unreadable(neuron)
+    if _derives(neuron, "neuron", ("BaseNode", "SimpleBaseNode")):
+        return lambda: neuron.v_threshold
+    if _derives(neuron, "neuron", ("GatedLIFNode",)):
+        return lambda: neuron.v_threshold.detach().view(1, -1, 1, 1).sigmoid()
+    if _derives(neuron, "neuron", ("MaskedPSN",)) and not _is_multi_step(neuron):
+        return lambda: -neuron.bias.detach()[int(neuron.time_step)]
+    if _derives(neuron, "neuron", _PARALLEL):
+        return lambda: -neuron.bias.detach()
+    raise _unreadable(neuron)
+
+
+def _unreadable(neuron: nn.Module) -> ModelError:
+    return ModelError(
+        f"The membrane potential of a {type(neuron).__name__} can't be read. Take a criterion that needs spikes or "
+        f"gradients, such as 'svs', 'firing_rate' or 'taylor'."
+    )
+
+
+def _lives_in(cls: type, where: str) -> bool:
+    """By name, so that SpikingJelly isn't imported for a model of another framework; 0.0.0.0.14 has a file where 2.0
+    has a folder."""
+    return f"{cls.__module__}.".startswith(f"{_HOME}.{where}.")
 
 
 def _derives(module: nn.Module, where: str, names: tuple[str, ...]) -> bool:
-    # By name, so that SpikingJelly isn't imported for a model of another framework.
-    home = f"spikingjelly.activation_based.{where}"
-    return any(cls.__module__ == home and cls.__name__ in names for cls in type(module).__mro__)
+    return any(cls.__name__ in names and _lives_in(cls, where) for cls in type(module).__mro__)
+
+
+def _is_old(cls: type) -> bool:
+    return f"{cls.__module__}.".startswith("spikingjelly.clock_driven.")
+
+
+def _is_cell(module: nn.Module) -> bool:
+    return _derives(module, "rnn", ("SpikingRNNCellBase",))
+
+
+def _surrogates(cell: nn.Module) -> list[str]:
+    return [name for name, child in cell.named_children() if name.startswith("surrogate_function")]
+
+
+def _wire(x: Tensor) -> Tensor:
+    return x * 1.0
 
 
 def _is_memory(module: nn.Module) -> bool:
-    return _derives(module, "base", ("MemoryModule",)) or _derives(module, "neuron.base_node", ("NonSpikingBaseNode",))
+    return _derives(module, "base", ("MemoryModule",)) or any("NonSpiking" in c.__name__ for c in type(module).__mro__)
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and _derives(module, "layer.container", _CONTAINERS)
+    return isinstance(module, nn.Sequential) and _derives(module, "layer", _CONTAINERS)
 
 
 def _is_multi_step(module: nn.Module) -> bool:
@@ -226,39 +352,10 @@ def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _collapsed(module: nn.Module, single: Callable[..., Any]) -> Callable[..., Tensor]:
-    time_last = type(module).__name__.startswith("TLast")
+    axis = -1 if type(module).__name__.startswith("TLast") else 0
 
     def forward(*args: Any, **named: Any) -> Tensor:
         x_seq: Tensor = next(iter((*args, *named.values())))
-        if time_last:
-            x_seq = x_seq.movedim(-1, 0)
-        y: Tensor = _AllSteps.apply(single(_FirstStep.apply(x_seq)), len(x_seq))  # type: ignore[no-untyped-call]
-        return y.movedim(0, -1) if time_last else y
+        return all_steps(single(first_step(x_seq, axis)), x_seq.shape[axis], axis)
 
     return forward
-
-
-class _FirstStep(torch.autograd.Function):
-    """[T, N, ...] → [N, ...]; one node that torch-pruning takes for an elementwise operation."""
-
-    @staticmethod
-    def forward(ctx: Any, x_seq: Tensor) -> Tensor:
-        ctx.steps = len(x_seq)
-        return x_seq[0].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        rest = grads[0].new_zeros(ctx.steps - 1, *grads[0].shape)
-        return torch.cat([grads[0].unsqueeze(0), rest])
-
-
-class _AllSteps(torch.autograd.Function):
-    """[N, ...] → [T, N, ...]; memory of its own, since models add to it in place."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, steps: int) -> Tensor:
-        return y.unsqueeze(0).repeat(steps, *[1] * y.dim())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].sum(0), None

@@ -11,6 +11,13 @@ from typing import IO
 from snncompress.errors import StorageError
 
 
+def refuse_special(path: Path) -> None:
+    """Raise StorageError for what is there and isn't a file: reading a named pipe would never end."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise StorageError(f"{path} can't be read or written: it is {what}. Give the name of a file.")
+
+
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a new file and put it in the place of ``path`` at once.
 
@@ -18,6 +25,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     StorageError where that fails; ``path`` is then as it was.
     """
     path = path.resolve()  # through a link, the file that it names
+    refuse_special(path)
     name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)

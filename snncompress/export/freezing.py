@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils import fusion, parametrize
+from torch.nn.utils import fusion
 
 from snncompress.errors import DataError
 from snncompress.interfaces import Adapter, Forward
+from snncompress.model.cells import layer_at
 from snncompress.model.copying import private_copy
 from snncompress.model.network import WEIGHT_LAYERS, weight_layers
-from snncompress.model.parametrizations import computed_weight
+from snncompress.model.parametrizations import bake, computed_weight
 from snncompress.model.plan import detach
 from snncompress.running.bench import bench
 from snncompress.running.data import Run
@@ -68,18 +69,13 @@ def freeze(
     with bench(model, data, timesteps, forward, adapter=adapter, plain=True, noise="structure") as table:
         frozen, found = table.model.eval(), table.adapter
         for name in weight_layers(frozen):
-            _bake(frozen.get_submodule(name))
+            bake(layer_at(frozen, name))
         _fold(frozen, found, table.feed.example())
     found.reset(frozen)
     found.adopt(frozen)
     detach(frozen)
     frozen.requires_grad_(False)
     return frozen
-
-
-def _bake(module: nn.Module) -> None:
-    if parametrize.is_parametrized(module, "weight"):
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
 def _fold(model: nn.Module, adapter: Adapter, run: Run) -> None:

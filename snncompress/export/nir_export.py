@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
+from snncompress.model.weights_in_use import weight_in_use
 from snncompress.structure.fx_graphs import Tracer, called, operation
 
 DT = 1e-4  # seconds per timestep: what snnTorch, SpikingJelly and others assume
@@ -281,6 +282,12 @@ def _full(value: Tensor, shape: tuple[int, ...]) -> NDArray[np.float64]:
     return result
 
 
+def _weight(module: nn.Module) -> Tensor:
+    if (weight := weight_in_use(module)) is None:
+        raise _RefusedError("it computes its weight in forward, and which can't be told")
+    return weight
+
+
 def _linear(module: nn.Linear, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
     import nir
 
@@ -288,7 +295,7 @@ def _linear(module: nn.Linear, source: tuple[int, ...], result: tuple[int, ...])
         raise _RefusedError(
             f"NIR's linear node takes vectors, and this one gets {list(source)}; put an nn.Flatten before it"
         )
-    weight = module.weight.numpy()
+    weight = _weight(module).numpy()
     return nir.Linear(weight) if module.bias is None else nir.Affine(weight, module.bias.numpy())
 
 
@@ -297,7 +304,7 @@ def _conv(module: Any, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
 
     if module.padding_mode != "zeros":
         raise _RefusedError(f"NIR pads with zeros, not {module.padding_mode!r}")
-    weight = _ungrouped(module.weight, module.groups)
+    weight = _ungrouped(_weight(module), module.groups)
     bias = module.bias if module.bias is not None else weight.new_zeros(len(weight))
     flat = isinstance(module, nn.Conv1d)
     kind, shape = (nir.Conv1d, source[1]) if flat else (nir.Conv2d, source[1:])

@@ -10,13 +10,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import CellWeight, layer_at
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import weight_layers
-from snncompress.model.parametrizations import bare, float_weight, weight_bits
+from snncompress.model.parametrizations import bake, bare, float_weight, weight_bits
 
 _OPSET = 21  # the first in which DequantizeLinear takes 16 bits
 _EXACT = 2**24  # below, every integer is a float32
@@ -96,7 +96,13 @@ def onnx_model(step: Step, x: Tensor) -> bytes:
     """The serialized ONNX model; raises ModelError where PyTorch can't export the step."""
     import onnx
 
-    quantized = {f"model.{name}.weight": _bake(step.model.get_submodule(name)) for name in weight_layers(step.model)}
+    quantized: dict[str, Integers | None] = {}
+    for name in weight_layers(step.model):
+        layer = layer_at(step.model, name)
+        if isinstance(layer, CellWeight):
+            bake(layer)
+        else:
+            quantized[f"model.{name}.weight"] = _bake(layer)
     states = step.initial(x)
     outputs, _ = step.split(step(x, *states))
     model = _exported(step, x, states, ["output", *(f"output_{i}" for i in range(1, len(outputs)))])
@@ -150,8 +156,7 @@ def _labels(step: Step) -> list[str]:
 def _bake(module: nn.Module) -> Integers | None:
     """Make the weight a plain parameter; return it as integers where that is exact."""
     found = _integers(module) if weight_bits(module) is not None else None
-    if parametrize.is_parametrized(module, "weight"):
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    bake(module)
     return found
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from snncompress.errors import DataError, ModelError
-from snncompress.interfaces import OperationCounts
+from snncompress.errors import DataError, ModelError, PluginError, SNNCompressError
+from snncompress.interfaces import EnergyModel, OperationCounts
 from snncompress.model.network import POOLS, WEIGHT_LAYERS
+from snncompress.model.weights_in_use import weight_in_use
 
 from .conventions import Conventions, SpikeValues, resolve_conventions
 
@@ -206,6 +208,21 @@ class WeightCounter:
         return self._maps[key]
 
 
+def energy_of(energy: EnergyModel, counts: OperationCounts) -> float:
+    """What a plugin takes these operations to cost, in pJ; raises PluginError for what is no energy."""
+    try:
+        value = energy.energy_pj(counts)
+    except SNNCompressError:
+        raise
+    except Exception as error:  # it is a plugin's: anything can come out of it
+        raise PluginError(f"Energy model {energy.name!r} failed: {type(error).__name__}: {error}") from error
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise PluginError(
+            f"Energy model {energy.name!r}: energy_pj({counts}) must be a number of at least 0, not {value!r}."
+        )
+    return float(value)
+
+
 class PlainCounter:
     """Running operation counts of a normalization or pooling layer, for conventions that count them."""
 
@@ -238,7 +255,8 @@ def _weight(layer: nn.Module) -> Tensor:
             f"Operations are counted for convolutions, transposed convolutions and linear layers, not for "
             f"{type(layer).__name__}."
         )
-    return layer.weight
+    used = weight_in_use(layer)
+    return layer.weight if used is None else used
 
 
 def spike_sum(x: Tensor, dims: int = 0) -> Tensor:

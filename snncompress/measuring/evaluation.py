@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward
 from snncompress.model.modules import in_mode
+from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
 from snncompress.running.scores import scores_and_labels
@@ -40,12 +41,15 @@ def evaluate(
     timesteps: int | None = None,
     forward: Forward | None = None,
     adapter: Adapter | str | None = None,
+    neurons: Neurons | None = None,
+    time_dim: int | None = None,
 ) -> Evaluation:
     """Accuracy and macro F1 of a network, spiking or not, on labelled data; scores are averaged over time.
 
     One pass in eval mode without gradients; train/eval flags are as before afterwards, neurons reset. ``data`` yields
-    (x, y) batches, y being class indices [N] or probabilities [N, K]; ``timesteps`` and ``forward`` as in
-    :func:`snncompress.apply`. Operations and energy: :func:`snncompress.profile`. F1 is scikit-learn's.
+    (x, y) batches, y being class indices [N] or probabilities [N, K]; ``timesteps``, ``forward``, ``neurons`` and
+    ``time_dim`` as in :func:`snncompress.apply`. Operations and energy: :func:`snncompress.profile`. F1 is that of
+    scikit-learn.
 
     Raises DataError where the data have no labels or don't fit the model, ModelError for neurons of two frameworks,
     OptionError where scikit-learn isn't installed.
@@ -56,7 +60,8 @@ def evaluate(
     >>> evaluate(net, (torch.eye(2), torch.tensor([0, 1])), timesteps=1)
     Evaluation(accuracy=1.0, f1=1.0, n_samples=2)
     """
-    with bench(model, data, timesteps, forward, adapter=adapter, plain=True) as table:
+    named = named_neurons(adapter, neurons, time_dim)
+    with bench(model, data, timesteps, forward, adapter=named, plain=True) as table:
         try:  # on the bench, since importing scikit-learn draws from Python's generator
             from sklearn.metrics import accuracy_score, f1_score
         except ImportError as error:
@@ -81,10 +86,10 @@ def accuracy(model: nn.Module, feed: Feed) -> float:
     return right / total
 
 
-def classified(output: Any, y: Tensor | None) -> tuple[Tensor, Tensor]:
+def classified(output: Any, y: Any, *, batch_first: bool = False) -> tuple[Tensor, Tensor]:
     """Predicted classes and labels [N] of one batch; of labels that are probabilities, the most probable class."""
-    scores, y = scores_and_labels(output, y)
-    return scores.argmax(1), y.argmax(1) if y.dim() == 2 else y
+    scores, labels = scores_and_labels(output, y, batch_first=batch_first)
+    return scores.argmax(1), labels.argmax(1) if labels.dim() == 2 else labels
 
 
 def _classified(model: nn.Module, feed: Feed) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,6 +97,6 @@ def _classified(model: nn.Module, feed: Feed) -> Iterator[tuple[Tensor, Tensor]]
     try:
         with in_mode(model, training=False), torch.no_grad():
             for batch in feed:
-                yield classified(feed(model, batch), batch.y)
+                yield classified(feed(model, batch), batch.y, batch_first=feed.batch_first)
     finally:
         feed.adapter.reset(model)

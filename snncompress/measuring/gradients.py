@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from snncompress.base.display import new_axes, number, table
 from snncompress.errors import DataError, ModelError, OptionError
 from snncompress.interfaces import Adapter, Forward, Loss
+from snncompress.model.cells import layer_at
 from snncompress.model.modules import in_mode
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import computed_weight, stored_weight
 from snncompress.running.bench import bench
-from snncompress.running.scores import cross_entropy, loss_of
+from snncompress.running.scores import count_samples, cross_entropy, loss_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,8 +180,8 @@ def gradient_flow(
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         with in_mode(table.model, training=True):
             for batch in feed:
-                value = loss_of(feed, feed(table.model, batch), batch)
-                count = 1 if batch.y is None else len(batch.y)
+                output = feed(table.model, batch)
+                value, count = loss_of(feed, output, batch), count_samples(feed, output, batch)
                 gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 for total, gradient in zip(sums.values(), gradients, strict=True):
                     if gradient is not None:
@@ -200,6 +201,6 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name in weight_layers(model):
-        module = model.get_submodule(name)
+        module = layer_at(model, name)
         if not computed_weight(module):
             yield name, stored_weight(module)

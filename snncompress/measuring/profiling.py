@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,20 +13,26 @@ from torch import Tensor, nn
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward, OperationCounts
+from snncompress.model.brevitas_layers import brevitas_bits
+from snncompress.model.cells import cell_weights, home, layer_at, made_by, met_by
 from snncompress.model.modules import in_mode
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
+from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.parametrizations import weight_bits
+from snncompress.model.weights_in_use import weight_in_use
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed, time_as_samples
-from snncompress.running.scores import class_scores
+from snncompress.running.scores import count_samples
 
 from .conventions import Conventions, resolve_conventions
-from .counting import PlainCounter, WeightCounter, spike_sum
+from .counting import PlainCounter, WeightCounter, energy_of, spike_sum
 from .reporting import Comparison, Kind, LayerProfile, Profile
+from .uncounted import products_outside, unknown_weights
 
 __all__ = ["Comparison", "LayerProfile", "Profile", "compare", "profile"]
 
 FLOAT_BITS = 32
+_STORED = re.compile(r"\.?\bparametrizations\.(\w+)\.original$")
 
 
 def profile(
@@ -35,6 +42,8 @@ def profile(
     timesteps: int | None = None,
     forward: Forward | None = None,
     adapter: Adapter | str | None = None,
+    neurons: Neurons | None = None,
+    time_dim: int | None = None,
     energy_model: EnergyModel | str = "horowitz_45nm",
     conventions: Conventions | str | None = None,
 ) -> Profile:
@@ -49,8 +58,9 @@ def profile(
     still stored count.
 
     Operations are counted exactly, spike by spike (:mod:`snncompress.measuring.counting`), in every convolution,
-    transposed convolution and linear layer, also the recurrent ones inside neurons. Matrix products outside
-    such layers (attention, ``torch.nn.functional`` calls, sums of branches) are not seen. The model runs as a
+    transposed convolution and linear layer, also the recurrent ones inside neurons, with the weight that the layer
+    multiplies with: a layer of Brevitas' counts its bits and the zeros of its quantized weight. Products of tensors
+    outside such layers (attention, ``torch.nn.functional`` calls) are not counted, but named. The model runs as a
     private copy in eval mode without gradients, and stays bitwise as it is, as does torch's random state.
     Memory doesn't grow with the number of batches.
 
@@ -60,11 +70,12 @@ def profile(
         timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds batches as they are.
         forward: ``forward(model, batch)`` for models with a signature of their own.
         adapter: a framework's name or an Adapter, where the model doesn't tell.
+        neurons: the class of spiking neurons of your own, or several (:class:`snncompress.OwnNeurons`).
+        time_dim: the axis of time in what they take, None where they take one timestep.
         energy_model: name or instance of the :class:`EnergyModel` that turns counts into pJ.
         conventions: what is counted: a preset (``"snncompress"``, ``"neurobench"``, ``"spikingjelly"``,
-            ``"syops"``) or :class:`Conventions`. The number of samples is taken from the output where it is
-            [N, K] or [T, N, K] (or a tuple that starts with one), else from the labels, else from the batch's
-            first dimension.
+            ``"syops"``) or :class:`Conventions`. The number of samples is that of the labels where they
+            are one each, else the number that neurons saw at a time, else it is taken from the output.
 
     Raises:
         ModelError: neurons of two frameworks, or an uninitialised layer.
@@ -87,7 +98,8 @@ def profile(
     """
     rules = resolve_conventions(conventions)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
-    with bench(model, data, timesteps, forward, adapter=adapter, plain=True) as table:
+    named = named_neurons(adapter, neurons, time_dim)
+    with bench(model, data, timesteps, forward, adapter=named, plain=True, unknown=True) as table:
         return measure(table.model, table.feed, energy, rules)
 
 
@@ -102,10 +114,11 @@ def measure(
     meter = _Meter(model, feed.adapter, rules)
     with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model), meter.recording():
         for batch in feed:
-            output = feed(model, batch)
+            with ExitStack() if meter.n_batches else meter.naming_what_is_not_counted():
+                output = feed(model, batch)
             if feed.timesteps is not None and feed.timesteps != len(batch.x):
                 meter.check_rows(feed.timesteps)
-            meter.n_samples += _samples(output, batch)
+            meter.n_samples += count_samples(feed, output, batch, meter.rows_seen())
             meter.n_batches += 1
             if watch:
                 watch(output, batch)
@@ -117,6 +130,7 @@ def measure(
         n_samples=meter.n_samples,
         n_batches=meter.n_batches,
         title=type(model).__name__,
+        uncounted=tuple(meter.uncounted),
     )
 
 
@@ -187,10 +201,13 @@ class _Meter:
         self.neurons = {name: _NeuronCounter() for name in adapter.neurons(model)}
         self.weights: dict[str, WeightCounter] = {}
         self.plain: dict[str, PlainCounter] = {}
+        self.uncounted: list[str] = []
         analog = not self.neurons
         for name, module in model.named_modules():
             if name in self.neurons:
                 continue
+            for weight in cell_weights(name, module):
+                self.weights[weight] = WeightCounter(layer_at(model, weight), conventions, analog)
             if isinstance(module, WEIGHT_LAYERS):
                 self.weights[name] = WeightCounter(module, conventions, analog)
             elif isinstance(module, NORMS) or (conventions.pooling and isinstance(module, POOLS)):
@@ -198,15 +215,27 @@ class _Meter:
 
     def check_rows(self, timesteps: int) -> None:
         """Neurons that saw T rows, and not one for each sample, took time for samples."""
-        if {neuron.rows for neuron in self.neurons.values() if neuron.updates} == {timesteps}:
+        if self.rows_seen() == {timesteps}:
             raise DataError(time_as_samples(timesteps))
+
+    @contextmanager
+    def naming_what_is_not_counted(self) -> Iterator[None]:
+        """Inside, the model is run on a batch."""
+        with products_outside(self.model, self.weights, self.neurons) as products:
+            yield
+        self.uncounted = [*products, *unknown_weights(self.model, self.weights)]
+
+    def rows_seen(self) -> set[int]:
+        """For how many samples at a time neurons fired last."""
+        return {neuron.rows for neuron in self.neurons.values() if neuron.updates}
 
     def recording(self) -> ExitStack:
         """A context in which the model's calls are counted; all hooks are gone after it, also on error."""
         counters: dict[str, WeightCounter | PlainCounter] = {**self.weights, **self.plain}
         with ExitStack() as stack:
             for name, counter in counters.items():
-                handle = self.model.get_submodule(name).register_forward_hook(_hook(counter), with_kwargs=True)
+                layer = layer_at(self.model, name)
+                handle = home(layer)[0].register_forward_hook(_hook(counter, layer), with_kwargs=True)
                 stack.callback(handle.remove)
             for name, observer in self.neurons.items():
                 neuron = self.model.get_submodule(name)
@@ -217,9 +246,10 @@ class _Meter:
         """One row per layer in module order; every parameter is in exactly one of them."""
         divisor = self.n_samples if self.conventions.per == "sample" else self.n_batches
         owned = self._parameters()
-        for name, module in self.model.named_modules():
+        for name in self._rows():
             if name not in owned:
                 continue
+            module: Any = layer_at(self.model, name)
             kind: Kind = "other"
             n_ac = n_mac = updates = 0.0
             firing_rate = input_rate = sparsity = bits = None
@@ -227,10 +257,11 @@ class _Meter:
             if name in self.weights:
                 kind, counter = "weight", self.weights[name]
                 n_ac, n_mac = (count / divisor for count in counter.totals())
-                weight = module.weight
+                used = weight_in_use(module)
+                weight = module.weight if used is None else used
                 n_weights, input_rate = weight.numel(), counter.input_rate
                 sparsity = int(weight.eq(0).sum()) / n_weights if n_weights else 0.0
-                bits = weight_bits(module) or FLOAT_BITS
+                bits = weight_bits(module) or brevitas_bits(module) or FLOAT_BITS
             elif name in self.neurons:
                 kind, neuron = "neuron", self.neurons[name]
                 updates, state_mb = neuron.updates / divisor, neuron.size * FLOAT_BITS / 8e6
@@ -246,21 +277,27 @@ class _Meter:
             size_bits = n_quantized * (bits or FLOAT_BITS) + (n_params - n_quantized) * FLOAT_BITS
             yield LayerProfile(
                 name=name, kind=kind, n_params=n_params, size_mb=size_bits / 8e6, n_mac=n_mac, n_ac=n_ac,
-                energy_pj=float(energy.energy_pj(OperationCounts(n_ac, n_mac, apart))),
+                energy_pj=energy_of(energy, OperationCounts(n_ac, n_mac, apart)),
                 firing_rate=firing_rate, bits=bits, sparsity=sparsity, input_rate=input_rate,
                 n_neuron_updates=updates, state_mb=state_mb, n_weights=n_weights,
             )  # fmt: skip
+
+    def _rows(self) -> Iterator[str]:
+        """Names of all modules, and of the weights of cells."""
+        for name, module in self.model.named_modules():
+            yield name
+            yield from cell_weights(name, module)
 
     def _parameters(self) -> dict[str, tuple[int, int]]:
         """Row → (parameters, those of them that have the row's bit width)."""
         listed = {*self.weights, *self.neurons, *self.plain}
         owned = dict.fromkeys(listed, (0, 0))
         for parameter_name, parameter in self.model.named_parameters():  # a shared one comes once
-            home = parameter_name.rpartition(".")[0]
-            row = next((name for name in _ancestors(home) if name in listed), home)
+            plain = _STORED.sub(r".\1", parameter_name).lstrip(".")  # as it is called in an uncompressed network
+            owner = plain.rpartition(".")[0]
+            row = next((name for name in (plain, *_ancestors(owner)) if name in listed), owner)
             total, quantized = owned.get(row, (0, 0))
-            within = parameter_name[len(row) + 1 :] if row else parameter_name
-            is_weight = row in self.weights and within.startswith(("weight", "parametrizations.weight.original"))
+            is_weight = row in self.weights and plain in (row, f"{row}.weight".lstrip("."))
             owned[row] = total + parameter.numel(), quantized + is_weight * parameter.numel()
         return owned
 
@@ -273,11 +310,11 @@ def _ancestors(name: str) -> Iterator[str]:
     yield ""
 
 
-def _hook(counter: WeightCounter | PlainCounter) -> Callable[..., None]:
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+def _hook(counter: WeightCounter | PlainCounter, layer: nn.Module) -> Callable[..., None]:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = met_by(layer, args, kwargs)
         if isinstance(counter, WeightCounter):
-            counter.add(x, output.shape)
+            counter.add(x, made_by(layer, x, output))
         else:
             counter.add(x)
 
@@ -287,17 +324,3 @@ def _hook(counter: WeightCounter | PlainCounter) -> Callable[..., None]:
 def _described(energy: EnergyModel) -> str:
     options = ", ".join(f"{name}={value!r}" for name, value in energy.options().items())
     return f"{energy.name}({options})" if options else energy.name
-
-
-def _samples(output: Any, batch: Batch) -> int:
-    try:
-        return len(class_scores(output))
-    except DataError:
-        if batch.y is not None:
-            return len(batch.y)
-        if isinstance(batch.x, Tensor):
-            return len(batch.x)
-    raise DataError(
-        "Neither the output nor the batch tells how many samples it holds. Yield (x, y) batches, or pass a "
-        "forward that returns class scores [N, K] or [T, N, K]."
-    )

@@ -60,7 +60,8 @@ class Profile:
     """A measured network: one row per layer, and totals that are the sums of the rows, exactly.
 
     ``energy_model`` is the energy model's name and options; ``n_samples`` and ``n_batches`` are what was
-    measured. ``print`` shows a table; :meth:`to_dict` gives plain JSON values.
+    measured; ``uncounted`` names what costs something and isn't counted. ``print`` shows a table; :meth:`to_dict` gives
+    plain JSON values.
 
     Examples:
         >>> weight = LayerProfile("fc", "weight", 12, 48e-6, 0, 24, 21.6, bits=32, sparsity=0.5, n_weights=12)
@@ -78,6 +79,7 @@ class Profile:
     n_samples: int
     n_batches: int
     title: str = "model"
+    uncounted: tuple[str, ...] = ()
 
     @property
     def n_params(self) -> int:
@@ -141,13 +143,15 @@ class Profile:
             "energy_model": self.energy_model,
             "n_samples": self.n_samples,
             "n_batches": self.n_batches,
+            "uncounted": list(self.uncounted),
         }
 
     def __str__(self) -> str:
         header = ["layer", "kind", *_COLUMNS.values()]
         rows = [[row.name or "(model)", row.kind, *_cells(row)] for row in self.layers]
         total = ["total", "", *_cells(self)]
-        note = "" if self.is_spiking else f"\n{_PLAIN.format(self.title)}"
+        note = f"\nnot counted: {', '.join(self.uncounted)}" if self.uncounted else ""
+        note += "" if self.is_spiking else f"\n{_PLAIN.format(self.title)}"
         return f"{self.title}: {self._measured()}\n{table(header, rows, total)}\n{_footer(self)}{note}"
 
     def _measured(self) -> str:

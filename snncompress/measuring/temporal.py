@@ -20,6 +20,7 @@ from snncompress.model.chance import seeded
 from snncompress.model.modules import in_mode
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed
+from snncompress.running.scores import main_tensor, samples_axis
 
 from .timestep_counting import Rehearsal, StepMeter
 
@@ -193,13 +194,13 @@ def analyse(
     with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model):
         with seeded(model), ExitStack() as stack:
             rehearsal = Rehearsal(model, feed.adapter, stack)
-            output = _over_time(feed.example()(model))
+            output = _over_time(feed.example()(model), feed)
         outputs = _Outputs(len(output), output.shape[2])
         with ExitStack() as stack:
             meter = StepMeter(model, feed.adapter, rehearsal.timelines(len(output), output.shape[1]), stack)
             for batch in tracked(feed, progress, "temporal analysis"):
                 meter.begin_batch()
-                outputs.add(_over_time(feed(model, batch)), batch)
+                outputs.add(_over_time(feed(model, batch), feed, batch), batch)
     feed.adapter.reset(model)
     kl = outputs.divergences(mode)
     running = kl.cumsum(0)
@@ -249,8 +250,8 @@ class _Outputs:
         self._kl["values"] += _kl(_distribution(means, False)).sum(1)
         self._by_step += output.sum(1)
         self.n_samples += output.shape[1]
-        self._labelled = self._labelled and batch.y is not None
-        if batch.y is not None:
+        self._labelled = self._labelled and isinstance(batch.y, Tensor)
+        if isinstance(batch.y, Tensor):
             self._correct += (counts.argmax(2) == _classes(batch.y, output)).sum(1)
 
     def divergences(self, mode: Mode) -> Tensor:
@@ -286,18 +287,20 @@ def _kl(p: Tensor) -> Tensor:
     return (p[:-1] * (p[:-1].log() - p[1:].log())).sum(-1).clamp_min(0)
 
 
-def _over_time(output: Any) -> Tensor:
+def _over_time(output: Any, feed: Feed, batch: Batch | None = None) -> Tensor:
     """The output of every step, [T, N, K], in float64 on the CPU."""
-    while isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not (isinstance(output, Tensor) and output.dim() == 3 and output.shape[2] > 1):
-        what = f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    found = main_tensor(output)
+    if found is None or found.dim() != 3 or found.shape[2] < 2:
+        what = type(output).__name__ if found is None else f"shape {list(found.shape)}"
         raise DataError(
             f"An analysis over time needs the output of every timestep, [T, N, K] with K > 1 classes; this model "
             f"returned {what}. Likely cause: it averages over time itself, or runs one step where timesteps=T is "
             f"missing. Let it return the spikes of every step, or pass forward=lambda model, batch: ... that does."
         )
-    values: Tensor = output.detach().cpu().double()
+    samples = None if batch is None else batch.samples
+    values: Tensor = found.detach().cpu().double()
+    if samples_axis(found, samples, batch_first=feed.batch_first) == 0:
+        values = values.transpose(0, 1)
     if not bool(values.isfinite().all()):
         raise DataError("The model's output holds NaN or infinite values. Check its weights and the scale of the data.")
     return values

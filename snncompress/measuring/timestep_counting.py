@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from snncompress.errors import DataError, ModelError
 from snncompress.interfaces import Adapter, EnergyModel, OperationCounts
+from snncompress.model.cells import cell_weights, layer_at, made_by, met_by
 from snncompress.model.network import WEIGHT_LAYERS
 
 from .conventions import Conventions
-from .counting import WeightCounter
+from .counting import WeightCounter, energy_of
 
 _Watch = Callable[[str, Tensor, tuple[int, ...]], None]
 """Called with a layer's name, input and output shape, or a neuron's name, spikes [T', N, ...] and their shape."""
@@ -66,7 +67,7 @@ class Rehearsal:
         watch(model, adapter, self._note, stack)
 
     def _note(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-        module: Any = self._model.get_submodule(name)
+        module: Any = layer_at(self._model, name)
         rows = 2 if name in self._neurons else x.dim() - module.weight.dim() + 1
         self._leading.setdefault(name, []).append(tuple(x.shape[:rows]))
 
@@ -120,7 +121,7 @@ class StepMeter:
                 self._updates[name] = [0] * line.steps
             else:
                 maps: dict[tuple[int, ...], Tensor] = {}
-                self._layers[name] = [_StepCounter(model.get_submodule(name), maps) for _ in range(line.steps)]
+                self._layers[name] = [_StepCounter(layer_at(model, name), maps) for _ in range(line.steps)]
         watch(model, adapter, self._count, stack)
 
     def begin_batch(self) -> None:
@@ -134,7 +135,7 @@ class StepMeter:
         for t in range(1, steps + 1):
             counts = [OperationCounts(*_total(counters[:t], samples)) for counters in self._layers.values()]
             counts += [OperationCounts(0, 0, sum(updates[:t]) / samples) for updates in self._updates.values()]
-            result.append(sum(float(energy.energy_pj(c)) for c in counts))
+            result.append(sum(energy_of(energy, c) for c in counts))
         return result
 
     def _count(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -171,16 +172,19 @@ def watch(model: nn.Module, adapter: Adapter, seen: _Watch, stack: ExitStack) ->
     for name, module in model.named_modules():
         if name in neurons:
             stack.callback(adapter.observe(module, _observer(name, seen), membrane=False))
-        elif isinstance(module, WEIGHT_LAYERS):
-            stack.callback(module.register_forward_hook(_hook(name, seen), with_kwargs=True).remove)
+            continue
+        for weight in [name] if isinstance(module, WEIGHT_LAYERS) else cell_weights(name, module):
+            hook = _hook(weight, layer_at(model, weight), seen)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
 
 def _observer(name: str, seen: _Watch) -> Callable[[Tensor, Tensor | None], None]:
     return lambda spikes, _: seen(name, spikes, tuple(spikes.shape))
 
 
-def _hook(name: str, seen: _Watch) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        seen(name, next(v for v in (*args, *named.values()) if isinstance(v, Tensor)), tuple(output.shape))
+def _hook(name: str, layer: nn.Module, seen: _Watch) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        x = met_by(layer, args, named)
+        seen(name, x, made_by(layer, x, output))
 
     return hook

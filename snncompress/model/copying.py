@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
 
+from .brevitas_layers import without_quantization
 from .parametrizations import computed_weight, separate_classes
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,6 +31,19 @@ def private_copy(model: M, adapter: Adapter) -> M:
         separate_classes(result)
         adapter.reset(result)
     return result
+
+
+def refuse_broken(model: nn.Module) -> None:
+    """Raise ModelError for a parameter that is NaN or infinite, or a buffer that is NaN."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        bad = torch.isnan(tensor) if not isinstance(tensor, nn.Parameter) else ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            raise ModelError(
+                f"{name} of this {type(model).__name__} holds {int(bad.sum())} NaN or infinite values of "
+                f"{tensor.numel()}. Likely cause: its training diverged. Go back to a checkpoint from before."
+            )
 
 
 def _graph_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -51,6 +66,7 @@ def _non_leaves(value: Any) -> Iterator[Tensor]:
 def plain_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A private copy in eval mode with plain weights that all require a gradient, ready to be traced."""
     copy = private_copy(model, adapter).eval()
+    without_quantization(copy)
     for module in list(copy.modules()):
         if parametrize.is_parametrized(module, "weight") and not computed_weight(module):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)

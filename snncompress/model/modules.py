@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,21 +43,33 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
     """Remove ``indices`` along ``axis`` < 0 from the module's own parameters and persistent buffers, in place.
 
-    Only tensors with ``width`` entries on that axis hold one per channel; others (fewer dimensions, another size) are
-    left. The channel axis of an input [N, C, H, W] is -3: a threshold [C, 1, 1] shrinks, one of shape [W] doesn't.
+    Plain tensors among its attributes shrink too. Only tensors with ``width`` entries on that axis hold one per
+    channel; others (fewer dimensions, another size) are left. The channel axis of an input [N, C, H, W] is -3: a
+    threshold [C, 1, 1] shrinks, one of shape [W] doesn't.
     """
     persistent = {n for n, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
-    for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent):
-        tensor = getattr(module, name)
+    plain = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+    for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent) + plain:
+        home: Any = next(h for h in (module._parameters, module._buffers, vars(module)) if name in h)
+        tensor = cast(Tensor, home[name])  # an attribute of that name may be something else
         if tensor.dim() < -axis or tensor.shape[axis] != width:
             continue
-        keep = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
-        keep[indices] = False
-        kept = tensor.detach().movedim(axis, 0)[keep].movedim(0, axis).contiguous()
+        kept = without(tensor.detach(), indices, axis)
         if isinstance(tensor, nn.Parameter):
-            setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad))
-        else:
-            setattr(module, name, kept)
+            kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+        home[name] = kept
+
+
+def without(tensor: Tensor, indices: list[int], axis: int) -> Tensor:
+    """A tensor without some entries on an axis.
+
+    >>> without(torch.arange(6).view(2, 3), [1], -1)
+    tensor([[0, 2],
+            [3, 5]])
+    """
+    keep = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
+    keep[indices] = False
+    return tensor.movedim(axis, 0)[keep].movedim(0, axis).contiguous()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -70,6 +82,23 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
+
+
+def stacked(outputs: list[Any]) -> Any:
+    """The outputs of single timesteps as one: tensors [N, ...] → [T, N, ...], in tuples, lists and mappings too.
+
+    >>> stacked([(torch.ones(2, 3), None), (torch.zeros(2, 3), None)])[0].shape
+    torch.Size([2, 2, 3])
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.stack(outputs)
+    if isinstance(first, dict):
+        return {key: stacked([output[key] for output in outputs]) for key in first}
+    if isinstance(first, (tuple, list)):
+        parts = [stacked(list(parts)) for parts in zip(*outputs, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
 
 
 def limit_timesteps(model: nn.Module, timesteps: int) -> None:

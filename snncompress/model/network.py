@@ -13,6 +13,8 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _Av
 from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
 
+from .brevitas_layers import learned_scales
+from .cells import cell_weights
 from .parametrizations import computed_weight, resize_weight, stored_weight
 
 Side = Literal["out", "in", "neuron"]
@@ -119,8 +121,11 @@ class Network:
 
 
 def weight_layers(model: nn.Module) -> list[str]:
-    """Names of all convolutions and linear layers, recurrent ones inside neurons included."""
-    return [name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
+    """Names of all convolutions and linear layers, recurrent ones inside neurons included, and of cells' weights."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        names += [name] if isinstance(module, WEIGHT_LAYERS) else cell_weights(name, module)
+    return names
 
 
 def width(module: nn.Module, side: Side) -> int:
@@ -134,7 +139,8 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
     pruner = _pruner(module)
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
-    resize_weight(module, lambda layer: prune(layer, indices))
+    with learned_scales(module, indices if side == "out" else []):
+        resize_weight(module, lambda layer: prune(layer, indices))
     for name, parameter in module.named_parameters():  # torch-pruning makes every new parameter trainable
         parameter.requires_grad_(name not in frozen)
 

@@ -13,12 +13,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from snncompress.interfaces import Quantizer
 
+from .brevitas_layers import quantized_by_brevitas
+from .cells import home
 from .grids import FixedGrid, Grid
+from .weights_in_use import computes_its_weight
 
 
 class CompressedWeight(nn.Module):
@@ -98,15 +101,21 @@ def computed_weight(module: nn.Module) -> str:
     others = [type(p).__name__ for p in _chain(module) if not isinstance(p, CompressedWeight)]
     if others:
         return f"its weight is computed by {', '.join(others)}"
-    if not _chain(module) and "weight" not in module._parameters:
+    owner, tensor = home(module)
+    if not _chain(module) and tensor not in owner._parameters:
         return "its weight is computed from other parameters before each forward pass (weight_norm, prune …)"
+    if quantized_by_brevitas(module):
+        return f"Brevitas quantizes its weight already ({type(module).__name__})"
+    if isinstance(module, (_ConvNd, nn.Linear)) and computes_its_weight(module):
+        return f"its forward computes another weight from the stored one ({type(module).__name__})"
     return ""
 
 
 def stored_weight(module: nn.Module) -> nn.Parameter:
     """The float weight that training moves: ``module.weight`` itself where nothing is compressed."""
-    if parametrize.is_parametrized(module, "weight"):
-        return cast(nn.Parameter, cast(Any, module.parametrizations)["weight"].original)
+    owner, tensor = home(module)
+    if parametrize.is_parametrized(owner, tensor):
+        return cast(nn.Parameter, cast(Any, owner.parametrizations)[tensor].original)
     return cast(nn.Parameter, module.weight)
 
 
@@ -165,7 +174,7 @@ def separate_classes(model: nn.Module) -> None:
 
 def _attach(module: nn.Module) -> CompressedWeight:
     compression = CompressedWeight(transposed=isinstance(module, _ConvTransposeNd)).train(module.training)
-    parametrize.register_parametrization(module, "weight", compression, unsafe=True)  # keeps shape and type
+    parametrize.register_parametrization(*home(module), compression, unsafe=True)  # keeps shape and type
     return compression
 
 
@@ -175,9 +184,17 @@ def compression_of(module: nn.Module) -> CompressedWeight | None:
 
 
 def _chain(module: nn.Module) -> list[nn.Module]:
-    if not parametrize.is_parametrized(module, "weight"):
+    owner, tensor = home(module)
+    if not parametrize.is_parametrized(owner, tensor):
         return []
-    return list(cast(Any, module.parametrizations)["weight"])
+    return list(cast(Any, owner.parametrizations)[tensor])
+
+
+def bake(module: nn.Module) -> None:
+    """Let the weight that the layer computes with take the place of the stored one, for good."""
+    owner, tensor = home(module)
+    if parametrize.is_parametrized(owner, tensor):
+        parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
 
 
 def gridded(compression: CompressedWeight, stored: Tensor) -> tuple[Grid, Tensor] | None:

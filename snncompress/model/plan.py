@@ -20,6 +20,8 @@ from .network import Side
 
 FORMAT = 2
 M = TypeVar("M", bound=nn.Module)
+_GROWTH = 1000
+"""No layer behind a removed block gets more weights than this many times those of the network."""
 _ATTRIBUTE = "_snncompress_plan"
 _DETACHED = "_snncompress_detached"
 
@@ -46,7 +48,9 @@ class Plan:
 
         The given model stays as it was. Raises PlanError where the architecture differs.
         """
-        return self.replayed(model, find_adapter(model, adapter))
+        found = find_adapter(model, adapter)
+        weights = sum(p.numel() for p in model.parameters())
+        return self.replayed(model, found, largest=_GROWTH * (weights + _GROWTH))
 
     def replayed(self, model: M, adapter: Adapter, largest: int | None = None) -> M:
         """:meth:`apply`, for those who know the adapter; no layer may grow beyond ``largest`` weights."""
@@ -80,8 +84,9 @@ class Plan:
             for piece in edit.slices:
                 if piece.side == side:
                     gone = removed.setdefault(piece.module, [])
-                    left = np.delete(np.arange(piece.width + len(gone)), gone)  # original numbers of what was there
-                    gone.extend(left[list(piece.indices)].tolist())
+                    before = np.array(gone, dtype=np.int64) - np.arange(len(gone))  # of each, channels left before it
+                    now = np.array(piece.indices, dtype=np.int64)
+                    gone.extend((now + np.searchsorted(before, now, side="right")).tolist())
                     gone.sort()
         return removed
 
@@ -109,7 +114,7 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read a plan; raises PlanError for anything that isn't one."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_refuse_constant)
             if not isinstance(data, dict) or "format" not in data:
                 raise PlanError("Not a plan: it has no format number. Plan.to_json() writes one.")
             if data["format"] not in (1, FORMAT):
@@ -119,8 +124,8 @@ class Plan:
             edits = tuple(edit_from_dict(e) for e in data["edits"])
             skipped = data["whole" if data["format"] == 1 else "skipped"]
             return cls(edits, dict(skipped), dict(data["origin"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise PlanError(f"Not a plan: {type(error).__name__}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(f"Not a plan: {type(error).__name__}: {str(error)[:200]}") from error
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -130,6 +135,10 @@ class Plan:
         lines += [f"  {edit.describe()}" for edit in self.edits]
         lines += [f"  {layer} kept whole: {why}" for layer, why in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} isn't JSON")
 
 
 def attach(model: nn.Module, plan: Plan) -> None:
@@ -168,7 +177,12 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan that compressed this model; raises PlanError for a model that isn't compressed."""
     plan = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
     if not isinstance(plan, Plan):
-        raise PlanError(f"This {type(model).__name__} holds no plan: it did not come from snncompress.apply.")
+        kind = type(model).__name__
+        inner = getattr(model, "_modules", {})
+        part = next((name for name, module in inner.items() if module is not None and has_plan(module)), None)
+        if part is not None:  # DistributedDataParallel, a compiled or an averaged model
+            raise PlanError(f"This {kind} holds no plan, but its part {part!r} does: plan_of(model.{part}).")
+        raise PlanError(f"This {kind} holds no plan: it did not come from snncompress.apply.")
     return plan
 
 

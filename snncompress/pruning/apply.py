@@ -14,6 +14,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, NothingToDoWarning
 from snncompress.interfaces import Adapter, Criterion, Forward, Loss, Quantizer, Scheduler
 from snncompress.model.network import weight_layers
+from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.plan import attach, continued, refuse_frozen
 from snncompress.running.bench import bench
 
@@ -41,6 +42,8 @@ def apply(
     finetune: Finetune = None,
     skip: Any = None,
     adapter: Adapter | str | None = None,
+    neurons: Neurons | None = None,
+    time_dim: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     truncate: Literal["auto"] | int | None = None,
@@ -78,6 +81,8 @@ def apply(
             list leaves out nothing. ``{"prune": …}`` or ``{"quantize": …}`` replaces one half of it. A classifier's
             outputs are never pruned; single weights are, in every layer.
         adapter: settles the framework by hand.
+        neurons: the class of spiking neurons of your own, or several (:class:`snncompress.OwnNeurons`).
+        time_dim: the axis of time in what they take, None where they take one timestep.
         seed: seed of everything random; same seed, data and threads give bitwise the same plan.
         progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.
         truncate: number of timesteps that the result runs, or "auto" for those that matter
@@ -118,7 +123,7 @@ def apply(
         >>> plan_of(small).skipped["2"]
         'it feeds the classifier'
     """
-    found = find_adapter(model, adapter)
+    found = find_adapter(model, named_neurons(adapter, neurons, time_dim))
     settings = Settings.of(
         criterion, ratio, bits, quantizer, scheduler, order, finetune, seed, truncate, repair, rounding, refresh,
         data is None,
@@ -127,7 +132,7 @@ def apply(
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune or quantize.")
     refuse_frozen(model, "compressed")
     needs: dict[str, Any] = {"noise": "scores", "labels": settings.needs_labels, "seed": seed, "gradients": True}
-    with bench(model, data, timesteps, forward, loss, found, **needs) as table:
+    with bench(model, data, timesteps, forward, loss, found, **needs, unknown=True) as table:
         run = Run(table.model, table.feed, settings, skip, progress)
         store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run), model)
         steps = run.steps()

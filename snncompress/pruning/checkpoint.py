@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from snncompress.base.files import write_whole
+from snncompress.base.files import refuse_special, write_whole
 from snncompress.errors import OptionError, StorageError
 from snncompress.model.chance import cuda_devices
 from snncompress.model.edits import Edit, edit_from_dict
@@ -35,7 +35,10 @@ class Checkpoint:
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], model: nn.Module) -> None:
         self._run = {**json.loads(json.dumps(settings)), "model": _fingerprint(model)}
         try:
+            if not os.fspath(folder):
+                raise OSError("it is empty; None keeps no checkpoints")
             self.path = Path(folder) / _FILE
+            refuse_special(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for part in self.path.parent.glob(f".{_FILE}.*"):  # of a run that was killed while it wrote
                 part.unlink()

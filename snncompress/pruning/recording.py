@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
 from snncompress.interfaces import Criterion, Inputs, Layer
+from snncompress.model.cells import layer_at
 from snncompress.model.modules import in_mode
 from snncompress.model.network import ChannelGroup, Network
 from snncompress.model.parametrizations import float_weight, stored_weight
@@ -82,10 +83,11 @@ class Recording:
 def _readers(model: nn.Module, network: Network, feed: Feed, layers: Collection[str]) -> dict[str, InputRecorder]:
     with in_mode(model, training=False), torch.no_grad():
         lines = timelines(model, feed)
+    modules = dict(model.named_modules())  # a recurrent cell's weights are none of them
     return {
-        name: InputRecorder(model.get_submodule(name), lines[name], decay(model, name, lines[name], network, feed))
+        name: InputRecorder(modules[name], lines[name], decay(model, name, lines[name], network, feed))
         for name in layers
-        if name in lines
+        if name in lines and name in modules
     }
 
 
@@ -108,7 +110,7 @@ def _run(
         stack.enter_context(in_mode(model, training=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         if gradients:
-            for weight in {stored_weight(model.get_submodule(s.layer_name)) for s in scorers}:
+            for weight in {stored_weight(layer_at(model, s.layer_name)) for s in scorers}:
                 stack.callback(weight.requires_grad_, weight.requires_grad)  # a frozen weight has a gradient too
                 weight.requires_grad_(True)
         for batch in tracked(feed, progress, what):
@@ -170,7 +172,7 @@ class _Scorer:
         criterion: Criterion, seed: int,
     ) -> None:  # fmt: skip
         self.layer_name, self.neuron, self.criterion = name, neuron, criterion
-        self._module = model.get_submodule(name)
+        self._module = layer_at(model, name)
         self._norm = model.get_submodule(network.norms[name]) if name in network.norms else None
         self._neurons = network.drives.get(name, ())
         self._columns = None if group is None or neuron is None else _columns(group, name, neuron)
@@ -226,6 +228,10 @@ class _Scorer:
             per = "weight" if single else "output channel"
             raise PluginError(
                 f"{where}: {what} must return one score per {per}, {list(shape)}, not {list(scores.shape)}."
+            )
+        if scores.is_complex() or scores.layout != torch.strided:
+            raise PluginError(
+                f"{where}: scores must be real numbers in a dense tensor, not {scores.dtype} {scores.layout}."
             )
         if not bool(torch.isfinite(scores).all()):
             raise PluginError(

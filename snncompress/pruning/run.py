@@ -13,6 +13,7 @@ from snncompress.base.progress import Progress
 from snncompress.errors import NothingToDoWarning, OptionError
 from snncompress.interfaces import BlockCriterion
 from snncompress.measuring.temporal import analyse
+from snncompress.model.cells import layer_at
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit, QuantizeWeights
 from snncompress.model.network import Network, computed_or_shared, weight_layers
@@ -29,6 +30,7 @@ from .refresh import refresh_statistics
 from .repair import fit
 from .selection import check_bits, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
 from .settings import Finetune, Settings
+from .shares import Shares
 from .steps import ChannelPruning, Pruning, WeightPruning
 from .training import train
 
@@ -50,6 +52,7 @@ class Run(Generic[M]):
         self.repaired: list[str] = []
         self._before = private_copy(model, feed.adapter) if settings.fits else None
         self._since: list[Edit] = []
+        self._shares = Shares(settings.scheduler)
         channels = settings.criterion is not None and settings.granularity == "channel"
         self._network = network = trace(model, feed.adapter, feed.example(), timesteps=feed.timesteps, groups=channels)
         names = weight_layers(model)
@@ -64,7 +67,7 @@ class Run(Generic[M]):
 
     def steps(self) -> list[Step]:
         """Quantization and the pruning steps, in the order that was asked for."""
-        steps: list[Step] = [partial(self.prune, n + 1) for n in range(self.settings.scheduler.n_steps)]
+        steps: list[Step] = [partial(self.prune, n + 1) for n in range(self._shares.steps)]
         steps.insert(0 if self.settings.order == "qp" else len(steps), self.quantize)
         return steps
 
@@ -74,16 +77,16 @@ class Run(Generic[M]):
         for name, bits in self._quantized().items():
             edit = QuantizeWeights.of(name, self.settings.quantizer, bits)
             edit.check(self.model)
-            quantize_weight(self.model.get_submodule(name), self.settings.quantizer, bits)
+            quantize_weight(layer_at(self.model, name), self.settings.quantizer, bits)
             edits.append(edit)
         return self._keep(edits)
 
     def prune(self, step: int, what: str) -> list[Edit]:
         """Score what is left, and remove up to the share of this step."""
-        seed, schedule = self.settings.seed + step, self.settings.scheduler
+        seed = self.settings.seed + step
         if self._pruning is None or not (scores := self._pruning.score(self.feed, seed, self.progress, what)):
             return []
-        return self._keep(self._pruning.step(scores, lambda target: schedule.ratio(target, step, schedule.n_steps)))
+        return self._keep(self._pruning.step(scores, partial(self._shares.after, step)))
 
     def repair(self, new: list[Edit], what: str, *, last: bool) -> None:
         """Fit what is left to what the network did before, or did when it was trained last.

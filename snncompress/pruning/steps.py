@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from snncompress.base.progress import Progress
 from snncompress.errors import EmptyLayerWarning, PluginError
 from snncompress.interfaces import Adapter, Criterion
+from snncompress.model.cells import layer_at
 from snncompress.model.edits import Edit, MaskWeights, RemoveChannels
 from snncompress.model.network import ChannelGroup, Network, without
 from snncompress.model.parametrizations import stored_weight, weight_mask
@@ -135,7 +136,7 @@ class WeightPruning(LayerPruning):
         return edits
 
     def _mask(self, name: str) -> Tensor:
-        module = self.model.get_submodule(name)
+        module = layer_at(self.model, name)
         mask = weight_mask(module)
         return torch.ones_like(stored_weight(module), dtype=torch.bool) if mask is None else mask
 

@@ -12,8 +12,12 @@ from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward, Loss
+from snncompress.model.chance import held
+from snncompress.model.copying import private_copy
 from snncompress.model.modules import in_mode
+from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.running.data import Feed
+from snncompress.running.rehearsal import rehearse
 from snncompress.running.scores import loss_of
 
 
@@ -28,6 +32,8 @@ def finetune(
     forward: Forward | None = None,
     loss: Loss | None = None,
     adapter: Adapter | str | None = None,
+    neurons: Neurons | None = None,
+    time_dim: int | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Train a network, spiking or not, in place: Adam, a cosine schedule, cross-entropy on the time-averaged output.
@@ -35,10 +41,10 @@ def finetune(
     ``loss(output, y)`` takes the place of cross-entropy, as torch's and snnTorch's losses do.
 
     Removed channels and weights are gone, so nothing can bring them back; quantized weights are trained through the
-    straight-through estimator. ``data`` yields (x, y) batches; ``timesteps`` and ``forward`` as in
-    :func:`snncompress.apply`. Batch order comes from torch's global generator: call ``torch.manual_seed`` for a
-    repeatable run. The train/eval flags are as before afterwards. Returns the model. Raises DataError without labels
-    or where the output isn't one of class scores, OptionError for a wrong number of epochs.
+    straight-through estimator. ``data`` yields (x, y) batches; ``timesteps``, ``forward``, ``neurons`` and
+    ``time_dim`` as in :func:`snncompress.apply`. Batch order comes from torch's global generator: call
+    ``torch.manual_seed`` for a repeatable run. The train/eval flags are as before afterwards. Returns the model. Raises
+    DataError without labels or where the output isn't one of class scores, OptionError for a wrong number of epochs.
 
     >>> from spikingjelly.activation_based import neuron
     >>> model = nn.Sequential(nn.Linear(4, 8), neuron.LIFNode(), nn.Linear(8, 2))
@@ -47,8 +53,11 @@ def finetune(
     True
     """
     check_training(epochs, lr, weight_decay)
-    found = find_adapter(model, adapter, plain=True)
-    train(model, Feed(found, data, timesteps, forward, loss, on=model), epochs, lr, weight_decay, progress)
+    found = find_adapter(model, named_neurons(adapter, neurons, time_dim), plain=True)
+    feed = Feed(found, data, timesteps, forward, loss, on=model)
+    with held(feed.generators()):
+        rehearse(private_copy(model, found), feed, stacklevel=3)
+    train(model, feed, epochs, lr, weight_decay, progress)
     return model
 
 

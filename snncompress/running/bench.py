@@ -15,9 +15,10 @@ from snncompress.contract.detection import find_adapter
 from snncompress.errors import DataError, SyntheticDataWarning
 from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.model.chance import cuda_devices, held, set_seed, undisturbed
-from snncompress.model.copying import private_copy
+from snncompress.model.copying import private_copy, refuse_broken
 
 from .data import Feed
+from .rehearsal import rehearse
 from .synthetic import synthetic_feed
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,6 +62,7 @@ def bench(
     labels: str = "",
     seed: int = 0,
     gradients: bool = False,
+    unknown: bool = False,
 ) -> Iterator[Bench[M]]:
     """Inside, a copy of the model can be run, changed and trained.
 
@@ -82,12 +84,14 @@ def bench(
         labels: why labels are needed, "" where they aren't.
         seed: of all that is random.
         gradients: whether autograd records.
+        unknown: whether to warn of neurons that no adapter knows.
 
     Raises:
-        ModelError: no framework knows the model.
+        ModelError: no framework knows the model, or its weights hold NaN.
         DataError: the data don't fit it, or have no labels.
     """
     found = find_adapter(model, adapter, plain=plain)
+    refuse_broken(model)
     with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         given = None if data is None and noise else Feed(found, data, timesteps, forward, loss, on=model)
         tested = None if test is None else Feed(found, test, timesteps, forward, on=model)
@@ -101,10 +105,12 @@ def bench(
             measured = feed if tested is None else tested
             for own in dict.fromkeys((feed, measured)):
                 own.check(work, own.first())
-            if labels and measured.first().y is None:
+            if labels and measured.labels(measured.first()) is None:
                 raise DataError(
                     f"The data have no labels, and {labels}. Pass (x, y) batches, y being class indices [N]."
                 )
+            rehearse(private_copy(work, found), feed, unknown=unknown)
+            measured.batch_first = feed.batch_first
             yield Bench(work, feed, measured, seed)
 
 

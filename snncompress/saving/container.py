@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from snncompress.base.files import write_whole
+from snncompress.base.files import refuse_special, write_whole
 from snncompress.errors import StorageError
 
 FORMAT = 1
@@ -51,6 +51,7 @@ class Container:
     def read(cls, path: str | os.PathLike[str]) -> Container:
         """Read a file; raises StorageError for any that isn't whole and of this format."""
         try:
+            refuse_special(Path(path))
             with safetensors.safe_open(path, framework="pt") as file:
                 data = _data(path, (file.metadata() or {}).get(_KEY, ""))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it has no iterator

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,6 +16,7 @@ from snncompress.base.packing import pack_codes, unpack_codes
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, OptionError, PlanError, StorageError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import WEIGHTS, cell_weights, layer_at
 from snncompress.model.chance import undisturbed
 from snncompress.model.grids import Grid
 from snncompress.model.parametrizations import CompressedWeight, compression_of, gridded, hold
@@ -26,7 +28,7 @@ from .container import Container
 
 M = TypeVar("M", bound=nn.Module)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_STORED = ".parametrizations.weight.original"
+_STORED = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | str | None = None) -> None:
@@ -138,7 +140,14 @@ def _plan_of(model: nn.Module) -> Plan:
 
 
 def _compressed(model: nn.Module) -> bool:
-    return any(compression_of(module) is not None for module in model.modules())
+    return any(compression_of(layer) is not None for layer in _layers(model))
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module, and every weight of a cell."""
+    for name, module in model.named_modules():
+        yield module
+        yield from (layer_at(model, weight) for weight in cell_weights(name, module))
 
 
 def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
@@ -152,8 +161,8 @@ def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 def _on_a_grid(name: str, packed: Mapping[str, Any]) -> bool:
     """Is this a quantizer's own parameter, which its layer's grid takes the place of?"""
-    layer, found, _ = name.partition(".parametrizations.weight.")
-    return bool(found) and "bits" in packed.get(f"{layer}.weight", {})
+    layer, found, rest = name.partition(".parametrizations.")
+    return bool(found) and "bits" in packed.get(f"{layer}.{rest.partition('.')[0]}", {})
 
 
 def _state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
@@ -163,7 +172,7 @@ def _state(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise ModelError(f"{other[0]} of this {type(model).__name__} isn't a tensor, so it can't be kept in a file.")
-    return {name.replace(_STORED, ".weight"): tensor for name, tensor in state.items()}
+    return {_STORED.sub(r".\1", name): tensor for name, tensor in state.items()}
 
 
 def _moments(model: nn.Module, adapter: Adapter) -> set[str]:
@@ -182,6 +191,8 @@ def _moments(model: nn.Module, adapter: Adapter) -> set[str]:
 def _compression(model: nn.Module, name: str) -> CompressedWeight | None:
     """What makes the layer's weight, where ``name`` is the weight of a compressed layer."""
     layer, _, leaf = name.rpartition(".")
+    if leaf in WEIGHTS:
+        return compression_of(layer_at(model, name))
     return compression_of(model.get_submodule(layer)) if leaf == "weight" else None
 
 
@@ -240,7 +251,7 @@ def _fill(model: nn.Module, file: Container, adapter: Adapter) -> None:
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise StorageError(f"{name} holds NaN.")
         target.copy_(value)
-    for layer in model.modules():
+    for layer in _layers(model):
         if compression_of(layer) is not None and not bool(torch.isfinite(cast(Tensor, layer.weight)).all()):
             raise StorageError(f"The weight of a {type(layer).__name__} comes out infinite, or as NaN.")
 

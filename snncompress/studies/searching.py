@@ -239,7 +239,7 @@ def block_search(
 
             def watch(output: Any, batch: Batch) -> None:
                 nonlocal right
-                predicted, labels = classified(output, batch.y)
+                predicted, labels = classified(output, batch.y, batch_first=table.test.batch_first)
                 right += int((predicted == labels).sum())
 
             p = measure(network, table.test, energy, resolve_conventions(None), watch)

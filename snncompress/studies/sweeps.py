@@ -18,6 +18,7 @@ from snncompress.contract.registry import registry
 from snncompress.errors import DataError, ModelError, OptionError
 from snncompress.interfaces import Adapter, Criterion, CriticalityCriterion, Forward, Loss
 from snncompress.measuring.evaluation import accuracy
+from snncompress.model.cells import layer_at
 from snncompress.model.edits import Edit
 from snncompress.model.network import ChannelGroup, Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import stored_weight, weight_mask
@@ -340,6 +341,6 @@ def _fully(target: float) -> float:
 
 
 def _sparsity(model: nn.Module, layers: Iterable[str]) -> float:
-    modules = [model.get_submodule(name) for name in layers]
+    modules = [layer_at(model, name) for name in layers]
     gone = sum(int((~mask).sum()) for module in modules if (mask := weight_mask(module)) is not None)
     return gone / sum(stored_weight(module).numel() for module in modules)

@@ -264,15 +264,14 @@ def test_computed_weights_are_left_whole(how: str) -> None:
 
 
 def test_multi_step_neurons_outside_base_node() -> None:
-    """PSN takes all timesteps at once through a weight of its own; it is no BaseNode, so no score could be had."""
+    """PSN takes all timesteps at once through a weight of its own."""
     model = nn.Sequential(
         layer.Conv2d(1, 8, 3, padding=1), neuron.LIFNode(), layer.Conv2d(8, 6, 3, padding=1), neuron.PSN(3),
         layer.Flatten(), layer.Linear(384, 10),
     )  # fmt: skip
     functional.set_step_mode(model, "m")
     plan = snncompress.plan_of(prune(Case(model.double(), X, 3), "magnitude"))
-    assert set(plan.removed_channels()) == {"0"}
-    assert "2" in plan.skipped
+    assert {"0", "2"} <= set(plan.removed_channels())
 
 
 @pytest.mark.parametrize("context", ["autocast", "no_grad", "inference_mode"])

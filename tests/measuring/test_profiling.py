@@ -333,7 +333,7 @@ def test_nothing_of_a_batch_is_kept():
         return model[2](model[1](hidden))
 
     profile(tiny(), (torch.rand(2, 3) for _ in range(4)), adapter=TOY, forward=forward)
-    assert len(alive) == 4
+    assert len(alive) == 5  # a rehearsal, and four batches
 
 
 def test_a_forward_in_inference_mode_and_keyword_calls():
@@ -354,8 +354,9 @@ def test_a_forward_in_inference_mode_and_keyword_calls():
 
 def test_samples_come_from_output_labels_or_first_dimension():
     net = nn.Sequential(nn.Linear(3, 2), Fire())
-    x = torch.ones(4, 5, 3)  # four steps of five samples
-    assert profile(net, x, adapter=TOY).n_samples == 5  # the output is [T, N, K]
+    x = torch.ones(4, 5, 3)
+    assert profile(net, x, adapter=TOY).n_samples == 4  # the neurons saw four rows
+    assert profile(nn.Sequential(nn.Linear(3, 2)), x).n_samples == 5  # there are none: the output is [T, N, K]
     flat = nn.Sequential(nn.Linear(3, 2), Fire(), nn.Flatten(0))
     assert profile(flat, (x, torch.zeros(5, dtype=torch.long)), adapter=TOY).n_samples == 5
     assert profile(flat, torch.ones(7, 3), adapter=TOY).n_samples == 7

@@ -71,5 +71,5 @@ def test_class_scores() -> None:
     assert torch.equal(class_scores((steps, None)), steps.mean(0))
     assert torch.equal(class_scores(steps[0]), steps[0])
     for wrong in (torch.rand(3), torch.rand(1, 2, 3, 4), None, {}):
-        with pytest.raises(DataError, match=r"\[T, N, K\] or \[N, K\]"):
+        with pytest.raises(DataError, match=r"\[T, N, K\], \[N, T, K\] or \[N, K\]"):
             class_scores(wrong)

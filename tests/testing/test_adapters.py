@@ -179,6 +179,9 @@ def test_every_method_is_required_or_optional_or_given() -> None:
         "reset_memories",
         "offers",
         "leak",
+        "beside",
+        "differentiable",
+        "refusal",
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import layer_at
 
 KINDS: dict[str, type[Edit]] = {}
 """Every kind of edit by its name."""
@@ -107,20 +108,24 @@ def edit_from_dict(data: Any) -> Edit:
         raise PlanError(f"Not an edit: {str(data)[:80]!r}.")
     try:
         return KINDS[data["edit"]].from_dict({key: value for key, value in data.items() if key != "edit"})
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"Damaged edit {str(data)[:80]!r}: {type(error).__name__} {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"Damaged edit {str(data)[:80]!r}: {type(error).__name__} {str(error)[:200]}") from error
+
+
+MOST = 2**31
+"""No layer has more channels, and no weight a longer side."""
 
 
 def integers(values: Any) -> tuple[int, ...]:
-    """Whole numbers from JSON; raises ValueError for anything else."""
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise ValueError("whole numbers expected")
+    """Whole numbers from JSON, none of them absurd; raises ValueError for anything else."""
+    if not all(isinstance(v, int) and not isinstance(v, bool) and -MOST <= v <= MOST for v in values):
+        raise ValueError(f"whole numbers up to {MOST} expected")
     return tuple(values)
 
 
 def find(model: nn.Module, name: str, why: str) -> nn.Module:
     """The module that an edit is about; raises PlanError where there is none."""
     try:
-        return model.get_submodule(name)
+        return layer_at(model, name)
     except AttributeError as error:
         raise PlanError(f"{type(model).__name__} has no module {name!r}; {why}. Is it another architecture?") from error

@@ -106,7 +106,10 @@ class RemoveChannels(Edit):
     def from_dict(cls, data: dict[str, Any]) -> RemoveChannels:
         """Indices and slices must be whole numbers that can be."""
         slices = tuple(slice_from_dict(piece) for piece in data["slices"])
-        return cls(str(data["layer"]), integers(data["indices"]), slices)
+        indices = integers(data["indices"])
+        if min(indices, default=0) < 0:
+            raise ValueError(f"channel {min(indices)}")
+        return cls(str(data["layer"]), indices, slices)
 
     def packed(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Indices as bits; a slice has its own only where they differ from the layer's."""
@@ -150,4 +153,7 @@ def slice_from_dict(data: dict[str, Any]) -> Slice:
     width_, axis = integers([data["width"], data["axis"]])
     if not (-8 <= axis < 0 if data["side"] == "neuron" else axis == 0):
         raise ValueError(f"axis {axis} of a slice on side {data['side']!r}")
-    return Slice(str(data["module"]), data["side"], integers(data["indices"]), width_, axis)
+    indices = integers(data["indices"])
+    if not all(0 <= i < width_ for i in indices):
+        raise ValueError(f"a channel that isn't one of {width_}")
+    return Slice(str(data["module"]), data["side"], indices, width_, axis)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from snncompress.base.packing import pack_mask, unpack_mask
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import layer_at
 from snncompress.model.network import WEIGHT_LAYERS
 from snncompress.model.parametrizations import computed_weight, mask_weight, stored_weight
 
@@ -69,7 +70,7 @@ class MaskWeights(Edit):
     def apply(self, model: nn.Module, adapter: Adapter) -> None:
         """Put the mask before the layer's weight."""
         self.check(model)
-        mask_weight(model.get_submodule(self.layer), self.mask())
+        mask_weight(layer_at(model, self.layer), self.mask())
 
     def supersedes(self, earlier: Edit) -> bool:
         """A mask leaves out all that the same layer's mask before it did."""
@@ -83,7 +84,10 @@ class MaskWeights(Edit):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MaskWeights:
         """The shape must be whole numbers."""
-        return cls(str(data["layer"]), integers(data["shape"]), str(data["kept"]))
+        shape = integers(data["shape"])
+        if len(shape) > 8 or min(shape, default=0) < 0:
+            raise ValueError(f"a weight of shape {str(shape)[:80]}")
+        return cls(str(data["layer"]), shape, str(data["kept"]))
 
     def packed(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The mask as a tensor of bytes: bits, or the gaps between weights that exist where that is less."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError, PlanError
 from snncompress.interfaces import Adapter, Quantizer
+from snncompress.model.cells import layer_at
 from snncompress.model.parametrizations import computed_weight, quantize_weight, weight_bits
 
 from .base import Budget, Edit, edit_from_dict, find
@@ -53,7 +54,7 @@ class QuantizeWeights(Edit):
             quantizer = cls(**self.options)
         except TypeError as error:
             raise OptionError(f"Quantizer {self.quantizer!r} doesn't take {self.options}: {error}") from error
-        quantize_weight(model.get_submodule(self.layer), quantizer, self.bits)
+        quantize_weight(layer_at(model, self.layer), quantizer, self.bits)
 
     def describe(self) -> str:
         """Layer and settings."""

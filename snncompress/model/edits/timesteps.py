@@ -11,7 +11,7 @@ from snncompress.errors import ModelError, PlanError
 from snncompress.interfaces import Adapter
 from snncompress.model.modules import limit_timesteps
 
-from .base import Edit, find
+from .base import MOST, Edit, find
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class TruncateTimesteps(Edit):
     kind: ClassVar[str] = "truncate_timesteps"
 
     def __post_init__(self) -> None:
-        if type(self.timesteps) is not int or self.timesteps < 1:
-            raise PlanError(f"A model runs a whole number of timesteps, at least 1, not {self.timesteps!r}.")
+        if type(self.timesteps) is not int or not 1 <= self.timesteps <= MOST:
+            raise PlanError(f"A model runs a whole number of timesteps, 1 to {MOST}, not {str(self.timesteps)[:80]}.")
         if self.way not in ("loop", "input", "attribute"):
             raise PlanError(f"Timesteps are truncated by 'loop', 'input' or 'attribute', not {self.way!r}.")
-        if type(self.axis) is not int or self.axis < 0:
-            raise PlanError(f"The time axis of an input is a whole number of at least 0, not {self.axis!r}.")
+        if type(self.axis) is not int or not 0 <= self.axis < 64:  # torch's most dimensions
+            raise PlanError(f"The time axis of an input is a whole number from 0 to 63, not {str(self.axis)[:80]}.")
         if not (isinstance(self.module, str) and isinstance(self.attribute, str)):
             raise PlanError(f"module and attribute must be names, not {self.module!r} and {self.attribute!r}.")
 

@@ -1,0 +1,106 @@
+"""A rehearsal with an example: where samples stand in the output, and whether the model remembers what it shouldn't."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.errors import KeptStateWarning, ModelError, SNNCompressError
+from snncompress.model.chance import seeded
+from snncompress.model.modules import in_mode, tensors_in
+
+from .batches import Batch
+from .data import Feed
+from .sameness import all_same
+from .scores import main_tensor
+from .unknown import unknown_neurons, warn_of_unknown
+
+
+def rehearse(model: nn.Module, feed: Feed, *, unknown: bool = False, stacklevel: int = 5) -> None:
+    """Run an example on ``model``, a copy for this purpose; tell ``feed`` what was learned, and warn of kept state.
+
+    With ``unknown``, warn of neurons that no adapter knows, too.
+    """
+    with seeded(model), in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model):
+        before = _attributes(model)
+        with _rows(model, feed) as rows, unknown_neurons(model, feed.adapter) as strangers:
+            output = feed.example()(model)
+        feed.adapter.reset(model)
+        changed = [name for name, tensors in _attributes(model).items() if _others(before.get(name, []), tensors)]
+        if changed and not all_same(_floats(output), _floats(_again(model, feed))):
+            warnings.warn(
+                f"{type(model).__name__} answers the same batch otherwise the second time, although its neurons were "
+                f"reset in between: it keeps state from batch to batch, probably in "
+                f"{', '.join(map(repr, changed[:3]))}. What is measured then depends on the order of the batches. "
+                f"Begin it anew in forward().",
+                KeptStateWarning,
+                stacklevel=stacklevel,  # the call of the user
+            )
+        if unknown:
+            warn_of_unknown(model, strangers, feed.adapter, stacklevel=stacklevel + 1)
+        feed.batch_first = _batch_first(model, feed, output, rows)
+
+
+@contextmanager
+def _rows(model: nn.Module, feed: Feed) -> Iterator[set[int]]:
+    """Inside, notes for how many samples at a time the neurons fire."""
+    rows: set[int] = set()
+    with ExitStack() as stack:
+        for neuron in feed.adapter.neurons(model).values():
+            with suppress(ModelError):  # which can't be watched, and says so where it must be
+                stop = feed.adapter.observe(neuron, lambda spikes, _: rows.add(spikes.shape[1]), membrane=False)
+                stack.callback(stop)
+        yield rows
+
+
+def _batch_first(model: nn.Module, feed: Feed, output: Any, rows: set[int]) -> bool:
+    found, x = main_tensor(output), feed.example_batch().x
+    if isinstance(x, Tensor) and x.shape != feed.first().x.shape:
+        rows = {1}
+    if found is None or found.dim() != 3 or len(rows) != 1:
+        return False
+    a, b = found.shape[:2]
+    (samples,) = rows
+    if a != b:
+        return bool(a == samples)
+    if a == 1 or samples != a or feed.forward is not None or not isinstance(x, Tensor) or x.dim() < 2:
+        return False
+    try:  # one entry of the input less: is it a sample or a timestep, and where does the output lack it?
+        with _rows(model, feed) as fewer:
+            less = main_tensor(feed(model, Batch(x[:-1], None, None)))
+    except SNNCompressError:  # the number of timesteps, or of samples, is fixed
+        return False
+    if less is None or less.dim() != 3:
+        return False
+    return bool((len(less) < a) == (fewer == {samples - 1}))
+
+
+def _attributes(model: nn.Module) -> dict[str, list[Tensor]]:
+    """What modules hold beside their parameters, by attribute."""
+    held: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        values = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules", "_buffers")}
+        for key, value in {**values, **module._buffers}.items():
+            if tensors := list(tensors_in(value)):
+                held[f"{name}.{key}".lstrip(".")] = [t.clone() for t in tensors]
+    return held
+
+
+def _others(before: list[Tensor], after: list[Tensor]) -> bool:
+    return len(before) != len(after) or any(
+        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True)
+    )
+
+
+def _again(model: nn.Module, feed: Feed) -> Any:
+    with seeded(model):
+        return feed.example()(model)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [t for t in tensors_in(output) if t.is_floating_point()]
