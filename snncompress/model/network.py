@@ -129,6 +129,11 @@ def width(module: nn.Module, side: Side) -> int:
     return int(pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module))
 
 
+def channel_axis(module: nn.Module) -> int:
+    """Where the output channels of a weight layer stand, counted from the end: -1 in [N, C], -3 in [N, C, H, W]."""
+    return 1 - int(cast(Tensor, module.weight).dim())
+
+
 def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None:
     """Remove output or input channels from a layer, in place, through torch-pruning's pruner for its type."""
     pruner = _pruner(module)

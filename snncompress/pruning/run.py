@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 from snncompress.base.progress import Progress
-from snncompress.errors import NothingToDoWarning, OptionError
+from snncompress.errors import DataError, ModelError, NothingToDoWarning, OptionError
 from snncompress.interfaces import BlockCriterion
 from snncompress.measuring.temporal import analyse
+from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit, QuantizeWeights
 from snncompress.model.network import Network, computed_or_shared, weight_layers
@@ -119,6 +121,19 @@ class Run(Generic[M]):
         if cut := truncation(self.model, self.feed.adapter, self.feed, t):
             cut.apply(self.model, self.feed.adapter)
             self.edits.append(cut)
+
+    def try_out(self) -> None:
+        """Run the result once before it is handed out; raises ModelError where it fails."""
+        copy = private_copy(self.model, self.feed.adapter).eval()
+        try:
+            with torch.no_grad(), seeded(copy):
+                self.feed.example()(copy)
+        except DataError as error:
+            raise ModelError(
+                f"The compressed {type(copy).__name__} fails where the original runs: {error.__cause__ or error}. "
+                f"Likely cause: its forward counts on channels or timesteps in a way that no trial has shown. Name the "
+                f"layers concerned in skip=."
+            ) from error
 
     def resume(self, store: Checkpoint) -> int:
         """Come to where an earlier run was; how many steps it had done."""
