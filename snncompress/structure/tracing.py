@@ -6,9 +6,9 @@ What torch-pruning concludes is not believed but tested: see :mod:`snncompress.s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch_pruning import ops
 from torch_pruning.dependency import shape_infer
 from torch_pruning.pruner.function import BasePruningFunc
 
-from snncompress.errors import DataError, ModelError
+from snncompress.errors import DataError, ModelError, SNNCompressError
 from snncompress.interfaces import Adapter
 from snncompress.model.copying import plain_copy
 from snncompress.model.modules import patched, tensors_in
@@ -29,14 +29,18 @@ from snncompress.model.network import (
     Member,
     Network,
     Side,
+    channel_axis,
     computed_or_shared,
     prunable_type,
     width,
 )
 from snncompress.running.data import Run, time_as_samples
 
+from .axes import Axes
 from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, in_runs, offset
 from .verifying import leave_out_what_breaks
+
+_LOST = "its channels can't be followed through what forward does with them"
 
 
 def trace(
@@ -59,20 +63,20 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     weights = {n: m for n, m in modules.items() if isinstance(m, WEIGHT_LAYERS) and n not in inside}
     norms: dict[str, nn.Module] = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and n not in inside}
 
-    graph = _Graph()
-    calls = _Calls()
+    calls = _Calls({name: channel_axis(layer) for name, layer in weights.items()})
+    graph = _Graph(calls.axes)
     watched = {**weights, **neurons, **norms}
-    shapes: dict[nn.Module, torch.Size] = {}
+    currents: dict[nn.Module, Tensor] = {}
 
     def wire(neuron: nn.Module, x: Tensor) -> Tensor:
-        shapes[neuron] = x.shape
+        currents[neuron] = x
         return x * 1.0  # out of place: the input keeps its own node in the graph
 
     with adapter.identities(copy, wire), calls.watching(watched), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning's remarks are about its own internals
-        outputs = _build(graph, copy, adapter, run, neurons)
+        outputs, readable = _build(graph, copy, adapter, run, neurons)
 
-    if timesteps not in (None, 1) and {shape[0] for shape in shapes.values()} == {timesteps}:
+    if timesteps not in (None, 1) and {len(x) for x in currents.values()} == {timesteps}:
         raise DataError(time_as_samples(timesteps))
     layers = tuple(name for name in calls.inputs if name in weights)
     fed_by = {name: _upstream(calls.inputs[name], calls.named(weights)) for name in layers}
@@ -99,9 +103,13 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
             network.skipped[name] = "the model never calls it on this input"
     if not groups:
         return network
+    if not readable:
+        network.skipped.update(dict.fromkeys(layers, _LOST))
+        return network
     exposed = [name for name in visible if name not in last]
     skipped = computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
-    _add_groups(network, graph, copy, {n: shapes[m] for n, m in neurons.items() if m in shapes}, skipped)
+    sites = {n: _Site.of(currents[m], calls.axes) for n, m in neurons.items() if m in currents}
+    _add_groups(network, graph, copy, sites, skipped)
     leave_out_what_breaks(network, copy, adapter, run)
     return network
 
@@ -113,14 +121,16 @@ def _full_precision() -> Iterator[None]:
 
 
 class _Calls:
-    """The autograd nodes that go in and out of watched modules.
+    """The autograd nodes that go in and out of watched modules; ``layers`` maps weight layers to their channel axis.
 
     From the third time on that a module is called with an input that went through the same modules, it returns what
     it returned the second time: a model with its own loop over T steps then costs little more graph than two steps,
     which is where a recurrent connection shows itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[str, int]) -> None:
+        self.axes = Axes()
+        self._layers = layers
         self.inputs: dict[str, list[Any]] = {}
         self.outputs: dict[Any, str] = {}
         self._ancestors: dict[Any, frozenset[str]] = {}  # of an output: all watched modules it went through
@@ -145,6 +155,8 @@ class _Calls:
             self.inputs.setdefault(name, []).append(x.grad_fn)
             node = next(tensors_in(result)).grad_fn
             self.outputs[node], self._ancestors[node] = name, through
+            if name in self._layers:
+                self.axes.known[node] = self._layers[name]
             return result
 
         return call
@@ -185,7 +197,8 @@ def _norms(calls: _Calls, norms: dict[str, nn.Module], stops: dict[Any, str]) ->
 
 def _build(
     graph: tp.DependencyGraph, model: nn.Module, adapter: Adapter, run: Run, neurons: dict[str, nn.Module]
-) -> list[Tensor]:
+) -> tuple[list[Tensor], bool]:
+    """The outputs, and whether torch-pruning could make a graph of what they come from."""
     outputs: list[Tensor] = []
 
     def forward(model: nn.Module, _: Any) -> list[Tensor]:
@@ -197,15 +210,17 @@ def _build(
             )
         return outputs
 
-    with torch.enable_grad():
-        graph.build_dependency(
-            model,
-            example_inputs=(),
-            forward_fn=forward,
-            customized_pruners={type(m): _NeuronPruner() for m in neurons.values()},
-            verbose=False,
-        )
-    return outputs
+    pruners = {type(m): _NeuronPruner() for m in neurons.values()}
+    try:
+        with torch.enable_grad():
+            graph.build_dependency(model, (), forward, customized_pruners=pruners, verbose=False)
+    except SNNCompressError:
+        raise
+    except Exception:  # torch-pruning gives up in many ways
+        if not outputs:
+            raise
+        return outputs, False
+    return outputs, True
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
@@ -215,14 +230,18 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     multi-step mode, where [T, N] is folded and unfolded, indices would be multiplied again and again.
     """
 
+    def __init__(self, axes: Axes) -> None:
+        super().__init__()
+        self._axes = axes
+
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
         self._2d_4d = True
-        self._reshapings = dict(find_reshapings(nodes.values()))
+        self._reshapings = dict(find_reshapings(nodes.values(), self._axes))
         for node in nodes.values():
             if node.type == ops.OPTYPE.CONCAT:
-                node.module.concat_sizes = concatenated(node)
-            elif node.type == ops.OPTYPE.RESHAPE and self._flattens(node) and (reshaping := flatten(node)):
+                node.module.concat_sizes = concatenated(node, self._axes)
+            elif node.type == ops.OPTYPE.RESHAPE and self._flattens(node) and (reshaping := flatten(node, self._axes)):
                 self._reshapings[node] = reshaping
             if node in self._reshapings or node.type == ops.OPTYPE.RESHAPE:
                 node.type = ops.OPTYPE.ELEMENTWISE
@@ -252,6 +271,21 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         return bool(before[-1] != after[0][-1] == consumer)
 
 
+@dataclass(frozen=True)
+class _Site:
+    """How many channels a neuron has, and on which axis of its input."""
+
+    width: int
+    axis: int
+
+    @classmethod
+    def of(cls, current: Tensor, axes: Axes) -> _Site:
+        axis = axes.of(current.grad_fn)
+        if axis is None or current.dim() < -axis:
+            axis = min(1, current.dim() - 1) - current.dim()
+        return cls(current.shape[axis] if current.dim() else 1, axis)
+
+
 class _NeuronPruner(BasePruningFunc):  # type: ignore[misc]
     """Tells torch-pruning that a neuron has as many inputs as outputs; the adapter does the cutting."""
 
@@ -267,7 +301,7 @@ class _NeuronPruner(BasePruningFunc):  # type: ignore[misc]
 
 
 def _add_groups(
-    network: Network, graph: _Graph, model: nn.Module, neurons: dict[str, torch.Size], skipped: dict[str, str]
+    network: Network, graph: _Graph, model: nn.Module, neurons: dict[str, _Site], skipped: dict[str, str]
 ) -> None:
     names = {m: n for n, m in model.named_modules()}
     done: set[str] = set()
@@ -279,10 +313,8 @@ def _add_groups(
         except UnfitError as error:
             network.skipped[layer] = str(error)
             continue
-        except Exception as error:  # torch-pruning gives up in many ways; each means: don't touch this layer
-            network.skipped[layer] = (
-                f"its channels can't be followed ({type(error).__name__} in torch-pruning: {error})"
-            )
+        except Exception:  # here too; each way means: don't touch this layer
+            network.skipped[layer] = _LOST
             continue
         outs = group.names("out")
         weight_outs = [n for n in outs if n in network.layers]
@@ -312,10 +344,8 @@ def _why_whole(network: Network, group: ChannelGroup, outs: list[str], skipped: 
     return ""
 
 
-def _group(
-    graph: _Graph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, torch.Size]
-) -> ChannelGroup:
-    """torch-pruning's group of all output channels of ``module``; ``neurons`` maps names to input shapes."""
+def _group(graph: _Graph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, _Site]) -> ChannelGroup:
+    """torch-pruning's group of all output channels of ``module``."""
     pruner = graph.get_pruner_of_module(module)
     size = int(pruner.get_out_channels(module))
 
@@ -335,8 +365,8 @@ def _group(
     members, counts = [], {1, runs}
     for (name, side), index in indices.items():
         member, target = Member(name, side, index), graph.model.get_submodule(name)
-        if name in neurons:  # [N, C, ...]
-            member = replace(member, width=neurons[name][1], axis=1 - len(neurons[name]))
+        if name in neurons:
+            member = replace(member, width=neurons[name].width, axis=neurons[name].axis)
         elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.shape != (width(target, side), 1):
             raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
         members.append(member)
