@@ -36,6 +36,12 @@ class Member:
     width: int = 0
     axis: int = 0
 
+    def observed(self, activity: Tensor) -> Tensor:
+        """[T', N, C, ...] of what an observer got of a neuron whose channels stand on ``axis``."""
+        if activity.dim() + self.axis == 1:  # a single sample without an axis for it
+            activity = activity.unsqueeze(1)
+        return activity.movedim(self.axis, 2)
+
     def shifted(self, gone: Tensor) -> Member:
         """The member after the module lost indices ``gone`` (sorted), none of them its own: indices renumbered."""
         index = self.index - torch.searchsorted(gone, self.index)
@@ -53,12 +59,14 @@ class Member:
 class ChannelGroup:
     """Channels that can only be removed together: ``size`` of them, in ``runs`` equal runs (grouped convolutions).
 
-    From each run the same positions are removed.
+    From each run the same positions are removed. ``widths`` are the whole numbers, (module, attribute), from which
+    forward reads how many there are: they shrink in proportion.
     """
 
     members: tuple[Member, ...]
     size: int
     runs: int = 1
+    widths: tuple[tuple[str, str], ...] = ()
 
     def names(self, side: Side) -> tuple[str, ...]:
         """Modules in the group on this side."""
@@ -80,12 +88,12 @@ def without(groups: list[ChannelGroup], which: int, removed: Tensor) -> list[Cha
     for number, group in enumerate(groups):
         if number == which:
             members = tuple(m.without(removed) for m in group.members)
-            result.append(ChannelGroup(members, group.size - len(removed), group.runs))
+            result.append(replace(group, members=members, size=group.size - len(removed)))
         else:
             members = tuple(
                 m.shifted(gone[m.module, m.side]) if (m.module, m.side) in gone else m for m in group.members
             )
-            result.append(ChannelGroup(members, group.size, group.runs))
+            result.append(replace(group, members=members))
     return result
 
 

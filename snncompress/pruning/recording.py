@@ -144,6 +144,7 @@ class _Scorer:
         self._module = model.get_submodule(name)
         self._norm = model.get_submodule(network.norms[name]) if name in network.norms else None
         self._neurons = network.drives.get(name, ())
+        self._site = None if group is None or neuron is None else group.member(neuron, "neuron")
         self._columns = None if group is None or neuron is None else _columns(group, name, neuron)
         weight = float_weight(self._module)
         self._weight = weight.transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else weight
@@ -167,6 +168,9 @@ class _Scorer:
         )
 
     def observe(self, spikes: Tensor, membrane: Tensor | None) -> None:
+        if self._site is not None:
+            spikes = self._site.observed(spikes)
+            membrane = None if membrane is None else self._site.observed(membrane)
         if self._columns is not None:
             spikes = _select(spikes, self._columns)
             membrane = None if membrane is None else _select(membrane, self._columns)

@@ -14,6 +14,7 @@ from snncompress.running.data import Run
 from .branches import possible_reader, waiting
 from .neuron_trial import Call, first_calls, uncuttable
 from .trial import Removal, Trial
+from .widths import merged, with_widths
 
 
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
@@ -25,29 +26,75 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
     if not network.groups:
         return
 
-    def refuse(group: ChannelGroup, why: str) -> None:
-        network.skipped.update({n: why for n in group.names("out") if n in network.layers})
-
     generator = torch.Generator().manual_seed(0)
     calls = first_calls(model, adapter, run)
     trial = Trial(model, adapter, run, generator)
     unseen = waiting(model, trial.called, adapter.neurons(model))
-    subsets = []
+    refused: dict[int, str] = {}
+    chosen: list[Choice] = []
     for group in network.groups:
-        chosen = list(_subsets(group, generator))
+        choice = group, list(_subsets(group, generator))
         why = trial.flaw or _in_a_branch(possible_reader(group, model, unseen, trial.shapes))
-        if why := why or _of_neurons(group, model, adapter, calls, chosen[0]):
-            refuse(group, why)
+        if why := why or _of_neurons(group, model, adapter, calls, choice[1][0]):
+            refused[id(group)] = why
         else:
-            subsets.append((group, chosen))
-    if not subsets:
-        network.groups = []
-        return
-    for number in range(len(subsets[0][1])):
-        removals = [(group, some[number]) for group, some in subsets]
-        sound = {id(group) for group, _ in sound_together(removals, trial.difference, refuse)}
-        subsets = [(group, some) for group, some in subsets if id(group) in sound]
-    network.groups = [group for group, _ in subsets]
+            chosen.append(choice)
+    broken: dict[int, str] = {}
+    sound = _sound(chosen, 0, trial, broken)
+    mended = _mended([group for group, _ in chosen if id(group) in broken], sound, model, trial, generator)
+    chosen = sorted([*sound, *mended], key=lambda choice: network.layers.index(choice[0].names("out")[0]))
+    for number in range(0 if mended else 1, len(chosen[0][1]) if chosen else 0):
+        chosen = _sound(chosen, number, trial, broken)
+    kept = [group for group, _ in chosen]
+    for group in network.groups:
+        outs = [name for name in group.names("out") if name in network.layers]
+        if not any(outs[0] in other.names("out") for other in kept):
+            why = refused.get(id(group)) or broken.get(id(group)) or _TIED
+            network.skipped.update(dict.fromkeys(outs, why))
+    network.groups = kept
+
+
+Choice = tuple[ChannelGroup, list[Tensor]]
+"""A group, and the subsets of its channels that are tried."""
+_TIED = "its channels can't be removed safely: forward counts on as many in other layers, where they don't go"
+
+
+def _sound(chosen: list[Choice], number: int, trial: Trial, broken: dict[int, str]) -> list[Choice]:
+    """Those that stand a trial of their subset of that number; why the others don't goes to ``broken``."""
+
+    def refuse(group: ChannelGroup, why: str) -> None:
+        broken[id(group)] = why
+
+    removals = [(group, subsets[number]) for group, subsets in chosen]
+    sound = {id(group) for group, _ in sound_together(removals, trial.difference, refuse)}
+    return [choice for choice in chosen if id(choice[0]) in sound]
+
+
+def _mended(
+    broken: list[ChannelGroup], sound: list[Choice], model: nn.Module, trial: Trial, generator: torch.Generator
+) -> list[Choice]:
+    """Groups that stand the trial once attributes shrink with them, or once they shrink with others of their width."""
+    mended: list[Choice] = []
+
+    def fits(group: ChannelGroup) -> bool:
+        settled = [(other, subsets[0]) for other, subsets in [*sound, *mended]]
+        return trial.difference([*settled, (group, next(_subsets(group, generator)))]) is None
+
+    left: dict[int, list[ChannelGroup]] = {}
+    for group in broken:
+        whole = with_widths(group, model, fits)
+        if whole is None:
+            left.setdefault(group.size, []).append(group)
+        else:
+            mended.append((whole, list(_subsets(whole, generator))))
+    for groups in left.values():
+        together = merged(groups) if len(groups) > 1 else None
+        if together is None:
+            continue
+        whole = together if fits(together) else with_widths(together, model, fits)
+        if whole is not None:
+            mended.append((whole, list(_subsets(whole, generator))))
+    return mended
 
 
 def _in_a_branch(reader: str | None) -> str:
