@@ -9,6 +9,7 @@ from .contract.registry import criteria, energy_models, plugins, quantizers, sch
 from .conversion.converting import convert
 from .errors import (
     DataError,
+    DefaultSkipWarning,
     EmptyLayerWarning,
     ModelError,
     NothingToDoWarning,
@@ -48,6 +49,7 @@ __all__ = [
     "Comparison",
     "Conventions",
     "DataError",
+    "DefaultSkipWarning",
     "Edit",
     "EmptyLayerWarning",
     "Evaluation",

@@ -125,6 +125,17 @@ class Network:
         feeding = {p for c in self.classifiers for p in self.producers[c] if p not in self.classifiers}
         return tuple(name for name in self.layers if name in feeding)
 
+    @property
+    def streams(self) -> set[str]:
+        """The weight layers that write into a residual stream: of their channels none goes without all others'."""
+        found: set[str] = set()
+        for group in self.groups:
+            outs = [name for name in group.names("out") if name in self.layers]
+            # a depthwise convolution only passes on what it takes in
+            writers = [n for n in outs if group.member(n, "in") or not set(self.producers[n]) & set(outs)]
+            found.update(writers if len(writers) > 1 else ())
+        return found
+
 
 def weight_layers(model: nn.Module) -> list[str]:
     """Names of all convolutions and linear layers, recurrent ones inside neurons included."""

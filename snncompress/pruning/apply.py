@@ -72,9 +72,10 @@ def apply(
         finetune: None, a number of epochs for the built-in trainer (labels from ``data``, learning rate 1e-3), or
             ``callable(model)``, which trains in place. Called after quantization and after each pruning step.
         skip: None: the first weight layer and the classifier stay at 32 bits and the classifier's input layer keeps
-            its channels. Names or globs of layers to leave alone altogether take the place of that default; an empty
-            list leaves out nothing. ``{"prune": …}`` or ``{"quantize": …}`` replaces one half of it. A classifier's
-            outputs are never pruned; single weights are, in every layer.
+            its channels, unless it writes into a residual stream; a DefaultSkipWarning says so where that is more than
+            a fifth of what could go. Names or globs of layers to leave alone altogether take the place of that
+            default; an empty list leaves out nothing. ``{"prune": …}`` or ``{"quantize": …}`` replaces one half of it.
+            A classifier's outputs are never pruned; single weights are, in every layer.
         adapter: settles the framework by hand.
         seed: seed of everything random; same seed, data and threads give bitwise the same plan.
         progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from snncompress.base.progress import Progress
-from snncompress.errors import DataError, ModelError, NothingToDoWarning, OptionError
+from snncompress.errors import DataError, DefaultSkipWarning, ModelError, NothingToDoWarning, OptionError
 from snncompress.interfaces import BlockCriterion
 from snncompress.measuring.temporal import analyse
 from snncompress.model.chance import seeded
@@ -27,7 +27,16 @@ from snncompress.structure.truncation import truncation
 from .block_pruning import BlockPruning
 from .checkpoint import Checkpoint
 from .repair import fit
-from .selection import check_bits, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
+from .selection import (
+    check_bits,
+    check_ratio,
+    left_by_default,
+    overruled,
+    per_layer,
+    resolve_skip,
+    targets,
+    weight_ratios,
+)
 from .settings import Finetune, Settings
 from .steps import ChannelPruning, Pruning, WeightPruning
 from .training import train
@@ -35,6 +44,8 @@ from .training import train
 M = TypeVar("M", bound=nn.Module)
 Step = Callable[[str], list[Edit]]
 """Does its part of the work and returns it; called with how the text of its progress begins."""
+
+_MUCH = 0.2  # of the prunable parameters, for the defaults to leave without a word
 
 
 class Run(Generic[M]):
@@ -58,6 +69,8 @@ class Run(Generic[M]):
         self._pruning, self.skipped = self._what_goes(network)
         for name, bits in self._quantized().items():
             QuantizeWeights(name, "", bits, {}).check(model)  # before anything takes time
+        if channels and (skip is None or (isinstance(skip, Mapping) and "prune" not in skip)):
+            _warn_of_defaults(left_by_default(model, network, self.skips))
         _warn_of_overruled("bits", overruled(settings.bits, self.skips.quantize))
         if settings.criterion is not None:
             _warn_of_overruled("ratio", overruled(settings.ratio, self.skipped))
@@ -193,6 +206,17 @@ class Run(Generic[M]):
         unused = {name: why for name, why in network.skipped.items() if name not in network.layers}
         ratios, skipped = weight_ratios(weight_layers(model), ratio, self.skips, unused | computed_or_shared(model))
         return WeightPruning(model, adapter, criterion, network, ratios), skipped
+
+
+def _warn_of_defaults(left: Mapping[str, float]) -> None:
+    if sum(left.values()) > _MUCH:
+        warnings.warn(
+            f"By default {', '.join(map(repr, left))} keeps its channels, as it feeds the classifier: "
+            f"{sum(left.values()):.0%} of the parameters that could be pruned. skip=[] leaves out nothing; to keep it "
+            f"and say so, skip={{'prune': {list(left)}}}.",
+            DefaultSkipWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_overruled(what: str, layers: Mapping[str, str]) -> None:
