@@ -102,7 +102,8 @@ class Network:
     """What tracing found. ``layers`` are the weight layers in order of execution.
 
     ``drives`` binds each weight layer to the neurons that its output reaches before any other weight layer;
-    ``producers`` to the weight layers that feed it. ``groups`` can be pruned; ``skipped`` says why others can't.
+    ``producers`` to the weight layers that feed it, ``direct`` to those among them that do so without a neuron between,
+    as into a residual stream. ``groups`` can be pruned; ``skipped`` says why others can't.
     """
 
     layers: tuple[str, ...]
@@ -111,6 +112,7 @@ class Network:
     producers: dict[str, tuple[str, ...]]
     norms: dict[str, str]
     classifiers: tuple[str, ...]
+    direct: dict[str, tuple[str, ...]] = field(default_factory=dict)
     groups: list[ChannelGroup] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 

@@ -53,7 +53,7 @@ class Recording:
         self._scorers = {
             name: [
                 _Scorer(model, network, name, neuron, group, criterion, seed)
-                for neuron in ((watching and network.drives.get(name)) or (None,))
+                for neuron in ((watching and _heard(network, name, group)) or (None,))
             ]
             for name, group in layers.items()
         }
@@ -219,6 +219,11 @@ class _Scorer:
                 f"Criterion {self.criterion.name!r} failed in {method.__name__}() on layer {self.layer_name}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _heard(network: Network, layer: str, group: ChannelGroup | None) -> tuple[str, ...]:
+    """The neurons that a layer drives; where it writes last into a stream and drives none, those that read before."""
+    return network.drives.get(layer) or (group.names("neuron") if group is not None else ())
 
 
 def _columns(group: ChannelGroup, layer: str, neuron: str) -> Tensor | None:

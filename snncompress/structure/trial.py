@@ -8,7 +8,7 @@ rounding doesn't add up, however deep the network is. That's as good as other we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,12 +36,16 @@ class Trial:
     """Compares what is left of removals with what the silenced network computes.
 
     ``model`` is a copy for this purpose: its parameters are overwritten. Two networks that agree at a random point of
-    their parameter space agree everywhere, almost surely. Where the model calls other layers, or returns something
-    else, in training than it does in evaluation, both ways are compared.
+    their parameter space agree everywhere, almost surely. Silenced is what neurons put out, and what a layer takes in
+    that the group's layers feed without a neuron between (``direct``), as from a residual stream. Where the model calls
+    other layers, or returns something else, in training than it does in evaluation, both ways are compared.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, run: Run, generator: torch.Generator) -> None:
-        self.model, self.adapter, self.run = model, adapter, run
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, run: Run, direct: Mapping[str, Collection[str]],
+        generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        self.model, self.adapter, self.run, self._direct = model, adapter, run, direct
         _randomize(model, adapter, generator)
         self.flaw = ""
         """Why nothing can be concluded from any trial of this model; "" where something can."""
@@ -62,7 +66,7 @@ class Trial:
 
     def difference(self, removals: Sequence[Removal]) -> str | None:
         """Where removing isn't the same as silencing, in plain words; None where it is."""
-        silent, lost = _gone(self.model, removals)
+        silent, lost = self._gone(removals)
         try:
             pruned = _pruned(self.model, self.adapter, removals)
         except SNNCompressError as error:
@@ -77,6 +81,25 @@ class Trial:
                 if problem := self._noted(pruned, wanted=wanted).problem:
                     return problem
         return None
+
+    def _gone(self, removals: Sequence[Removal]) -> tuple[_Gone, _Gone]:
+        """What neurons and direct readers are silenced in, and what layers and neurons lose."""
+        silent: _Gone = {}
+        lost: _Gone = {}
+        for group, removed in removals:
+            writers = set(group.names("out"))
+            for member in group.members:
+                name, module = member.module, self.model.get_submodule(member.module)
+                gone = member.index[removed].flatten()
+                if member.side == "neuron":
+                    _add(silent, name, gone, member.axis)
+                    _add(lost, name, gone, member.axis)
+                elif isinstance(module, WEIGHT_LAYERS):
+                    if member.side == "out":
+                        _add(lost, name, gone, channel_axis(module))
+                    elif writers & set(self._direct.get(name, ())):
+                        _add(silent, name, gone, channel_axis(module))
+        return silent, lost
 
     def _again(self, model: nn.Module, first: _Notes) -> str:
         """Why a second run isn't like the first."""
@@ -110,6 +133,11 @@ _Gone = dict[str, tuple[Tensor, int]]
 """Module → indices, and the axis of its output on which they stand, counted from the end."""
 
 
+def _add(gone: _Gone, name: str, indices: Tensor, axis: int) -> None:
+    before = [gone[name][0]] if name in gone else []
+    gone[name] = torch.cat([*before, indices]), axis
+
+
 class _Decided(Exception):  # noqa: N818
     """The trial is decided."""
 
@@ -134,6 +162,8 @@ class _Notes:
         forward = module.forward
 
         def call(*args: Any, **named: Any) -> Any:
+            if args and isinstance(args[0], Tensor):
+                args = (self._silenced(name, args[0]), *args[1:])
             result = forward(*args, **named)
             return self._note(name, result) if isinstance(result, Tensor) else result
 
@@ -141,11 +171,13 @@ class _Notes:
 
     def neuron(self, name: str, x: Tensor) -> Tensor:
         """Stands in for the neuron."""
-        y = self._note(name, x)
-        if name in self.silent:
-            indices, axis = self.silent[name]
-            y = y.index_fill(axis, indices.to(y.device), 0.0)
-        return y
+        return self._silenced(name, self._note(name, x))
+
+    def _silenced(self, name: str, x: Tensor) -> Tensor:
+        if name not in self.silent:
+            return x
+        indices, axis = self.silent[name]
+        return x.index_fill(axis, indices.to(x.device), 0.0)
 
     def fails(self, error: Exception) -> None:
         """The run came to an end before its time: fair enough, if there the other did too."""
@@ -226,22 +258,6 @@ def _left(x: Tensor, gone: tuple[Tensor, int] | None) -> Tensor:
     keep = torch.ones(x.shape[axis], dtype=torch.bool)
     keep[indices] = False
     return x.index_select(axis, keep.nonzero().flatten().to(x.device))
-
-
-def _gone(model: nn.Module, removals: Sequence[Removal]) -> tuple[_Gone, _Gone]:
-    """What neurons are silenced in, and what layers and neurons lose."""
-    silent: _Gone = {}
-    lost: _Gone = {}
-    for group, removed in removals:
-        for member in group.members:
-            name, module = member.module, model.get_submodule(member.module)
-            if member.side == "neuron" or (member.side == "out" and isinstance(module, WEIGHT_LAYERS)):
-                indices = member.index[removed].flatten()
-                before = [lost[name][0]] if name in lost else []
-                lost[name] = torch.cat([*before, indices]), member.axis or channel_axis(module)
-                if member.side == "neuron":
-                    silent[name] = lost[name]
-    return silent, lost
 
 
 def _pruned(model: nn.Module, adapter: Adapter, removals: Sequence[Removal]) -> nn.Module:

@@ -28,7 +28,7 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
 
     generator = torch.Generator().manual_seed(0)
     calls = first_calls(model, adapter, run)
-    trial = Trial(model, adapter, run, generator)
+    trial = Trial(model, adapter, run, network.direct, generator)
     unseen = waiting(model, trial.called, adapter.neurons(model))
     refused: dict[int, str] = {}
     chosen: list[Choice] = []
