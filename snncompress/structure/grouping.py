@@ -13,10 +13,14 @@ from torch_pruning import ops
 from torch_pruning.dependency import shape_infer
 from torch_pruning.pruner.function import BasePruningFunc
 
+from snncompress.interfaces import Adapter
 from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type, width
+from snncompress.running.data import Run
 
 from .axes import Axes
+from .coupling import coupled
 from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, in_runs, offset
+from .segments import segments
 
 LOST = "its channels can't be followed through what forward does with them"
 
@@ -130,7 +134,33 @@ def add_groups(
             network.groups.append(group)
 
 
-def _why_whole(network: Network, group: ChannelGroup, outs: list[str], skipped: dict[str, str]) -> str:
+def add_lost_groups(network: Network, model: nn.Module, adapter: Adapter, run: Run, skipped: dict[str, str]) -> None:
+    """The same for layers whose channels torch-pruning has lost."""
+    outs = {name for group in network.groups for name in group.names("out")}
+    lost = [n for n in network.layers if not (n in outs or n in skipped or n in network.classifiers)]
+    if not lost:
+        return
+    neurons = adapter.neurons(model)
+    found = segments(model, adapter, run)
+    for layer in lost:
+        if layer in outs or layer not in found.widths:
+            continue
+        try:
+            group = coupled(layer, model, neurons, found)
+        except UnfitError:  # why torch-pruning lost them stands there already
+            continue
+        names = [n for n in group.names("out") if n in network.layers]
+        if not _why_whole(network, group, names, skipped, read=True) and not outs & set(names):
+            network.groups.append(group)
+            outs.update(names)
+            for name in names:
+                network.skipped.pop(name, None)
+
+
+def _why_whole(
+    network: Network, group: ChannelGroup, outs: list[str], skipped: dict[str, str], *, read: bool = False
+) -> str:
+    """Why a group isn't to be pruned; with ``read`` it is known that something reads it, if only an attention."""
     for name in outs:
         if name in network.classifiers:
             return f"{name} is the classifier: its outputs are the model's"
@@ -142,7 +172,7 @@ def _why_whole(network: Network, group: ChannelGroup, outs: list[str], skipped: 
         reads = group.names("neuron") and any(name in network.direct[reader] for reader in group.names("in"))
         if cut or not (network.drives[name] or reads):
             return f"no spiking neuron follows {name} that its channels could be traced to"
-    if not group.names("in"):
+    if not (read or group.names("in")):
         return "no layer that takes these channels in could be traced"
     if group.size // group.runs < 2:
         return "it has a single channel" if group.runs == 1 else f"each of its {group.runs} groups has one channel"

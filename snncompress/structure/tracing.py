@@ -28,7 +28,7 @@ from snncompress.model.network import (
 from snncompress.running.data import Run, time_as_samples
 
 from .calls import Calls, upstream
-from .grouping import LOST, Graph, NeuronPruner, Site, add_groups
+from .grouping import LOST, Graph, NeuronPruner, Site, add_groups, add_lost_groups
 from .verifying import leave_out_what_breaks
 
 
@@ -93,13 +93,14 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
             network.skipped[name] = "the model never calls it on this input"
     if not groups:
         return network
-    if not readable:
-        network.skipped.update(dict.fromkeys(layers, LOST))
-        return network
     exposed = [name for name in visible if name not in last]
     skipped = computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
     sites = {n: Site.of(currents[m], calls.axes) for n, m in neurons.items() if m in currents}
-    add_groups(network, graph, copy, sites, skipped)
+    if readable:
+        add_groups(network, graph, copy, sites, skipped)
+    else:
+        network.skipped.update(dict.fromkeys(layers, LOST))
+    add_lost_groups(network, copy, adapter, run, skipped)
     leave_out_what_breaks(network, copy, adapter, run)
     return network
 
