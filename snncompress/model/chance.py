@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
@@ -68,8 +68,14 @@ def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
         yield
 
 
-class Steady(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, whatever torch draws is the same number for every element: a probability itself, else 0.5.
+_DRAWS = {"rand", "randn", "rand_like", "randn_like", "normal"}
+_FILLS = {"uniform_", "normal_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+_SPIKES = {"bernoulli", "poisson"}
+_DROPS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"}
+
+
+class Steady(TorchFunctionMode):
+    """Inside, whatever torch draws is the same number for every element: a probability or rate itself, else 0.5.
 
     Two networks of different widths then agree on their noise and dropout, which seeds alone can't bring about.
 
@@ -78,19 +84,13 @@ class Steady(TorchDispatchMode):  # type: ignore[no-untyped-call]
     (tensor([0.5000, 0.5000]), tensor([0.5000]), tensor([0.2500]))
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation of torch comes by here."""
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every function of torch comes by here."""
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.native_dropout.default:
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if func is torch.ops.aten.bernoulli.default:
-            return args[0].clone()
+        name = getattr(func, "__name__", "")
+        if name in _DROPS or (name in _SPIKES and len(args) == 1):
+            return next(iter((*args, *kwargs.values()))).clone()
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and result.is_floating_point():
+        if (name in _DRAWS or name in _FILLS or name in _SPIKES) and result.is_floating_point():
             result.fill_(0.5)
         return result

@@ -261,7 +261,7 @@ def _left(x: Tensor, gone: tuple[Tensor, int] | None) -> Tensor:
 
 
 def _pruned(model: nn.Module, adapter: Adapter, removals: Sequence[Removal]) -> nn.Module:
-    pruned = private_copy(model, adapter)
+    pruned = private_copy(model, adapter, share=True)
     groups = [group for group, _ in removals]
     for number, (_, removed) in enumerate(removals):
         RemoveChannels.of(pruned, groups[number], removed).apply(pruned, adapter)

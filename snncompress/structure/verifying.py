@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from snncompress.running.data import Run
 from .branches import possible_reader, waiting
 from .neuron_trial import Call, first_calls, uncuttable
 from .trial import Removal, Trial
-from .widths import merged, with_widths
+from .widths import fewest, merged, widened
 
 
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
@@ -74,27 +75,44 @@ def _mended(
     broken: list[ChannelGroup], sound: list[Choice], model: nn.Module, trial: Trial, generator: torch.Generator
 ) -> list[Choice]:
     """Groups that stand the trial once attributes shrink with them, or once they shrink with others of their width."""
-    mended: list[Choice] = []
+    mended: list[ChannelGroup] = []
 
-    def fits(group: ChannelGroup) -> bool:
-        settled = [(other, subsets[0]) for other, subsets in [*sound, *mended]]
-        return trial.difference([*settled, (group, next(_subsets(group, generator)))]) is None
+    def settled(but: ChannelGroup | None = None) -> list[Removal]:
+        return [(g, s[0]) for g, s in sound] + [(g, _first(g)) for g in mended if g is not but]
 
+    def keep_sound(groups: list[ChannelGroup]) -> bool:
+        before = settled()
+        found = sound_together(
+            [(group, _first(group)) for group in groups],
+            lambda some: trial.difference([*before, *some]),
+            lambda group, why: None,
+        )
+        mended.extend(group for group, _ in found)
+        return bool(found)
+
+    keep_sound([group for group in (next(widened(g, model), None) for g in broken) if group is not None])
     left: dict[int, list[ChannelGroup]] = {}
     for group in broken:
-        whole = with_widths(group, model, fits)
-        if whole is None:
+        if not any(group.names("out")[0] in other.names("out") for other in mended):
             left.setdefault(group.size, []).append(group)
-        else:
-            mended.append((whole, list(_subsets(whole, generator))))
     for groups in left.values():
         together = merged(groups) if len(groups) > 1 else None
-        if together is None:
+        tries = [] if together is None else [together, *islice(widened(together, model), 1)]
+        if any(keep_sound([group]) for group in tries):
             continue
-        whole = together if fits(together) else with_widths(together, model, fits)
-        if whole is not None:
-            mended.append((whole, list(_subsets(whole, generator))))
-    return mended
+        for group in groups:
+            any(keep_sound([wide]) for wide in islice(widened(group, model), 1, None))
+    for number, group in enumerate(mended):
+
+        def fits(fewer: ChannelGroup, group: ChannelGroup = group) -> bool:
+            return trial.difference([*settled(group), (fewer, _first(fewer))]) is None
+
+        mended[number] = fewest(group, fits)
+    return [(group, list(_subsets(group, generator))) for group in mended]
+
+
+def _first(group: ChannelGroup) -> Tensor:
+    return next(_subsets(group, torch.Generator().manual_seed(0)))
 
 
 def _in_a_branch(reader: str | None) -> str:

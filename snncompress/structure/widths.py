@@ -20,28 +20,28 @@ Fits = Callable[[ChannelGroup], bool]
 """Does the group pass the trial?"""
 
 
-def with_widths(group: ChannelGroup, model: nn.Module, fits: Fits) -> ChannelGroup | None:
-    """The group with the attributes that must shrink with it; None where none make it fit."""
-    for names in _candidates(group, model):
-        if not fits(replace(group, widths=tuple(names))):
-            continue
-        for name in list(names):
-            fewer = tuple(n for n in names if n != name)
-            if fewer and fits(replace(group, widths=fewer)):
-                names = fewer
-        return replace(group, widths=tuple(names))
-    return None
-
-
-def _candidates(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, ...]]:
-    """Sets of attributes to try: all of the width itself, all that are in proportion to it, each by itself."""
+def widened(group: ChannelGroup, model: nn.Module) -> Iterator[ChannelGroup]:
+    """The group with sets of attributes to try: all of its width, all in proportion to it, each by itself."""
     values = dict(_attributes(group, model))
     equal = tuple(name for name, value in values.items() if value == group.size)
     seen = set()
     for names in (equal, tuple(values), *((name,) for name in values)):
         if names and names not in seen:
             seen.add(names)
-            yield names
+            yield replace(group, widths=names)
+
+
+def fewest(group: ChannelGroup, fits: Fits) -> ChannelGroup:
+    """The group without those attributes that it fits without: half of them are dropped at once, then half of these."""
+
+    def without_some(group: ChannelGroup, some: tuple[Name, ...]) -> ChannelGroup:
+        fewer = replace(group, widths=tuple(name for name in group.widths if name not in some))
+        if fits(fewer):
+            return fewer
+        half = len(some) // 2
+        return without_some(without_some(group, some[:half]), some[half:]) if half else group
+
+    return without_some(group, group.widths) if len(group.widths) > 1 else group
 
 
 def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, int]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import snncompress
 from snncompress.contract.detection import find_adapter
+from snncompress.model.edits.channels import Width
 from tests.end_to_end.test_truths import prune
 from tests.equivalence import PAPER, largest_difference, same, snapshot
 from tests.networks import Case, firing_rates, liven
@@ -139,7 +140,8 @@ def test_recurrent_containers() -> None:
     functional.set_step_mode(model, "m")
     plan = compress(model, timesteps=4)
     assert {"1", "3.sub_module.0"} <= set(plan.removed_channels())  # coupled through the feedback sum
-    assert "4.sub_module.0" in plan.skipped  # its width is written into the container
+    (edit,) = (edit for edit in plan.edits if edit.layer == "4.sub_module.0")
+    assert edit.widths == (Width("4", "sub_module_out_features", 24, 12),)  # the container makes zeros of that width
 
 
 class Branches(nn.Module):

@@ -304,4 +304,4 @@ def test_a_step_traces_once_and_copies_what_it_changes(monkeypatch: pytest.Monke
     assert counts == {"traces": 1, "copies": 4}
     counts.update(traces=0, copies=0)
     remove(net, Ablation(blocks=("2", "3", "6")), 1.0, scheduler=Iterative(steps=3))
-    assert counts == {"traces": 3, "copies": 7}
+    assert counts == {"traces": 3, "copies": 8}
