@@ -134,14 +134,16 @@ def add_groups(
             network.groups.append(group)
 
 
-def add_lost_groups(network: Network, model: nn.Module, adapter: Adapter, run: Run, skipped: dict[str, str]) -> None:
+def add_lost_groups(
+    network: Network, model: nn.Module, adapter: Adapter, run: Run, sites: dict[str, Site], skipped: dict[str, str]
+) -> None:
     """The same for layers whose channels torch-pruning has lost."""
     outs = {name for group in network.groups for name in group.names("out")}
     lost = [n for n in network.layers if not (n in outs or n in skipped or n in network.classifiers)]
     if not lost:
         return
     neurons = adapter.neurons(model)
-    found = segments(model, adapter, run)
+    found = segments(model, adapter, run, {name: site.axis for name, site in sites.items()})
     for layer in lost:
         if layer in outs or layer not in found.widths:
             continue

@@ -8,7 +8,7 @@ have binary digits tell which channel makes which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,9 +50,9 @@ class Segments:
     """Modules whose output channels are those of their input: norms, neurons, depthwise convolutions."""
 
 
-def segments(model: nn.Module, adapter: Adapter, run: Run) -> Segments:
-    """Run a copy whose neurons are wires, and look at every segment."""
-    cut = _Cut(model, adapter)
+def segments(model: nn.Module, adapter: Adapter, run: Run, axes: Mapping[str, int]) -> Segments:
+    """Run a copy whose neurons are wires, and look at every segment; ``axes`` are where to look for channels first."""
+    cut = _Cut(model, adapter, axes)
     cut.run(run)
     found = Segments(through=cut.through)
     for name, x, leaf in cut.calls:
@@ -70,8 +70,8 @@ def segments(model: nn.Module, adapter: Adapter, run: Run) -> Segments:
 class _Cut:
     """The calls of one run: (module, its input, the leaf that stands for its output)."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
-        self.model, self.adapter = model, adapter
+    def __init__(self, model: nn.Module, adapter: Adapter, axes: Mapping[str, int]) -> None:
+        self.model, self.adapter, self.axes = model, adapter, axes
         self.calls: list[tuple[str, Tensor, Tensor | None]] = []
         self.names: dict[Tensor, str] = {}
         neurons = adapter.neurons(model)
@@ -116,7 +116,7 @@ class _Cut:
         if isinstance(module, WEIGHT_LAYERS):
             return channel_axis(module), self._links(x, channel_axis(module), sources)
         best: tuple[int, list[Link]] = (min(1, dims - 1) - dims, [])
-        for axis in dict.fromkeys((1 - dims, -1, -3, *range(-dims, 0))):
+        for axis in dict.fromkeys((self.axes.get(name, 1 - dims), 1 - dims, -1, -3, *range(-dims, 0))):
             if not -dims <= axis < 0:
                 continue
             links = self._links(x, axis, sources)
@@ -141,21 +141,20 @@ class _Cut:
                     if made is None:
                         made = _made(_labels(x, weights, axis, places, [(name, leaf, own)])[0], places)
             if made is None:
-                heads = next(h for h in _divisors(n, count) if _in_heads(x, weights, axis, h, (name, leaf, own)))
+                heads = _heads(x, weights, axis, (name, leaf, own))
             links.append(Link(name, made, heads))
         return links
 
 
-def _in_heads(x: Tensor, weights: Tensor, axis: int, heads: int, source: tuple[str, Tensor, int]) -> bool:
-    """Do the first C/heads channels of the source make the first n/heads of the input alone, and so on?"""
+def _heads(x: Tensor, weights: Tensor, axis: int, source: tuple[str, Tensor, int]) -> int:
+    """Into how many parts channels fall of which each mixes only with its like: those that make the first tell."""
     n, count = x.shape[axis], source[1].shape[source[2]]
+    (first,) = _touched(x, weights, axis, torch.arange(n) == 0, [source])
+    heads = count // max(1, int(first.sum()))
+    if heads < 2 or count % heads or n % heads:
+        return 1
     labels = _labels(x, weights, axis, torch.arange(n) // (n // heads), [source])[0]
-    return heads == 1 or torch.equal(labels, torch.arange(count) // (count // heads))
-
-
-def _divisors(a: int, b: int) -> Iterator[int]:
-    """Common divisors, the largest first."""
-    return (d for d in range(min(a, b), 0, -1) if a % d == b % d == 0)
+    return heads if torch.equal(labels, torch.arange(count) // (count // heads)) else 1
 
 
 def _made(labels: Tensor, places: Tensor) -> Tensor | None:
@@ -177,21 +176,24 @@ def _labels(
     bits = max(1, int(places.max()).bit_length())
     found = [torch.zeros(leaf.shape[own], dtype=torch.long) for _, leaf, own in sources]
     for bit in range(bits):
-        touched = []
-        for value in (0, 1):
-            chosen = ((places >> bit) & 1) == value
-            shape = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
-            cotangent = weights * chosen.view(shape).to(weights)
-            gradients = torch.autograd.grad(
-                x, [leaf for _, leaf, _ in sources], cotangent, retain_graph=True, allow_unused=True
-            )
-            touched.append([_channels(g, leaf, own) for g, (_, leaf, own) in zip(gradients, sources, strict=True)])
+        touched = [_touched(x, weights, axis, ((places >> bit) & 1) == value, sources) for value in (0, 1)]
         for labels, low, high in zip(found, *touched, strict=True):
             several, none = low & high, ~low & ~high
             labels.add_(high.long() << bit)
             labels[several] = -(2**40)
             labels[none] = torch.minimum(labels[none], torch.tensor(-(2**30)))
     return [labels.where(labels >= 0, torch.where(labels < -(2**35), -2, -1)) for labels in found]
+
+
+def _touched(
+    x: Tensor, weights: Tensor, axis: int, chosen: Tensor, sources: list[tuple[str, Tensor, int]]
+) -> list[Tensor]:
+    """Per source which of its channels make any of the positions chosen."""
+    shape = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
+    cotangent = weights * chosen.view(shape).to(weights)
+    leaves = [leaf for _, leaf, _ in sources]
+    gradients = torch.autograd.grad(x, leaves, cotangent, retain_graph=True, allow_unused=True)
+    return [_channels(g, leaf, own) for g, (_, leaf, own) in zip(gradients, sources, strict=True)]
 
 
 def _channels(gradient: Tensor | None, leaf: Tensor, axis: int) -> Tensor:

@@ -100,7 +100,7 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
         add_groups(network, graph, copy, sites, skipped)
     else:
         network.skipped.update(dict.fromkeys(layers, LOST))
-    add_lost_groups(network, copy, adapter, run, skipped)
+    add_lost_groups(network, copy, adapter, run, sites, skipped)
     leave_out_what_breaks(network, copy, adapter, run)
     return network
 
