@@ -130,7 +130,7 @@ def apply(
             if store:
                 store.save(number, run.edits, run.repaired, run.model, run.feed)
         run.truncate()
-        run.try_out()
+        run.try_out(model)
     if why := run.why_nothing():
         warnings.warn(why, NothingToDoWarning, stacklevel=2)
     found.reset(run.model)

@@ -135,15 +135,20 @@ class Run(Generic[M]):
             cut.apply(self.model, self.feed.adapter)
             self.edits.append(cut)
 
-    def try_out(self) -> None:
-        """Run the result once before it is handed out; raises ModelError where it fails."""
-        copy = private_copy(self.model, self.feed.adapter).eval()
-        try:
+    def try_out(self, original: nn.Module) -> None:
+        """Run the result once before it is handed out; raises ModelError where it fails and the original doesn't."""
+
+        def run(model: nn.Module) -> None:
+            copy = private_copy(model, self.feed.adapter).eval()
             with torch.no_grad(), seeded(copy):
                 self.feed.example()(copy)
+
+        try:
+            run(self.model)
         except DataError as error:
+            run(original)
             raise ModelError(
-                f"The compressed {type(copy).__name__} fails where the original runs: {error.__cause__ or error}. "
+                f"The compressed {type(original).__name__} fails where the original runs: {error.__cause__ or error}. "
                 f"Likely cause: its forward counts on channels or timesteps in a way that no trial has shown. Name the "
                 f"layers concerned in skip=."
             ) from error

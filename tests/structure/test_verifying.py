@@ -12,7 +12,7 @@ from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import ModelError
+from snncompress import DataError, ModelError
 from snncompress.structure.verifying import sound_together
 
 
@@ -75,3 +75,14 @@ def test_the_result_is_run_before_it_is_handed_out() -> None:
 
     with pytest.raises(ModelError, match="fails where the original runs: no more"):
         snncompress.apply(net, "magnitude", 0.5, None, data=torch.rand(2, 4), timesteps=2, skip=[], finetune=train)
+
+
+def test_where_the_original_fails_too_the_data_are_to_blame() -> None:
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert bool((x != 0).any()), "no spike"
+            return x
+
+    net = nn.Sequential(layer.Linear(4, 8), neuron.IFNode(1e9), Picky(), layer.Linear(8, 3))
+    with pytest.raises(DataError, match="no spike"):
+        snncompress.apply(net, "magnitude", 0.5, None, data=torch.rand(2, 4), timesteps=2, skip=[])
