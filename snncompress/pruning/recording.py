@@ -231,7 +231,9 @@ def _columns(group: ChannelGroup, layer: str, neuron: str) -> Tensor | None:
     own, driven = group.member(layer, "out"), group.member(neuron, "neuron")
     if own is None or driven is None:
         return None
-    columns = driven.index[own.index.flatten().argsort()]
+    parts, k = own.index.shape[1], driven.index.shape[1]
+    rows = driven.index.repeat_interleave(parts, 0) if k % parts else driven.index.reshape(len(own.index) * parts, -1)
+    columns = rows[own.index.flatten().argsort()]
     return None if torch.equal(columns.flatten(), torch.arange(len(columns))) else columns
 
 

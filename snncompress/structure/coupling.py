@@ -25,22 +25,36 @@ Space = tuple[str, Side]
 
 def coupled(root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments) -> ChannelGroup:
     """The group of a layer's output channels; raises UnfitError where they don't map evenly onto what follows."""
-    return _Walk(root, model, neurons, found).group()
+    try:
+        return _Walk(root, model, neurons, found).group()
+    except _SplitError as error:
+        return _Walk(root, model, neurons, found, error.parts).group()
+
+
+class _SplitError(UnfitError):
+    """The root's channels are split in parts that must be as wide as each other."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__("its channels are tied to one another")
+        self.parts = parts
 
 
 class _Walk:
-    """Colours channels: those of colour r go with the root's channel r."""
+    """Colours channels: those of colour r go with the root's channel r, and with the r-th of each of its parts."""
 
-    def __init__(self, root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments) -> None:
+    def __init__(
+        self, root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments, parts: int = 1
+    ) -> None:
         self.model, self.neurons, self.found = model, neurons, found
         self.root = self._out(root)
-        self.size = found.widths[root]
+        self.size = found.widths[root] // parts
+        self.parts = parts
         self.heads = 1
         self.colours: dict[Space, Tensor] = {}
         self._todo: list[Space] = []
 
     def group(self) -> ChannelGroup:
-        self._colour(self.root, torch.arange(self.size))
+        self._colour(self.root, torch.arange(self.size).repeat(self.parts))
         while self._todo:
             space = self._todo.pop()
             for target, link in self._links_out_of(space):
@@ -79,6 +93,10 @@ class _Walk:
     def _follow(self, space: Space, target: str, link: Link) -> None:
         if link.made is not None:
             mine = self.colours[space]
+            if link.parts > 1:
+                self._in_heads(link.heads)
+                if not torch.equal(mine, mine.view(link.parts, -1)[0].repeat(link.parts)):
+                    raise _SplitError(link.parts)
             self._colour(self._into(target), torch.where(link.made >= 0, mine[link.made.clamp_min(0)], -1))
             return
         self._in_heads(link.heads)
@@ -98,6 +116,9 @@ class _Walk:
                 if source[channel] not in (-1, mine[place]):
                     raise UnfitError("its channels are tied to one another")
                 source[channel] = mine[place]
+        if link.parts > 1:
+            self._in_heads(link.heads)
+            source = source.view(link.parts, -1).amax(0).repeat(link.parts)
         self._colour(self._out(link.source), source)
 
     def _in_heads(self, heads: int) -> None:
@@ -115,6 +136,6 @@ class _Walk:
         side = "out" if side == "neuron" else side
         if not prunable_type(module):
             raise UnfitError(f"{name} is a {type(module).__name__}, which can't be cut")
-        if side == "out" and isinstance(module, WEIGHT_LAYERS) and index.shape != (width(module, side), 1):
+        if side == "out" and isinstance(module, WEIGHT_LAYERS) and index.numel() != width(module, side):
             raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
         return Member(name, side, index)

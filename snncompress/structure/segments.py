@@ -31,12 +31,15 @@ class Link:
     """How the channels of ``source`` get into another module.
 
     ``made`` [n] names for each of the module's n input channels the source's channel that makes it, -1 for none. Where
-    channels are mixed, it is None, and they are so within ``heads`` equal parts of both.
+    channels are mixed, it is None, and they are so within ``heads`` equal parts of both. Where a source is split in
+    ``parts``, as into q, k and v, or into heads that a neuron doesn't tell apart, ``made`` names a channel of one of
+    them, and the others' channels in its place make the same or are mixed.
     """
 
     source: str
     made: Tensor | None
     heads: int = 1
+    parts: int = 1
 
 
 @dataclass
@@ -135,26 +138,48 @@ class _Cut:
         links = []
         for (name, leaf, own), labels in zip(sources, one_each, strict=True):
             count = leaf.shape[own]
-            made, heads = _made(labels, torch.arange(n)), 1
+            made, heads, parts = _made(labels, torch.arange(n)), 1, 1
             if made is None and n % count == 0:
                 for places in (torch.arange(n) // (n // count), torch.arange(n) % count):
                     if made is None:
                         made = _made(_labels(x, weights, axis, places, [(name, leaf, own)])[0], places)
-            if made is None:
+            if made is None and (one := _one_part(labels)) is not None:
+                parts = count // int((one >= 0).sum())
+                made = _made(one, torch.arange(n))
+                heads = _heads(x, weights, axis, (name, leaf, own), parts)
+            elif made is None:
                 heads = _heads(x, weights, axis, (name, leaf, own))
-            links.append(Link(name, made, heads))
+            links.append(Link(name, made, heads, parts))
         return links
 
 
-def _heads(x: Tensor, weights: Tensor, axis: int, source: tuple[str, Tensor, int]) -> int:
-    """Into how many parts channels fall of which each mixes only with its like: those that make the first tell."""
-    n, count = x.shape[axis], source[1].shape[source[2]]
+def _heads(x: Tensor, weights: Tensor, axis: int, source: tuple[str, Tensor, int], parts: int = 1) -> int:
+    """Into how many parts channels fall of which each mixes only with its like: those that make the first tell.
+
+    Where the source itself is split in ``parts``, each of them does so.
+    """
+    n, count = x.shape[axis], source[1].shape[source[2]] // parts
     (first,) = _touched(x, weights, axis, torch.arange(n) == 0, [source])
-    heads = count // max(1, int(first.sum()))
+    heads = count // max(1, int(first.view(parts, count).sum(1).max()))
     if heads < 2 or count % heads or n % heads:
         return 1
     labels = _labels(x, weights, axis, torch.arange(n) // (n // heads), [source])[0]
-    return heads if torch.equal(labels, torch.arange(count) // (count // heads)) else 1
+    return heads if torch.equal(labels, (torch.arange(count) // (count // heads)).repeat(parts)) else 1
+
+
+def _one_part(labels: Tensor) -> Tensor | None:
+    """The labels of the first of several equal parts, where each part has the same ones or is mixed."""
+    reached = labels >= 0
+    size = len(set(labels[reached].tolist()))
+    if not 0 < size < len(labels) or len(labels) % size:
+        return None
+    parts = labels.view(-1, size)
+    first = next((part for part in parts if bool((part >= 0).all())), None)
+    if first is None or not all(torch.equal(part, first) or bool((part == -2).all()) for part in parts):
+        return None
+    only = torch.full_like(parts, -1)
+    only[next(i for i, part in enumerate(parts) if torch.equal(part, first))] = first
+    return only.flatten()
 
 
 def _made(labels: Tensor, places: Tensor) -> Tensor | None:

@@ -104,6 +104,41 @@ class Transformer(nn.Module):
         return self.head(self.last(x).mean(2))
 
 
+class Joint(nn.Module):
+    """One layer makes q, k and v; ``apart``: the neuron behind sees heads on an axis of their own."""
+
+    def __init__(self, *, apart: bool) -> None:
+        super().__init__()
+        self.embed, self.lif, self.apart = nn.Linear(6, WIDTH), fire(), apart
+        self.qkv, self.qkv_lif, self.attn_lif = nn.Linear(WIDTH, 3 * WIDTH), fire(), fire(0.5)
+        self.proj, self.proj_lif, self.head = nn.Linear(WIDTH, WIDTH), fire(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lif(self.embed(x))
+        q, k, v = (heads(part) for part in self.qkv_lif(self.qkv(x)).chunk(3, -1))
+        y = q @ k.transpose(-2, -1) @ v * 0.25
+        y = y if self.apart else y.transpose(2, 3).flatten(3)
+        y = self.attn_lif(y)
+        y = y.transpose(2, 3).flatten(3) if self.apart else y
+        return self.head(x + self.proj_lif(self.proj(y)))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("criterion", ["firing_rate", "svs"])
+def test_q_k_and_v_of_one_layer(apart: bool, criterion: str) -> None:
+    model = Joint(apart=apart).double().eval()
+    x = torch.rand(3, 2, 5, 6, dtype=torch.float64)
+    small = snncompress.apply(model, criterion, 0.5, None, data=x, skip=[])
+    plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x)
+    assert set(plan.skipped) == {"head"}
+    assert small.qkv.weight.shape == (3 * WIDTH // 2, WIDTH // 2)
+    gone = plan.removed_channels()["qkv"]
+    part = 3 * WIDTH // (3 * HEADS)
+    assert [gone.count(i) for i in range(part)] == [gone.count(i + part) for i in range(part)]
+    assert largest_difference(model, small, feed) < 1e-9
+    assert not torch.allclose(outputs(model, feed)[0], outputs(small, feed)[0])
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("currents", [False, True])
 def test_a_transformer_shrinks_whole_and_exactly(attention: str, currents: bool) -> None:
