@@ -143,7 +143,10 @@ def add_lost_groups(
     if not lost:
         return
     neurons = adapter.neurons(model)
-    found = segments(model, adapter, run, {name: site.axis for name, site in sites.items()})
+    try:
+        found = segments(model, adapter, run, {name: site.axis for name, site in sites.items()})
+    except Exception:  # the model may not bear other numbers, or write where gradients are needed: they stay lost
+        return
     for layer in lost:
         if layer in outs or layer not in found.widths:
             continue

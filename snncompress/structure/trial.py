@@ -184,7 +184,10 @@ class _Notes:
         if self.problem:
             return
         self.failed = True
-        if self.wanted is None or not self.wanted.failed or len(self.wanted.shapes) != len(self.shapes):
+        if self.wanted is None:
+            where = f"behind {self.last}" if self.last else "before its first layer"
+            self.problem = f"a trial with other numbers in the network failed {where}, which tells nothing"
+        elif not self.wanted.failed or len(self.wanted.shapes) != len(self.shapes):
             self.problem = _counts_on_width(self.last, error)
 
     def returns(self, results: list[Tensor]) -> None:

@@ -157,6 +157,22 @@ def test_a_transformer_shrinks_whole_and_exactly(attention: str, currents: bool)
     assert torch.equal(outputs(replayed, feed)[0], outputs(small, feed)[0])
 
 
+def test_a_model_that_bears_no_other_numbers_keeps_what_is_lost() -> None:
+    class Strict(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.grad_fn is None or float(x.detach().abs().max()) < 1e-6, "numbers of the segments"
+            return x
+
+    model = Joint(apart=False).double().eval()
+    model.embed = nn.Sequential(model.embed, nn.Identity())
+    nn.init.zeros_(model.embed[0].weight)
+    nn.init.zeros_(model.embed[0].bias)
+    model.lif = nn.Sequential(Strict(), model.lif)
+    x = torch.rand(3, 2, 5, 6, dtype=torch.float64)
+    plan = snncompress.plan_of(snncompress.apply(model, "magnitude", 0.5, None, data=x, skip=[]))
+    assert "qkv" in plan.skipped
+
+
 def test_of_every_head_as_many_channels_go() -> None:
     model = Transformer("softmax_free", currents=False, own=False).double().eval()
     x = torch.rand(3, 2, 2, 6, 6, dtype=torch.float64)

@@ -160,6 +160,18 @@ def test_numbers_that_are_none_are_named_as_such() -> None:
     assert "NaN or infinite numbers at n2" in why["c"]
 
 
+class Small(nn.Module):
+    """Bears spikes and no other numbers, but where it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert torch.is_grad_enabled() or bool(((x == 0) | (x == 1)).all())
+        return x
+
+
+def test_a_network_that_bears_no_other_numbers() -> None:
+    assert "a trial with other numbers in the network failed behind n2" in traced(Net(Small()))["c"]
+
+
 class Power(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (10 * x) ** 9
