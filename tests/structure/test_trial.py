@@ -300,6 +300,34 @@ def test_what_a_branch_that_is_not_taken_reads_stays(head: str, taken: Callable[
         snncompress.profile(small, x, timesteps=None)
 
 
+def test_a_layer_that_is_left_over_keeps_nothing() -> None:
+    """Nothing but the constructor speaks of it."""
+    net = Branched(lambda net, x: False, HEADS["linear"]())
+    net.old = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(512, 5))
+    net.head = nn.Identity()
+    assert set(prune(net).removed_channels()) == {"c", "c2"}
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n, self.extra, self.flag = layer.Conv2d(6, 8, 1), neuron.IFNode(), layer.Conv2d(8, 8, 1), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n(self.c(x))
+        return self.extra(x) if self.flag else x
+
+
+def test_code_sees_what_goes_through_its_module_alone() -> None:
+    net = nn.Sequential(
+        layer.Conv2d(3, 8, 1), neuron.IFNode(0.1), layer.Conv2d(8, 6, 1), neuron.IFNode(0.1), Flagged(),
+        layer.Flatten(), layer.Linear(512, 3),
+    )  # fmt: skip
+    plan = prune(net)
+    assert set(plan.removed_channels()) == {"0", "2"}
+    assert "4.extra, which the model never calls on this input" in plan.skipped["4.c"]
+
+
 def test_a_layer_that_no_branch_could_feed_is_no_reader() -> None:
     plan = prune(Branched(lambda net, x: False, nn.Linear(7, 9)))
     assert set(plan.removed_channels()) == {"c", "c2"}
