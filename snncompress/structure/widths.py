@@ -61,7 +61,7 @@ def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, i
 def merged(groups: list[ChannelGroup]) -> ChannelGroup | None:
     """One group of all that are as wide: of each the same positions go; None where their runs don't match."""
     first, runs = groups[0], lcm(*(group.runs for group in groups))
-    if any(group.size != first.size or group.runs not in (1, runs) for group in groups):
+    if first.size // runs < 2 or any(group.size != first.size or group.runs not in (1, runs) for group in groups):
         return None
     members = tuple(member for group in groups for member in group.members)
     if len({(m.module, m.side) for m in members}) < len(members):

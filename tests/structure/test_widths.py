@@ -14,8 +14,10 @@ import snncompress
 from snncompress import PlanError
 from snncompress.contract.detection import find_adapter
 from snncompress.model.edits import RemoveChannels
+from snncompress.model.network import ChannelGroup, Member
 from snncompress.running.data import Feed
 from snncompress.structure.axes import reshaped
+from snncompress.structure.widths import merged
 from tests.equivalence import largest_difference
 
 
@@ -162,6 +164,18 @@ class Tied(nn.Module):
 def test_layers_that_must_be_as_wide_shrink_together() -> None:
     small = prune(Tied(), torch.rand(3, 2, 6))
     assert (small.a.out_features, small.b.out_features) == (4, 4)
+
+
+def test_groups_merge_where_their_runs_match() -> None:
+    def group(name: str, size: int, runs: int) -> ChannelGroup:
+        return ChannelGroup((Member(name, "out", torch.arange(size)[:, None]),), size, runs)
+
+    whole = merged([group("a", 8, 1), group("b", 8, 4)])
+    assert whole is not None
+    assert (whole.size, whole.runs, whole.names("out")) == (8, 4, ("a", "b"))
+    for others in (group("b", 6, 1), group("b", 8, 8), group("a", 8, 1)):
+        assert merged([group("a", 8, 1), others]) is None
+    assert merged([group("a", 8, 2), group("b", 8, 4)]) is None
 
 
 def test_where_an_axis_goes_in_a_reshape() -> None:
