@@ -207,6 +207,8 @@ def _group(graph: Graph, module: nn.Module, names: dict[nn.Module, str], neurons
         member, target = Member(name, side, index), graph.model.get_submodule(name)
         if name in neurons:
             member = replace(member, width=neurons[name].width, axis=neurons[name].axis)
+            if int(index.max()) >= member.width:  # a concatenation that torch-pruning sees from one side only
+                raise UnfitError(f"its channels aren't those of {name}, which it drives")
         elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.shape != (width(target, side), 1):
             raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
         members.append(member)
