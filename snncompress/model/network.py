@@ -155,6 +155,16 @@ def channel_axis(module: nn.Module) -> int:
     return 1 - int(cast(Tensor, module.weight).dim())
 
 
+def outputs_first(weight: Tensor, module: nn.Module) -> Tensor:
+    """A tensor shaped like a layer's weight with the output channels first, and back: transposed convolutions differ.
+
+    It holds [in, out/groups, ...]; the same exchange within each group leads there and back.
+    """
+    if not isinstance(module, _ConvTransposeNd):
+        return weight
+    return weight.reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
 def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None:
     """Remove output or input channels from a layer, in place, through torch-pruning's pruner for its type."""
     pruner = _pruner(module)

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
 from snncompress.interfaces import Criterion, Layer
 from snncompress.model.modules import in_mode
-from snncompress.model.network import ChannelGroup, Network
+from snncompress.model.network import ChannelGroup, Network, outputs_first
 from snncompress.model.parametrizations import float_weight, stored_weight
 from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
@@ -146,8 +145,7 @@ class _Scorer:
         self._neurons = network.drives.get(name, ())
         self._site = None if group is None or neuron is None else group.member(neuron, "neuron")
         self._columns = None if group is None or neuron is None else _columns(group, name, neuron)
-        weight = float_weight(self._module)
-        self._weight = weight.transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else weight
+        self._weight = outputs_first(float_weight(self._module), self._module)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self.any_gradient = False
@@ -155,8 +153,8 @@ class _Scorer:
 
     def layer(self) -> Layer:
         gradient = stored_weight(self._module).grad
-        if gradient is not None and isinstance(self._module, _ConvTransposeNd):
-            gradient = gradient.transpose(0, 1)
+        if gradient is not None:
+            gradient = outputs_first(gradient, self._module)
         return Layer(
             self.layer_name,
             self._module,
@@ -206,7 +204,7 @@ class _Scorer:
                 f"diverged model."
             )
         if single:  # as many as weights, so in their own precision and place
-            return scores.detach().transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else scores.detach()
+            return outputs_first(scores.detach(), self._module)
         return scores.detach().double().cpu()
 
     def _guarded(self, method: Callable[..., Any], *args: Any) -> Any:

@@ -13,8 +13,9 @@ import snncompress
 from snncompress.contract.detection import find_adapter
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
+from snncompress.model.network import outputs_first
 from snncompress.running.data import Feed
-from tests.equivalence import outputs
+from tests.equivalence import largest_difference, outputs
 
 
 def fire() -> nn.Module:
@@ -57,6 +58,32 @@ def downsampled_by_a_pool() -> nn.Module:
     return nn.Sequential(
         conv(1, 6), Block(6, 6), layer.AvgPool2d(2), Block(6, 6), fire(), layer.Flatten(), layer.Linear(96, 3)
     )
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "firing_rate"])
+def test_depthwise_transposed_convolutions(criterion: str) -> None:
+    model = nn.Sequential(
+        layer.Conv2d(1, 8, 3, padding=1), fire(), layer.ConvTranspose2d(8, 8, 2, stride=2, groups=8), fire(),
+        layer.Conv2d(8, 5, 1),
+    ).double()  # fmt: skip
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    small = snncompress.apply(model, criterion, 0.5, None, data=x, timesteps=3, skip=[])
+    assert small[0].out_channels == small[2].weight.shape[0] == 4
+    assert largest_difference(model, small, Feed(find_adapter(model), x, 3)) < 1e-9
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_outputs_first_and_back(groups: int) -> None:
+    convolution = nn.ConvTranspose1d(8, 12, 3, groups=groups)
+    weight = outputs_first(convolution.weight, convolution)
+    assert weight.shape == (12, 8 // groups, 3)
+    assert torch.equal(outputs_first(weight, convolution), convolution.weight)
+    with torch.no_grad():  # an output channel's weights are those that reach it alone
+        before = convolution(torch.ones(1, 8, 4))
+        gone = outputs_first(weight.index_fill(0, torch.tensor([5]), 0.0), convolution)
+        convolution.weight.copy_(gone)
+        changed = (convolution(torch.ones(1, 8, 4)) != before).any(2).flatten().nonzero().flatten()
+    assert changed.tolist() == [5]
 
 
 def muted(model: nn.Module, plan: snncompress.Plan, feed: Feed) -> nn.Module:
