@@ -9,6 +9,7 @@ from .contract.registry import criteria, energy_models, plugins, quantizers, sch
 from .conversion.converting import convert
 from .errors import (
     DataError,
+    DefaultSkipWarning,
     EmptyLayerWarning,
     KeptStateWarning,
     ModelError,
@@ -52,6 +53,7 @@ __all__ = [
     "Comparison",
     "Conventions",
     "DataError",
+    "DefaultSkipWarning",
     "Edit",
     "EmptyLayerWarning",
     "Evaluation",

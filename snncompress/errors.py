@@ -55,6 +55,10 @@ class NothingToDoWarning(UserWarning):
     """Something asked for was left out: a layer that ``ratio`` or ``bits`` names and ``skip`` protects, or all."""
 
 
+class DefaultSkipWarning(UserWarning):
+    """Without ``skip=`` a large part of what could be pruned is left alone."""
+
+
 class SilentNeuronsWarning(UserWarning):
     """A neuron population never fired in calibration, so spike-based scores of its layer mean nothing."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
@@ -64,3 +66,31 @@ def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
     with undisturbed(model):
         set_seed(seed, cuda_devices(model))
         yield
+
+
+_DRAWS = {"rand", "randn", "rand_like", "randn_like", "normal"}
+_FILLS = {"uniform_", "normal_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+_SPIKES = {"bernoulli", "poisson"}
+_DROPS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"}
+
+
+class Steady(TorchFunctionMode):
+    """Inside, whatever torch draws is the same number for every element: a probability or rate itself, else 0.5.
+
+    Two networks of different widths then agree on their noise and dropout, which seeds alone can't bring about.
+
+    >>> with Steady():
+    ...     torch.rand(2), torch.randn_like(torch.ones(1)), torch.bernoulli(torch.tensor([0.25]))
+    (tensor([0.5000, 0.5000]), tensor([0.5000]), tensor([0.2500]))
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every function of torch comes by here."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _DROPS or (name in _SPIKES and len(args) == 1):
+            return next(iter((*args, *kwargs.values()))).clone()
+        result = func(*args, **kwargs)
+        if (name in _DRAWS or name in _FILLS or name in _SPIKES) and result.is_floating_point():
+            result.fill_(0.5)
+        return result

@@ -19,14 +19,17 @@ from .parametrizations import computed_weight, separate_classes
 M = TypeVar("M", bound=nn.Module)
 
 
-def private_copy(model: M, adapter: Adapter) -> M:
+def private_copy(model: M, adapter: Adapter, *, share: bool = False) -> M:
     """A deep copy with neurons reset; also of a model whose neurons still hold a live autograd graph.
 
     ``copy.deepcopy`` refuses tensors inside a graph, and resetting the user's model first would change it; so those
-    tensors are replaced by detached clones on the way.
+    tensors are replaced by detached clones on the way. With ``share`` the copy has the same parameters, which must not
+    be written into, but may be replaced.
     """
     with torch.inference_mode(False):  # else the copy's parameters could never be changed
         memo: dict[int, Any] = {id(t): t.detach().clone() for t in _graph_tensors(model)}
+        if share:
+            memo |= {id(parameter): parameter for parameter in model.parameters()}
         result = copy.deepcopy(model, memo)
         separate_classes(result)
         adapter.reset(result)

@@ -38,6 +38,12 @@ class Member:
     width: int = 0
     axis: int = 0
 
+    def observed(self, activity: Tensor) -> Tensor:
+        """[T', N, C, ...] of what an observer got of a neuron whose channels stand on ``axis``."""
+        if activity.dim() + self.axis == 1:  # a single sample without an axis for it
+            activity = activity.unsqueeze(1)
+        return activity.movedim(self.axis, 2)
+
     def shifted(self, gone: Tensor) -> Member:
         """The member after the module lost indices ``gone`` (sorted), none of them its own: indices renumbered."""
         index = self.index - torch.searchsorted(gone, self.index)
@@ -55,12 +61,14 @@ class Member:
 class ChannelGroup:
     """Channels that can only be removed together: ``size`` of them, in ``runs`` equal runs (grouped convolutions).
 
-    From each run the same positions are removed.
+    From each run the same positions are removed. ``widths`` are the whole numbers, (module, attribute), from which
+    forward reads how many there are: they shrink in proportion.
     """
 
     members: tuple[Member, ...]
     size: int
     runs: int = 1
+    widths: tuple[tuple[str, str], ...] = ()
 
     def names(self, side: Side) -> tuple[str, ...]:
         """Modules in the group on this side."""
@@ -82,12 +90,12 @@ def without(groups: list[ChannelGroup], which: int, removed: Tensor) -> list[Cha
     for number, group in enumerate(groups):
         if number == which:
             members = tuple(m.without(removed) for m in group.members)
-            result.append(ChannelGroup(members, group.size - len(removed), group.runs))
+            result.append(replace(group, members=members, size=group.size - len(removed)))
         else:
             members = tuple(
                 m.shifted(gone[m.module, m.side]) if (m.module, m.side) in gone else m for m in group.members
             )
-            result.append(ChannelGroup(members, group.size, group.runs))
+            result.append(replace(group, members=members))
     return result
 
 
@@ -96,7 +104,8 @@ class Network:
     """What tracing found. ``layers`` are the weight layers in order of execution.
 
     ``drives`` binds each weight layer to the neurons that its output reaches before any other weight layer;
-    ``producers`` to the weight layers that feed it. ``groups`` can be pruned; ``skipped`` says why others can't.
+    ``producers`` to the weight layers that feed it, ``direct`` to those among them that do so without a neuron between,
+    as into a residual stream. ``groups`` can be pruned; ``skipped`` says why others can't.
     """
 
     layers: tuple[str, ...]
@@ -105,6 +114,7 @@ class Network:
     producers: dict[str, tuple[str, ...]]
     norms: dict[str, str]
     classifiers: tuple[str, ...]
+    direct: dict[str, tuple[str, ...]] = field(default_factory=dict)
     groups: list[ChannelGroup] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -119,6 +129,17 @@ class Network:
         feeding = {p for c in self.classifiers for p in self.producers[c] if p not in self.classifiers}
         return tuple(name for name in self.layers if name in feeding)
 
+    @property
+    def streams(self) -> set[str]:
+        """The weight layers that write into a residual stream: of their channels none goes without all others'."""
+        found: set[str] = set()
+        for group in self.groups:
+            outs = [name for name in group.names("out") if name in self.layers]
+            # a depthwise convolution only passes on what it takes in
+            writers = [n for n in outs if group.member(n, "in") or not set(self.producers[n]) & set(outs)]
+            found.update(writers if len(writers) > 1 else ())
+        return found
+
 
 def weight_layers(model: nn.Module) -> list[str]:
     """Names of all convolutions and linear layers, recurrent ones inside neurons included, and of cells' weights."""
@@ -132,6 +153,21 @@ def width(module: nn.Module, side: Side) -> int:
     """Channels of a layer on one side."""
     pruner = _pruner(module)
     return int(pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module))
+
+
+def channel_axis(module: nn.Module) -> int:
+    """Where the output channels of a weight layer stand, counted from the end: -1 in [N, C], -3 in [N, C, H, W]."""
+    return 1 - int(cast(Tensor, module.weight).dim())
+
+
+def outputs_first(weight: Tensor, module: nn.Module) -> Tensor:
+    """A tensor shaped like a layer's weight with the output channels first, and back: transposed convolutions differ.
+
+    It holds [in, out/groups, ...]; the same exchange within each group leads there and back.
+    """
+    if not isinstance(module, _ConvTransposeNd):
+        return weight
+    return weight.reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None:

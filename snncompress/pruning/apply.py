@@ -77,9 +77,10 @@ def apply(
         finetune: None, a number of epochs for the built-in trainer (labels from ``data``, learning rate 1e-3), or
             ``callable(model)``, which trains in place. Called after quantization and after each pruning step.
         skip: None: the first weight layer and the classifier stay at 32 bits and the classifier's input layer keeps
-            its channels. Names or globs of layers to leave alone altogether take the place of that default; an empty
-            list leaves out nothing. ``{"prune": …}`` or ``{"quantize": …}`` replaces one half of it. A classifier's
-            outputs are never pruned; single weights are, in every layer.
+            its channels, unless it writes into a residual stream; a DefaultSkipWarning says so where that is more than
+            a fifth of what could go. Names or globs of layers to leave alone altogether take the place of that
+            default; an empty list leaves out nothing. ``{"prune": …}`` or ``{"quantize": …}`` replaces one half of it.
+            A classifier's outputs are never pruned; single weights are, in every layer.
         adapter: settles the framework by hand.
         neurons: the class of spiking neurons of your own, or several (:class:`snncompress.OwnNeurons`).
         time_dim: the axis of time in what they take, None where they take one timestep.
@@ -145,6 +146,7 @@ def apply(
             if store:
                 store.save(number, run.edits, run.repaired, run.model, run.feed)
         run.truncate()
+        run.try_out(model)
     if why := run.why_nothing():
         warnings.warn(why, NothingToDoWarning, stacklevel=2)
     found.reset(run.model)

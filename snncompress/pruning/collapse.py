@@ -20,7 +20,7 @@ from snncompress.model.parametrizations import weight_bits
 from snncompress.model.plan import Plan, attach, plan_of, refuse_frozen
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
-from snncompress.running.sameness import all_same, wired_outputs
+from snncompress.running.sameness import Channels, all_same, wired_outputs
 from snncompress.structure.tracing import trace
 from snncompress.version import __version__
 
@@ -185,9 +185,12 @@ def _silent(model: nn.Module, feed: Feed, groups: list[ChannelGroup]) -> dict[st
     """
     silent: dict[str, Tensor] = {}
 
-    def listen(name: str) -> Callable[[Tensor, Tensor | None], None]:
+    def listen(member: Member) -> Callable[[Tensor, Tensor | None], None]:
+        name = member.module
+
         def observe(spikes: Tensor, membrane: Tensor | None) -> None:
             if membrane is not None:
+                spikes, membrane = member.observed(spikes), member.observed(membrane)
                 alike = (membrane - membrane[:, :1]).abs() <= _tolerance(membrane) * membrane.abs()
                 now = ((spikes == 0) & alike).transpose(0, 2).flatten(1).all(1).cpu()
                 silent[name] = silent[name] & now if name in silent else now
@@ -196,8 +199,8 @@ def _silent(model: nn.Module, feed: Feed, groups: list[ChannelGroup]) -> dict[st
 
     copy = private_copy(model, feed.adapter).eval()
     with ExitStack() as stack:
-        for name in {name for group in groups for name in group.names("neuron")}:
-            stack.callback(feed.adapter.observe(copy.get_submodule(name), listen(name), membrane=True))
+        for member in {m.module: m for group in groups for m in group.members if m.side == "neuron"}.values():
+            stack.callback(feed.adapter.observe(copy.get_submodule(member.module), listen(member), membrane=True))
         feed(copy, feed.first())
     return silent
 
@@ -217,11 +220,11 @@ def _removable(group: ChannelGroup, dead: Tensor) -> Tensor:
     return in_all.repeat(group.runs).nonzero().flatten()
 
 
-def _columns(group: ChannelGroup, positions: Tensor) -> dict[str, Tensor]:
-    return {m.module: m.index[positions].flatten() for m in group.members if m.side == "neuron"}
+def _columns(group: ChannelGroup, positions: Tensor) -> dict[str, Channels]:
+    return {m.module: (m.index[positions].flatten(), m.axis) for m in group.members if m.side == "neuron"}
 
 
-def _tried(model: M, edit: RemoveChannels, muted: dict[str, Tensor], feed: Feed) -> M | None:
+def _tried(model: M, edit: RemoveChannels, muted: dict[str, Channels], feed: Feed) -> M | None:
     """A smaller copy; None where the weights that are left, or what passes the network, wouldn't stay the same.
 
     With every neuron an identity, no threshold hides that something reads a channel, as a sum over channels may.
@@ -231,7 +234,7 @@ def _tried(model: M, edit: RemoveChannels, muted: dict[str, Tensor], feed: Feed)
     plain, smaller = plain_copy(model, adapter), private_copy(model, adapter)
     for stored, computed in zip(_weights(plain), _weights(model), strict=True):
         stored.copy_(computed)
-    silent = {plain.get_submodule(name): index for name, index in muted.items()}
+    silent = {plain.get_submodule(name): channels for name, channels in muted.items()}
     before = wired_outputs(plain, adapter, feed.example(), silent)
     edit.apply(plain, adapter)
     edit.apply(smaller, adapter)

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
 from snncompress.interfaces import Criterion, Inputs, Layer
 from snncompress.model.cells import layer_at
 from snncompress.model.modules import in_mode
-from snncompress.model.network import ChannelGroup, Network
+from snncompress.model.network import ChannelGroup, Network, outputs_first
 from snncompress.model.parametrizations import float_weight, stored_weight
 from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
@@ -56,7 +55,7 @@ class Recording:
         self._scorers = {
             name: [
                 _Scorer(model, network, name, neuron, group, criterion, seed)
-                for neuron in ((watching and network.drives.get(name)) or (None,))
+                for neuron in ((watching and _heard(network, name, group)) or (None,))
             ]
             for name, group in layers.items()
         }
@@ -175,9 +174,9 @@ class _Scorer:
         self._module = layer_at(model, name)
         self._norm = model.get_submodule(network.norms[name]) if name in network.norms else None
         self._neurons = network.drives.get(name, ())
+        self._site = None if group is None or neuron is None else group.member(neuron, "neuron")
         self._columns = None if group is None or neuron is None else _columns(group, name, neuron)
-        weight = float_weight(self._module)
-        self._weight = weight.transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else weight
+        self._weight = outputs_first(float_weight(self._module), self._module)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self.any_gradient = False
@@ -186,8 +185,8 @@ class _Scorer:
 
     def layer(self) -> Layer:
         gradient = stored_weight(self._module).grad
-        if gradient is not None and isinstance(self._module, _ConvTransposeNd):
-            gradient = gradient.transpose(0, 1)
+        if gradient is not None:
+            gradient = outputs_first(gradient, self._module)
         return Layer(
             self.layer_name,
             self._module,
@@ -200,6 +199,9 @@ class _Scorer:
         )
 
     def observe(self, spikes: Tensor, membrane: Tensor | None) -> None:
+        if self._site is not None:
+            spikes = self._site.observed(spikes)
+            membrane = None if membrane is None else self._site.observed(membrane)
         if self._columns is not None:
             spikes = _select(spikes, self._columns)
             membrane = None if membrane is None else _select(membrane, self._columns)
@@ -239,7 +241,7 @@ class _Scorer:
                 f"diverged model."
             )
         if single:  # as many as weights, so in their own precision and place
-            return scores.detach().transpose(0, 1) if isinstance(self._module, _ConvTransposeNd) else scores.detach()
+            return outputs_first(scores.detach(), self._module)
         return scores.detach().double().cpu()
 
     def _guarded(self, method: Callable[..., Any], *args: Any) -> Any:
@@ -254,12 +256,19 @@ class _Scorer:
             ) from error
 
 
+def _heard(network: Network, layer: str, group: ChannelGroup | None) -> tuple[str, ...]:
+    """The neurons that a layer drives; where it writes last into a stream and drives none, those that read before."""
+    return network.drives.get(layer) or (group.names("neuron") if group is not None else ())
+
+
 def _columns(group: ChannelGroup, layer: str, neuron: str) -> Tensor | None:
     """For each channel of the layer the neuron's columns [C, k], or None where they are the same [0 … C-1]."""
     own, driven = group.member(layer, "out"), group.member(neuron, "neuron")
     if own is None or driven is None:
         return None
-    columns = driven.index[own.index.flatten().argsort()]
+    parts, k = own.index.shape[1], driven.index.shape[1]
+    rows = driven.index.repeat_interleave(parts, 0) if k % parts else driven.index.reshape(len(own.index) * parts, -1)
+    columns = rows[own.index.flatten().argsort()]
     return None if torch.equal(columns.flatten(), torch.arange(len(columns))) else columns
 
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 from snncompress.base.progress import Progress
-from snncompress.errors import NothingToDoWarning, OptionError
+from snncompress.errors import DataError, DefaultSkipWarning, ModelError, NothingToDoWarning, OptionError
 from snncompress.interfaces import BlockCriterion
 from snncompress.measuring.temporal import analyse
 from snncompress.model.cells import layer_at
+from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit, QuantizeWeights
 from snncompress.model.network import Network, computed_or_shared, weight_layers
@@ -28,7 +30,16 @@ from .checkpoint import Checkpoint
 from .fitting import Rounding
 from .refresh import refresh_statistics
 from .repair import fit
-from .selection import check_bits, check_ratio, overruled, per_layer, resolve_skip, targets, weight_ratios
+from .selection import (
+    check_bits,
+    check_ratio,
+    left_by_default,
+    overruled,
+    per_layer,
+    resolve_skip,
+    targets,
+    weight_ratios,
+)
 from .settings import Finetune, Settings
 from .shares import Shares
 from .steps import ChannelPruning, Pruning, WeightPruning
@@ -37,6 +48,8 @@ from .training import train
 M = TypeVar("M", bound=nn.Module)
 Step = Callable[[str], list[Edit]]
 """Does its part of the work and returns it; called with how the text of its progress begins."""
+
+_MUCH = 0.2  # of the prunable parameters, for the defaults to leave without a word
 
 
 class Run(Generic[M]):
@@ -61,6 +74,8 @@ class Run(Generic[M]):
         self._pruning, self.skipped = self._what_goes(network)
         for name, bits in self._quantized().items():
             QuantizeWeights(name, "", bits, {}).check(model)  # before anything takes time
+        if channels and (skip is None or (isinstance(skip, Mapping) and "prune" not in skip)):
+            _warn_of_defaults(left_by_default(model, network, self.skips))
         _warn_of_overruled("bits", overruled(settings.bits, self.skips.quantize))
         if settings.criterion is not None:
             _warn_of_overruled("ratio", overruled(settings.ratio, self.skipped))
@@ -137,6 +152,24 @@ class Run(Generic[M]):
             cut.apply(self.model, self.feed.adapter)
             self.edits.append(cut)
 
+    def try_out(self, original: nn.Module) -> None:
+        """Run the result once before it is handed out; raises ModelError where it fails and the original doesn't."""
+
+        def run(model: nn.Module) -> None:
+            copy = private_copy(model, self.feed.adapter).eval()
+            with torch.no_grad(), seeded(copy):
+                self.feed.example()(copy)
+
+        try:
+            run(self.model)
+        except DataError as error:
+            run(original)
+            raise ModelError(
+                f"The compressed {type(original).__name__} fails where the original runs: {error.__cause__ or error}. "
+                f"Likely cause: its forward counts on channels or timesteps in a way that no trial has shown. Name the "
+                f"layers concerned in skip=."
+            ) from error
+
     def resume(self, store: Checkpoint) -> int:
         """Come to where an earlier run was; how many steps it had done."""
         done, self.edits, self.repaired = store.resume(self.model, self.feed, self.redo)
@@ -196,6 +229,17 @@ class Run(Generic[M]):
         unused = {name: why for name, why in network.skipped.items() if name not in network.layers}
         ratios, skipped = weight_ratios(weight_layers(model), ratio, self.skips, unused | computed_or_shared(model))
         return WeightPruning(model, adapter, criterion, network, ratios), skipped
+
+
+def _warn_of_defaults(left: Mapping[str, float]) -> None:
+    if sum(left.values()) > _MUCH:
+        warnings.warn(
+            f"By default {', '.join(map(repr, left))} keeps its channels, as it feeds the classifier: "
+            f"{sum(left.values()):.0%} of the parameters that could be pruned. skip=[] leaves out nothing; to keep it "
+            f"and say so, skip={{'prune': {list(left)}}}.",
+            DefaultSkipWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_overruled(what: str, layers: Mapping[str, str]) -> None:

@@ -10,11 +10,12 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snncompress.errors import OptionError
 from snncompress.interfaces import Granularity
 from snncompress.model.network import ChannelGroup, Network
+from snncompress.model.parametrizations import stored_weight
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], gran
     channels = granularity == "channel"
     prunable = network.layers if channels else quantizable
     if skip is None or isinstance(skip, Mapping):
-        keep = {name: "it feeds the classifier" for name in network.classifier_inputs if channels}
+        streams = network.streams
+        keep = {n: "it feeds the classifier" for n in network.classifier_inputs if channels and n not in streams}
         full = {
             network.first: "it is the first weight layer",
             **{n: "it is the classifier" for n in network.classifiers},
@@ -51,6 +53,17 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], gran
             _named(skip["quantize"], quantizable) if "quantize" in skip else default.quantize,
         )
     return Skips({k: v for k, v in _named(skip, quantizable).items() if k in prunable}, _named(skip, quantizable))
+
+
+def left_by_default(model: nn.Module, network: Network, skips: Skips) -> dict[str, float]:
+    """Layers that keep their channels, though they could lose some, and their share of all prunable parameters."""
+    sizes = {
+        n: stored_weight(model.get_submodule(n)).numel()
+        for g in network.groups
+        for n in g.names("out")
+        if n in network.layers
+    }
+    return {name: size / sum(sizes.values()) for name, size in sizes.items() if name in skips.prune}
 
 
 def _named(patterns: Any, names: Collection[str]) -> dict[str, str]:

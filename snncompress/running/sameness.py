@@ -14,7 +14,9 @@ from snncompress.model.modules import tensors_in
 
 from .data import Run
 
-NOTHING: Mapping[nn.Module, Tensor] = MappingProxyType({})
+Channels = tuple[Tensor, int]
+"""Indices, and the axis on which they stand, counted from the end."""
+NOTHING: Mapping[nn.Module, Channels] = MappingProxyType({})
 
 
 def wire(neuron: nn.Module, x: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ def wire(neuron: nn.Module, x: Tensor) -> Tensor:
 
 
 def wired_outputs(
-    model: nn.Module, adapter: Adapter, run: Run, silent: Mapping[nn.Module, Tensor] = NOTHING
+    model: nn.Module, adapter: Adapter, run: Run, silent: Mapping[nn.Module, Channels] = NOTHING
 ) -> list[Tensor]:
     """The floating-point tensors of the output, the channels ``silent`` of some neurons being 0.
 
@@ -31,7 +33,10 @@ def wired_outputs(
     """
 
     def silenced(neuron: nn.Module, x: Tensor) -> Tensor:
-        return x.index_fill(1, silent[neuron].to(x.device), 0.0) if neuron in silent else wire(neuron, x)
+        if neuron not in silent:
+            return wire(neuron, x)
+        indices, axis = silent[neuron]
+        return x.index_fill(axis, indices.to(x.device), 0.0)
 
     with seeded(model), adapter.identities(model, silenced):
         return [t for t in tensors_in(run(model)) if t.is_floating_point()]

@@ -22,6 +22,8 @@ from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 
 from snncompress.model.network import Side
 
+from .axes import Axes, name_of, signed
+
 Key = tuple[str, Side]
 Touched = dict[Key, tuple[list[int], list[int]]]
 """(module, side) → indices there, and the channel each of them comes from."""
@@ -129,18 +131,18 @@ class _Outlet:
         ]
 
 
-def find_reshapings(nodes: Iterable[Any]) -> Iterator[tuple[Any, Reshaping]]:
+def find_reshapings(nodes: Iterable[Any], axes: Axes) -> Iterator[tuple[Any, Reshaping]]:
     """Shuffles, splits and slices of channels among torch-pruning's nodes; call before it maps any index."""
     for node in nodes:
         kind, name = node.type, _name(node)
         if kind == ops.OPTYPE.RESHAPE or name == "ChannelShuffleBackward0":
-            found = _shuffle(node)
+            found = _shuffle(node, axes)
         elif kind == ops.OPTYPE.SPLIT:
-            found = _split(node)
+            found = _split(node, axes)
         elif kind == ops.OPTYPE.SLICE:
-            found = _slice(node)
+            found = _slice(node, axes)
         elif name == "ConstantPadNdBackward0":
-            found = _padding(node)
+            found = _padding(node, axes)
         else:
             continue
         if found is not None:
@@ -188,42 +190,38 @@ def offset(graph: Any, node: Any) -> None:
                 link.index_mapping[1] = _ConcatIndexMapping(ends[i : i + 2], reverse=reverse)
 
 
-def concatenated(node: Any) -> list[int] | None:
+def concatenated(node: Any, axes: Axes) -> list[int] | None:
     """Sizes of what a concatenation along the channels takes in; None for one along another axis."""
     sources = node.grad_fn.next_functions
     if len(sources) != len(node.inputs) or any(f is None for f, _ in sources):
         return None
     shape = node.grad_fn._input_metadata[0].shape
-    dim = _signed(node.grad_fn._saved_dim) % len(shape)
-    if dim != _channel_axis(len(shape)):
+    dim = signed(node.grad_fn._saved_dim) % len(shape)
+    known = axes.of(node.grad_fn)
+    if dim != (_axis_in(node, axes, len(shape)) if known is None else known % len(shape)):
         return None
     return [int(f._input_metadata[number].shape[dim]) for f, number in sources]
 
 
 def _name(node: Any) -> str:
-    name = getattr(node.grad_fn, "name", None)
-    return str(name()) if name is not None else ""
+    return name_of(node.grad_fn)
 
 
-def _signed(dim: int) -> int:
-    """Autograd saves a negative axis as an unsigned number."""
-    return dim - 2**64 if dim >= 2**63 else dim
+def _axis_in(node: Any, axes: Axes, dims: int) -> int:
+    """Where channels stand in what goes into a node; by default in [N, C, …], or [T, N, C, …] of 3 or 5 axes."""
+    axis = axes.into(node.grad_fn)
+    return (2 if dims in (3, 5) else 1) if axis is None or dims < -axis else axis % dims
 
 
-def _channel_axis(dims: int) -> int:
-    """[N, C], [N, C, H, W], or with time in front [T, N, C] and [T, N, C, H, W]."""
-    return 2 if dims in (3, 5) else 1
-
-
-def _shuffle(node: Any) -> Reshaping | None:
+def _shuffle(node: Any, axes: Axes) -> Reshaping | None:
     """A reshape of [N, C, …] to [N, g, C/g, …], moves, and a reshape back, as one permutation of channels."""
     shape = node.grad_fn._input_metadata[0].shape
     if _name(node) == "ChannelShuffleBackward0":
-        size, groups = shape[_channel_axis(len(shape))], node.grad_fn._saved_groups
+        size, groups = shape[_axis_in(node, axes, len(shape))], node.grad_fn._saved_groups
         moved = torch.arange(size).view(-1, groups).t().reshape(-1)
         return Reshaping(torch.arange(size) % (size // groups), _one_each(moved))
     before = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
-    axis = _channel_axis(len(before))
+    axis = _axis_in(node, axes, len(before))
     factors = shape[axis : axis + 2]
     if len(shape) != len(before) + 1 or (*before[:axis], *factors, *before[axis + 1 :]) != tuple(shape):
         return None
@@ -251,19 +249,19 @@ def _moved(labels: Tensor, node: Any) -> Any:
     if node.type == ops.OPTYPE.RESHAPE:
         return labels.reshape(saved._input_metadata[0].shape)
     if name == "TransposeBackward0":
-        return labels.transpose(_signed(saved._saved_dim0), _signed(saved._saved_dim1))
+        return labels.transpose(signed(saved._saved_dim0), signed(saved._saved_dim1))
     if name == "PermuteBackward0":
-        return labels.permute([_signed(d) for d in saved._saved_dims])
+        return labels.permute([signed(d) for d in saved._saved_dims])
     return labels if name == "CloneBackward0" else None
 
 
-def _split(node: Any) -> Reshaping | None:
+def _split(node: Any, axes: Axes) -> Reshaping | None:
     saved = node.grad_fn
     shape = getattr(saved, "_saved_self_sym_sizes", ())
     if not shape or not hasattr(saved, "_saved_dim"):
         return None
-    dim = _signed(saved._saved_dim) % len(shape)
-    if dim != _channel_axis(len(shape)):
+    dim = signed(saved._saved_dim) % len(shape)
+    if dim != _axis_in(node, axes, len(shape)):
         return Reshaping()
     sizes = [int(m.shape[dim]) for m in saved._input_metadata]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -283,22 +281,24 @@ def _split(node: Any) -> Reshaping | None:
     return found
 
 
-def _padding(node: Any) -> Reshaping | None:
+def _padding(node: Any, axes: Axes) -> Reshaping | None:
     shape, pad = node.grad_fn._input_metadata[0].shape, node.grad_fn._saved_pad
-    axis = _channel_axis(len(shape))
+    axis = _axis_in(node, axes, len(shape))
     last = 2 * (len(shape) - 1 - axis)  # padding is listed from the last axis on
     before, after = pad[last : last + 2] if len(pad) > last else (0, 0)
     size = shape[axis] - before - after
     return Reshaping(moved=_one_each(torch.arange(size) + before)) if before or after else None
 
 
-def flatten(node: Any) -> Reshaping | None:
+def flatten(node: Any, axes: Axes) -> Reshaping | None:
     """[…, C, H, W] to […, C·H·W]: where the columns of each channel are."""
     before, after = node.grad_fn._saved_self_sym_sizes, node.grad_fn._input_metadata[0].shape[-1]
-    axes = [axis for axis in range(len(before)) if math.prod(before[axis:]) == after]
-    if not axes:
+    starts = [axis for axis in range(len(before)) if math.prod(before[axis:]) == after]
+    if not starts:
         return None
-    return Reshaping(moved=torch.arange(after).view(before[axes[-1]], -1).tolist())
+    channels, merged = axes.into(node.grad_fn), before[starts[-1] :]
+    axis = 0 if channels is None or len(merged) < -channels else channels
+    return Reshaping(moved=torch.arange(after).view(merged).movedim(axis, 0).flatten(1).tolist())
 
 
 def _one_each(places: Tensor) -> list[list[int]]:
@@ -312,14 +312,14 @@ def _numbers(out: Any, split: Any) -> list[int]:
     return [n for f, n in sources if f is split] or [n for f, n in sources if type(f) is type(split)]
 
 
-def _slice(node: Any) -> Reshaping | None:
+def _slice(node: Any, axes: Axes) -> Reshaping | None:
     saved = node.grad_fn
     shape = saved._saved_self_sym_sizes
-    dim = _signed(saved._saved_dim) % len(shape)
-    if dim != _channel_axis(len(shape)):
+    dim = signed(saved._saved_dim) % len(shape)
+    if dim != _axis_in(node, axes, len(shape)):
         return Reshaping()
     size = int(shape[dim])
-    taken = torch.arange(size)[slice(saved._saved_start, saved._saved_end, saved._saved_step)]
+    taken = torch.arange(size)[slice(signed(saved._saved_start), signed(saved._saved_end), saved._saved_step)]
     place = {channel: [to] for to, channel in enumerate(taken.tolist())}
     found = Reshaping(moved=[place.get(channel, []) for channel in range(size)])
     step, length = saved._saved_step, len(taken)

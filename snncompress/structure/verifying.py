@@ -1,100 +1,182 @@
-"""Tests what tracing concluded, before anything is removed for good.
-
-Two networks that agree at a random point of their parameter space agree everywhere, almost surely. So a copy gets
-random parameters, a random half of each group's channels is (a) silenced at the neurons, (b) removed, and the outputs
-must agree. Neurons are identities here: no threshold can hide or exaggerate a difference.
-"""
+"""Tests what tracing concluded, before anything is removed for good."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from snncompress.interfaces import Adapter
-from snncompress.model.copying import private_copy
-from snncompress.model.edits import RemoveChannels
-from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Network, without
-from snncompress.model.parametrizations import computed_weight
+from snncompress.model.network import ChannelGroup, Network
 from snncompress.running.data import Run
-from snncompress.running.sameness import same, wired_outputs
+
+from .branches import possible_reader, waiting
+from .neuron_trial import Call, first_calls, uncuttable
+from .trial import Removal, Trial
+from .widths import fewest, merged, widened
 
 
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
     """Drop every group whose removal differs from silencing its neurons; ``network.skipped`` says so.
 
-    ``model`` is a copy for this purpose: its parameters are overwritten.
-
-    All groups are tried together first; only if that fails is each tried alone, and then the sound ones together.
+    ``model`` is a copy for this purpose: its parameters are overwritten. Of every group a random half, a random quarter
+    and their complements are tried: code that names a channel loses it in one of them.
     """
     if not network.groups:
         return
+
     generator = torch.Generator().manual_seed(0)
-    _randomize(model, generator)
-    removals = [_random_half(group, generator) for group in network.groups]
-    pairs = list(zip(network.groups, removals, strict=True))
-    with torch.no_grad():
-        if _difference(model, adapter, run, pairs) is None:
-            return
-        sound = []
-        for group, removed in pairs:
-            why = _difference(model, adapter, run, [(group, removed)])
-            if why is None:
-                sound.append((group, removed))
-            else:
-                network.skipped.update({n: why for n in group.names("out") if n in network.layers})
-        why = _difference(model, adapter, run, sound) if sound else None
-    if why is not None:  # sound one by one, not together: nothing is safe
-        network.skipped.update({n: why for group, _ in sound for n in group.names("out") if n in network.layers})
-        sound = []
-    network.groups = [group for group, _ in sound]
+    calls = first_calls(model, adapter, run)
+    trial = Trial(model, adapter, run, network.direct, generator)
+    unseen = waiting(model, trial.called, adapter.neurons(model))
+    refused: dict[int, str] = {}
+    chosen: list[Choice] = []
+    for group in network.groups:
+        choice = group, list(_subsets(group, generator))
+        why = trial.flaw or _in_a_branch(possible_reader(group, model, unseen, trial.shapes))
+        if why := why or _of_neurons(group, model, adapter, calls, choice[1][0]):
+            refused[id(group)] = why
+        else:
+            chosen.append(choice)
+    broken: dict[int, str] = {}
+    sound = _sound(chosen, 0, trial, broken)
+    mended = _mended([group for group, _ in chosen if id(group) in broken], sound, model, trial, generator)
+    chosen = sorted([*sound, *mended], key=lambda choice: network.layers.index(choice[0].names("out")[0]))
+    for number in range(0 if mended else 1, len(chosen[0][1]) if chosen else 0):
+        chosen = _sound(chosen, number, trial, broken)
+    kept = [group for group, _ in chosen]
+    for group in network.groups:
+        outs = [name for name in group.names("out") if name in network.layers]
+        if not any(outs[0] in other.names("out") for other in kept):
+            why = refused.get(id(group)) or broken.get(id(group)) or _TIED
+            network.skipped.update(dict.fromkeys(outs, why))
+    network.groups = kept
 
 
-def _randomize(model: nn.Module, generator: torch.Generator) -> None:
-    def uniform(tensor: Tensor, bound: float) -> None:
-        tensor.data.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
-
-    for module in model.modules():
-        if isinstance(module, WEIGHT_LAYERS) and not computed_weight(module):
-            fan_in = module.weight[0].numel()
-            uniform(module.weight, (3 / fan_in) ** 0.5)
-            if module.bias is not None:
-                uniform(module.bias, 0.1)
-        elif isinstance(module, _BatchNorm):
-            for name, offset in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-                tensor = getattr(module, name)
-                if tensor is not None:
-                    tensor.data.copy_(offset + 0.3 * torch.rand(tensor.shape, generator=generator))
+Choice = tuple[ChannelGroup, list[Tensor]]
+"""A group, and the subsets of its channels that are tried."""
+_TIED = "its channels can't be removed safely: forward counts on as many in other layers, where they don't go"
 
 
-def _random_half(group: ChannelGroup, generator: torch.Generator) -> Tensor:
+def _sound(chosen: list[Choice], number: int, trial: Trial, broken: dict[int, str]) -> list[Choice]:
+    """Those that stand a trial of their subset of that number; why the others don't goes to ``broken``."""
+
+    def refuse(group: ChannelGroup, why: str) -> None:
+        broken[id(group)] = why
+
+    removals = [(group, subsets[number]) for group, subsets in chosen]
+    sound = {id(group) for group, _ in sound_together(removals, trial.difference, refuse)}
+    return [choice for choice in chosen if id(choice[0]) in sound]
+
+
+def _mended(
+    broken: list[ChannelGroup], sound: list[Choice], model: nn.Module, trial: Trial, generator: torch.Generator
+) -> list[Choice]:
+    """Groups that stand the trial once attributes shrink with them, or once they shrink with others of their width."""
+    mended: list[ChannelGroup] = []
+
+    def settled(but: ChannelGroup | None = None) -> list[Removal]:
+        return [(g, s[0]) for g, s in sound] + [(g, _first(g)) for g in mended if g is not but]
+
+    def keep_sound(groups: list[ChannelGroup]) -> bool:
+        before = settled()
+        found = sound_together(
+            [(group, _first(group)) for group in groups],
+            lambda some: trial.difference([*before, *some]),
+            lambda group, why: None,
+        )
+        mended.extend(group for group, _ in found)
+        return bool(found)
+
+    keep_sound([group for group in (next(widened(g, model), None) for g in broken) if group is not None])
+    left: dict[int, list[ChannelGroup]] = {}
+    for group in broken:
+        if not any(group.names("out")[0] in other.names("out") for other in mended):
+            left.setdefault(group.size, []).append(group)
+    for groups in left.values():
+        together = merged(groups) if len(groups) > 1 else None
+        tries = [] if together is None else [together, *islice(widened(together, model), 1)]
+        if any(keep_sound([group]) for group in tries):
+            continue
+        for group in groups:
+            any(keep_sound([wide]) for wide in islice(widened(group, model), 1, None))
+    for number, group in enumerate(mended):
+
+        def fits(fewer: ChannelGroup, group: ChannelGroup = group) -> bool:
+            return trial.difference([*settled(group), (fewer, _first(fewer))]) is None
+
+        mended[number] = fewest(group, fits)
+    return [(group, list(_subsets(group, generator))) for group in mended]
+
+
+def _first(group: ChannelGroup) -> Tensor:
+    return next(_subsets(group, torch.Generator().manual_seed(0)))
+
+
+def _in_a_branch(reader: str | None) -> str:
+    if reader is None:
+        return ""
+    return (
+        f"{reader}, which the model never calls on this input, may take its channels in: calibrate with forward= and "
+        f"data that reach it, or delete it"
+    )
+
+
+def _of_neurons(
+    group: ChannelGroup, model: nn.Module, adapter: Adapter, calls: Mapping[str, Call], removed: Tensor
+) -> str:
+    for member in group.members:
+        if member.side == "neuron" and member.module in calls:
+            neuron = model.get_submodule(member.module)
+            if why := uncuttable(neuron, adapter, calls[member.module], member, removed):
+                return why
+    return ""
+
+
+def sound_together(
+    removals: list[Removal],
+    difference: Callable[[list[Removal]], str | None],
+    refuse: Callable[[ChannelGroup, str], None],
+) -> list[Removal]:
+    """Those that stand a trial together; the others are refused.
+
+    All are tried at once, and where that fails, each half with what was found sound before: of n groups, one that
+    breaks is found in about log2(n) trials.
+    """
+    kept: list[Removal] = []
+
+    def add(some: list[Removal], why: str | None) -> None:
+        if why is None:
+            kept.extend(some)
+        elif len(some) == 1:
+            refuse(some[0][0], why)
+        else:
+            first, rest = some[: len(some) // 2], some[len(some) // 2 :]
+            before = len(kept)
+            add(first, difference([*kept, *first]))
+            all_kept = len(kept) == before + len(first)  # then the rest breaks it as before
+            add(rest, why if all_kept else difference([*kept, *rest]))
+
+    if removals:
+        add(removals, difference(removals))
+    return kept
+
+
+def _subsets(group: ChannelGroup, generator: torch.Generator) -> Iterator[Tensor]:
+    """Positions of a random half, of all others, of a random quarter, of all others."""
     local = group.size // group.runs
-    some = torch.randperm(local, generator=generator)[: max(1, local // 2)].sort().values
-    return (some + torch.arange(group.runs)[:, None] * local).flatten()
+    for count in (local // 2, local // 4):
+        some = _lopsided(local, max(1, count), generator)
+        for chosen in (some, ~some):
+            yield chosen.repeat(group.runs).nonzero().flatten()
 
 
-def _difference(model: nn.Module, adapter: Adapter, run: Run, pairs: list[tuple[ChannelGroup, Tensor]]) -> str | None:
-    masks: dict[nn.Module, Tensor] = {}
-    for group, removed in pairs:
-        for member in group.members:
-            indices = member.index[removed].flatten()
-            if member.side == "neuron":
-                neuron = model.get_submodule(member.module)
-                masks[neuron] = torch.cat([masks[neuron], indices]) if neuron in masks else indices
-    try:
-        pruned = private_copy(model, adapter)
-        groups = [group for group, _ in pairs]
-        for number, (_, removed) in enumerate(pairs):
-            RemoveChannels.of(pruned, groups[number], removed).apply(pruned, adapter)
-            groups = without(groups, number, removed)
-        wanted = wired_outputs(model, adapter, run, masks)
-        got = wired_outputs(pruned, adapter, run)
-    except Exception as error:  # whatever goes wrong on the trial copy would go wrong on the user's model
-        cause = error.__cause__ or error
-        return f"its channels can't be removed safely: a trial on a copy failed ({type(cause).__name__}: {cause})"
-    for a, b in zip(wanted, got, strict=True):
-        if a.shape != b.shape:
-            return f"removing its channels would change the output's shape from {list(a.shape)} to {list(b.shape)}"
-        if not same(a, b):
-            return "removing its channels is not the same as silencing its neurons (something adds to silent channels)"
-    return None
+def _lopsided(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """A random choice of channels that isn't its own mirror image, so that a flip is seen."""
+    while True:
+        chosen = torch.zeros(size, dtype=torch.bool)
+        chosen[torch.randperm(size, generator=generator)[:count]] = True
+        if not torch.equal(chosen, chosen.flip(0)):
+            return chosen

@@ -132,7 +132,7 @@ def test_channels_are_right_or_whole(name: str) -> None:
     model, x = build(name), NETS[name][1]
     before = snapshot(model)
     for criterion in ("firing_rate", "taylor", "sca", "random"):
-        small = snncompress.apply(model, criterion, 0.5, None, data=(x, Y), skip=[])
+        small = snncompress.apply(model, criterion, 0.5, None, data=(x, Y), skip=[], repair=None)
         plan = snncompress.plan_of(small)
         gone = plan.removed_channels("neuron")
         assert len(small.b.weight) == 5
@@ -158,7 +158,7 @@ def test_weights_inside_neurons_are_counted_quantized_and_masked(name: str, tmp_
         )  # snnTorch forgets a state that isn't shaped like the input
         assert (rows[inner].n_ac + rows[inner].n_mac > 0) != lost
     few = snncompress.apply(model, None, bits=2, data=x, skip=[])
-    sparse = snncompress.apply(model, "weight_magnitude", 0.5, None, data=x, skip=[])
+    sparse = snncompress.apply(model, "weight_magnitude", 0.5, None, data=x, skip=[], repair=None)
     for inner in INNER[name]:
         assert all(len(channel.unique()) <= 4 for channel in layer_at(few, inner).weight)
     zeros = {inner: layer_at(sparse, inner).weight == 0 for inner in INNER[name]}
@@ -303,7 +303,7 @@ def test_a_neuron_used_in_several_places(jelly: bool, widths: tuple[int, int, in
     table = snncompress.profile(model, X)
     assert next(row for row in table.layers if row.name == "l").n_neuron_updates == spikes
     for criterion in ("firing_rate", "magnitude"):
-        small = snncompress.apply(model, criterion, 0.5, None, data=X, skip=[])
+        small = snncompress.apply(model, criterion, 0.5, None, data=X, skip=[], repair=None)
         gone = snncompress.plan_of(small).removed_channels()
         kept = {n: [c for c in range(w) if c not in gone.get(n, [])] for n, w in zip("abc", widths, strict=True)}
         for n, w in zip("abc", widths, strict=True):  # whole, or as much as was asked
@@ -315,7 +315,7 @@ def test_a_neuron_used_in_several_places(jelly: bool, widths: tuple[int, int, in
             for n, reader in zip("abc", "bcd", strict=True):
                 silenced.get_submodule(reader).weight[:, gone.get(n, [])] = 0
         assert torch.allclose(run(small, X), run(silenced, X), atol=1e-5)
-    quantized = snncompress.apply(model, None, bits=4, data=X, skip=[])
+    quantized = snncompress.apply(model, None, bits=4, data=X, skip=[], repair=None)
     assert all(len(c.unique()) <= 16 for c in quantized.b.weight)
 
 

@@ -140,7 +140,7 @@ def test_pruned_equals_silenced(case: Case, criterion: str) -> None:
     model = case.build().eval()
     data = (case.x, Y)
     before = snapshot(model)
-    small = snncompress.apply(model, criterion, 0.5, None, data=data, skip=[], **case.named)
+    small = snncompress.apply(model, criterion, 0.5, None, data=data, skip=[], repair=None, **case.named)
     assert [len(small.get_submodule(n).weight) for n in ("f1", "f2", "f3")] == [8, 6, 4]
     gone = snncompress.plan_of(small).removed_channels()
     silenced = case.build().eval()
@@ -164,7 +164,7 @@ def test_everything_else_takes_them(case: Case, tmp_path: Path) -> None:
     small = snncompress.apply(model, "cqp", 0.5, 4, data=data, skip=[], finetune=1, **case.named)
     snncompress.finetune(small, data, **case.named)
     snncompress.evaluate(small, data, **case.named)
-    small = snncompress.apply(model, "firing_rate", 0.5, 4, data=data, skip=[], **case.named)
+    small = snncompress.apply(model, "firing_rate", 0.5, 4, data=data, skip=[], repair=None, **case.named)
     snncompress.save(small, tmp_path / "a.safetensors")
     again = snncompress.load(tmp_path / "a.safetensors", into=case.build().eval(), adapter=case.adapter)
     assert torch.equal(run(again, case), run(small, case))
@@ -202,9 +202,13 @@ class Odd(nn.Module):
 
 def test_a_potential_that_cannot_be_read() -> None:
     model = Line(lambda c: Odd())
-    snncompress.apply(model, "firing_rate", 0.5, None, data=CASES["[T, N, C]"].x, neurons=Odd, time_dim=0, skip=[])
+    snncompress.apply(
+        model, "firing_rate", 0.5, None, data=CASES["[T, N, C]"].x, neurons=Odd, time_dim=0, skip=[], repair=None
+    )
     with pytest.raises(ModelError, match=r"potential of a Odd can't be read: its spikes aren't the result of"):
-        snncompress.apply(model, "sca", 0.5, None, data=CASES["[T, N, C]"].x, neurons=Odd, time_dim=0, skip=[])
+        snncompress.apply(
+            model, "sca", 0.5, None, data=CASES["[T, N, C]"].x, neurons=Odd, time_dim=0, skip=[], repair=None
+        )
 
 
 @pytest.mark.parametrize("name", ["[T, N, C]", "stepwise"])
@@ -253,7 +257,9 @@ def test_beside_layers_and_neurons_of_a_framework(jelly: bool) -> None:
     if not jelly:
         model.body[4] = Surrogate(8, 2)
     x = torch.rand(5, 3, 1, 6, 6)
-    small = snncompress.apply(model.eval(), "firing_rate", 0.5, None, data=x, neurons=Surrogate, time_dim=0, skip=[])
+    small = snncompress.apply(
+        model.eval(), "firing_rate", 0.5, None, data=x, neurons=Surrogate, time_dim=0, skip=[], repair=None
+    )
     assert [len(small.body[i].weight) for i in (0, 3)] == [4, 4]
     assert small.body[2].decay.shape == (4, 1, 1)
     static = snncompress.apply(
@@ -284,7 +290,7 @@ def test_apply_names_them_too(case: Case) -> None:
     model = Mixed()
     x = torch.rand(5, 3, 1, 6, 6)
     with pytest.warns(UnknownNeuronsWarning, match=r"'body\.2' \(Surrogate\).*is known in part") as told:
-        snncompress.apply(model, "magnitude", 0.5, None, data=x, skip=[])
+        snncompress.apply(model, "magnitude", 0.5, None, data=x, skip=[], repair=None)
     assert told[0].filename == __file__
 
 
@@ -342,7 +348,7 @@ def test_blocks_that_hold_known_neurons_are_no_neurons() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         snncompress.profile(model, torch.rand(4, 8), timesteps=3)
-        snncompress.apply(model, "magnitude", 0.5, None, data=torch.rand(4, 8), timesteps=3, skip=[])
+        snncompress.apply(model, "magnitude", 0.5, None, data=torch.rand(4, 8), timesteps=3, skip=[], repair=None)
 
 
 # -- what can't be named --

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import snncompress
 from snncompress.contract.detection import find_adapter
+from snncompress.model.edits.channels import Width
 from tests.end_to_end.test_truths import prune
 from tests.equivalence import PAPER, largest_difference, same, snapshot
 from tests.networks import Case, firing_rates, liven
@@ -139,7 +140,8 @@ def test_recurrent_containers() -> None:
     functional.set_step_mode(model, "m")
     plan = compress(model, timesteps=4)
     assert {"1", "3.sub_module.0"} <= set(plan.removed_channels())  # coupled through the feedback sum
-    assert "4.sub_module.0" in plan.skipped  # its width is written into the container
+    (edit,) = (edit for edit in plan.edits if edit.layer == "4.sub_module.0")
+    assert edit.widths == (Width("4", "sub_module_out_features", 24, 12),)  # the container makes zeros of that width
 
 
 class Branches(nn.Module):
@@ -369,12 +371,15 @@ def test_model_zoo(
     assert set(plan.skipped) == {"classifier.6" if "vgg" in name else "fc"}
 
 
-def test_attention_is_left_whole() -> None:
+def test_attention_shrinks_head_by_head() -> None:
     from spikingjelly.activation_based.model import spikformer_cifar10
 
     model = spikformer_cifar10()
     functional.set_step_mode(model, "m")
     case = Case(model, torch.rand(1, 3, 32, 32), 2)
     plan = snncompress.plan_of(prune(case, "magnitude", repair=None))
-    assert {n for n in plan.skipped if "qkv" in n} == {f"blocks.{i}.attn.qkv_conv_bn.0" for i in range(4)}
-    assert any("mlp" in n for n in plan.removed_channels())
+    assert set(plan.skipped) == {"head"}
+    heads, width = model.blocks[0].attn.num_heads, model.blocks[0].attn.head_dim
+    gone = torch.tensor(plan.removed_channels()["blocks.0.attn.qkv_conv_bn.0"])
+    each = [gone[gone // width == part] % width for part in range(3 * heads)]
+    assert all(torch.equal(part, each[0]) for part in each)

@@ -108,7 +108,9 @@ def test_pruned_equals_silenced(kind: str) -> None:
     for module in model:
         module._forward_hooks.clear()
     for criterion in ("firing_rate", "svs", "taylor", "random"):
-        small = snncompress.apply(model, criterion, 0.5, 4 if criterion == "svs" else None, data=(X, Y), skip=[])
+        small = snncompress.apply(
+            model, criterion, 0.5, 4 if criterion == "svs" else None, data=(X, Y), skip=[], repair=None
+        )
         gone = snncompress.plan_of(small).removed_channels()
         assert [len(small[i].weight) for i in (0, 2)] == [4, 2]
         if criterion == "svs":
@@ -147,9 +149,9 @@ def test_membranes(kind: str) -> None:
     adapter = find_adapter(model)
     if kind not in READABLE:
         with pytest.raises(ModelError, match=r"membrane potential of a \w+ can't be read"):
-            snncompress.apply(model, "sca", 0.5, None, data=X, skip=[])
+            snncompress.apply(model, "sca", 0.5, None, data=X, skip=[], repair=None)
         return
-    small = snncompress.apply(model, "sca", 0.5, None, data=X, skip=[])
+    small = snncompress.apply(model, "sca", 0.5, None, data=X, skip=[], repair=None)
     assert [len(small[i].weight) for i in (0, 2)] == [4, 2]
     seen: list[tuple[Tensor, Tensor]] = []
     stop = adapter.observe(model[1], lambda s, u: seen.append((s.clone(), u.clone())), membrane=True)
@@ -182,7 +184,7 @@ def test_the_potential_of_a_parallel_neuron_is_what_it_computes() -> None:
 def test_parallel_neurons_step_by_step(kind: str) -> None:
     model = net(kind)
     functional.set_step_mode(model, "s")
-    small = snncompress.apply(model, "sca", 0.5, None, data=X[0], timesteps=T, skip=[])
+    small = snncompress.apply(model, "sca", 0.5, None, data=X[0], timesteps=T, skip=[], repair=None)
     assert [len(small[i].weight) for i in (0, 2)] == [4, 2]
 
 
@@ -200,7 +202,7 @@ def test_a_neuron_whose_tensors_are_not_known_stays_whole() -> None:
         layer.Conv2d(1, 8, 3, padding=1, step_mode="m"), aware(8), layer.Conv2d(8, 6, 3, padding=1, step_mode="m"),
         neuron.IFNode(step_mode="m"), layer.Flatten(step_mode="m"), layer.Linear(216, 5, step_mode="m"),
     ).eval()  # fmt: skip
-    small = snncompress.apply(model, "magnitude", 0.5, None, data=X, skip=[])
+    small = snncompress.apply(model, "magnitude", 0.5, None, data=X, skip=[], repair=None)
     assert "which tensors of a ActivationAwareIFNode belong" in snncompress.plan_of(small).skipped["0"]
     assert [len(small[i].weight) for i in (0, 2)] == [8, 3]
     run(small)
@@ -216,7 +218,7 @@ def test_readouts_that_never_fire(kind: type[nn.Module], decode: str | None) -> 
     table = snncompress.profile(model, X)
     assert "6" not in [row.name for row in table.layers if row.kind == "neuron"]
     assert table.n_samples == 3
-    small = snncompress.apply(model, "magnitude", 0.5, None, data=X, skip=[])
+    small = snncompress.apply(model, "magnitude", 0.5, None, data=X, skip=[], repair=None)
     assert [len(small[i].weight) for i in (0, 2, 5)] == [4, 2, 5]
     if decode:
         snncompress.evaluate(small, (X, Y))
@@ -255,6 +257,6 @@ def test_neurons_in_one_file_as_in_the_version_before() -> None:
     data = torch.rand(5, 4), torch.arange(5) % 3
     before = snapshot(model.eval())
     for criterion in ("taylor", "sca", "cqp"):
-        snncompress.apply(model, criterion, 0.5, None, data=data, timesteps=3, skip=[])
+        snncompress.apply(model, criterion, 0.5, None, data=data, timesteps=3, skip=[], repair=None)
     snncompress.finetune(model, data, timesteps=3, epochs=0)
     assert unchanged(before, snapshot(model))

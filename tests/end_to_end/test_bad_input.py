@@ -290,7 +290,7 @@ def test_a_population_that_never_fires_is_named() -> None:
     with pytest.warns(
         snncompress.SilentNeuronsWarning, match=r"Neurons '6' never fired in calibration.*'svs' scores of '4' carry no"
     ) as seen:
-        apply(case)
+        apply(case, skip={"prune": ["9"]})
     assert len(seen) == 1
 
 
@@ -353,7 +353,9 @@ def test_no_data_at_all(case: Case) -> None:
     model = copy.deepcopy(case.model).float()
     with pytest.warns(snncompress.SyntheticDataWarning) as seen:
         compressed = snncompress.apply(model, criterion="random", ratio=0.5, bits=4)
-    assert len(seen) == 1
+    assert [w.category for w in seen if w.category is not snncompress.DefaultSkipWarning] == [
+        snncompress.SyntheticDataWarning
+    ]
     message = str(seen[0].message)
     assert "synthetic samples of shape [1, 8, 8]" in message
     assert "constant current for T = 4" in message

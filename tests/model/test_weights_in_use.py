@@ -175,12 +175,12 @@ def test_computed_weights_are_counted_as_they_are_used_and_left_alone(kind: type
     assert "not counted: bits of the weight that 2" in str(table)
     assert table.to_dict()["uncounted"] == list(table.uncounted)
     for criterion in ("magnitude", "weight_magnitude", "cqp"):
-        small = snncompress.apply(model, criterion, 0.5, None, data=(X, Y), timesteps=3, skip=[])
+        small = snncompress.apply(model, criterion, 0.5, None, data=(X, Y), timesteps=3, skip=[], repair=None)
         assert "another weight" in snncompress.plan_of(small).skipped["2"]
         assert torch.equal(small[2].weight, model[2].weight)
         assert small[4].weight.shape[0] == 3 or bool((small[4].weight == 0).any())
     with pytest.raises(PlanError, match=rf"2 can't be quantized: its forward computes another weight.*{kind.__name__}"):
-        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[])
+        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[], repair=None)
     few = snncompress.apply(model, None, bits=2, data=X, timesteps=3, skip=["2"])
     assert all(len(channel.unique()) <= 4 for channel in few[4].weight)
 
@@ -192,10 +192,10 @@ def test_weight_norm_of_both_kinds(norm: Any) -> None:
     row = snncompress.profile(model, X, timesteps=3).layers[2]
     assert row.n_ac == pytest.approx(synapses(spikes_into(model, 2), model[2].weight))
     for criterion in ("magnitude", "weight_magnitude"):
-        small = snncompress.apply(model, criterion, 0.5, None, data=X, timesteps=3, skip=[])
+        small = snncompress.apply(model, criterion, 0.5, None, data=X, timesteps=3, skip=[], repair=None)
         assert "its weight is computed" in snncompress.plan_of(small).skipped["2"]
     with pytest.raises(PlanError, match="its weight is computed"):
-        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[])
+        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[], repair=None)
 
 
 # -- Brevitas --
@@ -237,7 +237,7 @@ def test_brevitas_layers_are_pruned_in_channels(kind: type[nn.Conv2d], scales: d
     for name, parameter in model.named_parameters():
         if "scaling" in name:  # learned since
             parameter.data *= torch.rand_like(parameter) + 1
-    small = snncompress.apply(model, "magnitude", 0.5, None, data=X, timesteps=3, skip=[])
+    small = snncompress.apply(model, "magnitude", 0.5, None, data=X, timesteps=3, skip=[], repair=None)
     gone = snncompress.plan_of(small).removed_channels()
     assert [len(small[i].weight) for i in (0, 2, 4)] == [4, 4, 3]
     assert small[2].weight_quant.is_quant_enabled
@@ -260,10 +260,10 @@ def test_brevitas_layers_are_pruned_in_channels(kind: type[nn.Conv2d], scales: d
 
 def test_brevitas_layers_keep_their_single_weights_and_their_bits() -> None:
     model = net(qnn.QuantConv2d(8, 8, 3, padding=1, weight_bit_width=4))
-    small = snncompress.apply(model, "weight_magnitude", 0.5, None, data=X, timesteps=3, skip=[])
+    small = snncompress.apply(model, "weight_magnitude", 0.5, None, data=X, timesteps=3, skip=[], repair=None)
     assert "Brevitas quantizes its weight already" in snncompress.plan_of(small).skipped["2"]
     with pytest.raises(PlanError, match=r"2 can't be quantized: Brevitas quantizes its weight already \(QuantConv2d\)"):
-        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[])
+        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[], repair=None)
 
 
 # -- products outside layers --
@@ -305,6 +305,6 @@ def test_products_outside_layers_are_named(how: str) -> None:
 def test_channels_that_meet_a_parameter_of_no_layer_stay() -> None:
     model = Outside("conv2d")
     with pytest.warns(snncompress.NothingToDoWarning):
-        small = snncompress.apply(model, "magnitude", 0.5, None, data=X, timesteps=2, skip=[])
+        small = snncompress.apply(model, "magnitude", 0.5, None, data=X, timesteps=2, skip=[], repair=None)
     assert small.a.weight.shape[0] == 8
     assert "parameter that belongs to no layer" in snncompress.plan_of(small).skipped["a"]

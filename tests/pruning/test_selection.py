@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from snncompress_baselines import WeightMagnitude
-from torch import Tensor
+from spikingjelly.activation_based import layer, neuron
+from torch import Tensor, nn
 
+import snncompress
 from snncompress.base.ranking import layer_adaptive
 from snncompress.model.network import ChannelGroup, Member, without
 from snncompress.pruning.selection import Target, lowest
@@ -117,3 +120,58 @@ def test_the_default_selection_is_a_stable_sort(values: list[int], data: st.Data
     scores = torch.tensor(values, dtype=torch.float64)
     gone = WeightMagnitude().select(scores, count).nonzero().flatten().tolist()
     assert gone == sorted(scores.argsort(stable=True)[:count].tolist())
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def stream(width: int = 8) -> nn.Module:
+    return nn.Sequential(
+        layer.Conv2d(1, width, 3, padding=1), neuron.IFNode(),
+        *(Residual(nn.Sequential(layer.Conv2d(width, width, 3, padding=1), neuron.IFNode())) for _ in range(2)),
+        layer.Flatten(), layer.Linear(16 * width, 3),
+    )  # fmt: skip
+
+
+def chain(width: int, last: int) -> nn.Module:
+    return nn.Sequential(
+        layer.Conv2d(1, width, 3, padding=1), neuron.IFNode(), layer.Conv2d(width, width, 3, padding=1),
+        neuron.IFNode(), layer.Conv2d(width, last, 1), neuron.IFNode(), layer.Flatten(), layer.Linear(16 * last, 3),
+    )  # fmt: skip
+
+
+def separable() -> nn.Module:
+    return nn.Sequential(
+        layer.Conv2d(1, 8, 3, padding=1), neuron.IFNode(), layer.Conv2d(8, 6, 1), neuron.IFNode(),
+        layer.Conv2d(6, 6, 3, padding=1, groups=6), neuron.IFNode(), layer.Flatten(), layer.Linear(96, 3),
+    )  # fmt: skip
+
+
+def by_default(model: nn.Module, **options: object) -> snncompress.Plan:
+    x = torch.rand(2, 1, 4, 4)
+    return snncompress.plan_of(snncompress.apply(model, "magnitude", 0.5, None, data=x, timesteps=2, **options))
+
+
+def test_by_default_the_layer_is_protected_and_the_stream_is_not() -> None:
+    assert set(by_default(stream()).removed_channels()) == {"0", "2.body.0", "3.body.0"}
+    assert set(by_default(chain(8, 6)).removed_channels()) == {"0", "2"}
+    plan = by_default(separable())
+    assert set(plan.removed_channels()) == {"0"}
+    assert plan.skipped["2"] == "coupled with 4: it feeds the classifier"
+
+
+def test_defaults_that_leave_much_alone_say_so() -> None:
+    with pytest.warns(snncompress.DefaultSkipWarning, match=r"'4' keeps its channels, .*: 37% of the parameters"):
+        by_default(chain(8, 48))
+    for model, options in (
+        (chain(8, 6), {}), (stream(), {}), (chain(8, 48), {"skip": []}), (chain(8, 48), {"skip": {"prune": ["4"]}}),
+    ):  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            by_default(model, **options)

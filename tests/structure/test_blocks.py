@@ -319,7 +319,7 @@ def test_plans_with_the_words_of_earlier_versions_are_read(word: str) -> None:
 
 
 def test_a_step_traces_once_and_copies_what_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bench's copy; then per step one that is traced and one that is searched for blocks.
+    """The bench's copy; per step one that is traced and one that is searched for blocks; the result, run once.
 
     Repair keeps a copy of what was, and looks at the last network too, which nothing more is removed from.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,16 +33,27 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Width:
+    """A whole number ``attribute`` of ``module`` ("" is the model itself), from which forward reads a width."""
+
+    module: str
+    attribute: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class RemoveChannels(Edit):
     """Remove output channels ``indices`` of ``layer``, and from every coupled module what belongs to them.
 
     Indices count the channels as they stand when the edit is applied. ``slices`` spells out the whole coupled group,
-    the layer included, so that a replay needs no tracing.
+    the layer included, so that a replay needs no tracing; ``widths`` what forward must count instead.
     """
 
     layer: str
     indices: tuple[int, ...]
     slices: tuple[Slice, ...]
+    widths: tuple[Width, ...] = ()
     kind: ClassVar[str] = "remove_channels"
 
     @classmethod
@@ -59,7 +70,12 @@ class RemoveChannels(Edit):
             for member in group.members
         )
         own = next(s for s in slices if s.side == "out")
-        return cls(own.module, own.indices, slices)
+        left = group.size - len(removed)
+        widths = []
+        for module, attribute in group.widths:
+            before = vars(model.get_submodule(module))[attribute]
+            widths.append(Width(module, attribute, before, before * left // group.size))
+        return cls(own.module, own.indices, slices, tuple(widths))
 
     def check(self, model: nn.Module) -> None:
         """Every module must be there, of a kind that can be shrunk, with the width the edit expects."""
@@ -85,6 +101,15 @@ class RemoveChannels(Edit):
                 )
             if len(piece.indices) >= piece.width:
                 raise PlanError(f"The plan would remove all {piece.width} channels of {piece.module}.")
+        for width_ in self.widths:
+            module = find(model, width_.module, f"the plan sets its {width_.attribute!r}")
+            number = vars(module).get(width_.attribute)
+            if type(number) is not int or number != width_.before or not 0 < width_.after <= number:
+                raise PlanError(
+                    f"{width_.module or type(model).__name__} has {width_.attribute} = {number!r}, where the plan "
+                    f"expects a width of {width_.before}, to set it to {width_.after}. The model isn't of the "
+                    f"architecture that the plan was made for, or was compressed already."
+                )
 
     def apply(self, model: nn.Module, adapter: Adapter) -> None:
         """Shrink every module of the group."""
@@ -95,21 +120,32 @@ class RemoveChannels(Edit):
                 adapter.remove_channels(neuron, list(piece.indices), width=piece.width, axis=piece.axis)
             else:
                 remove_from_layer(model.get_submodule(piece.module), piece.side, list(piece.indices))
+        for new in self.widths:
+            setattr(model.get_submodule(new.module), new.attribute, new.after)
 
     def describe(self) -> str:
         """Layer and number of channels, and what shrinks with them."""
         others = [piece.module for piece in self.slices if piece.module != self.layer]
+        others += [f"{new.module}.{new.attribute}".lstrip(".") for new in self.widths]
         beside = f", with what belongs to them in {', '.join(dict.fromkeys(others))}" if others else ""
         return f"{self.layer}: {len(self.indices)} channels removed{beside}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without ``widths`` where forward reads none."""
+        data = super().to_dict()
+        if not self.widths:
+            del data["widths"]
+        return data
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RemoveChannels:
-        """Indices and slices must be whole numbers that can be."""
+        """Indices, slices and widths must be whole numbers that can be."""
         slices = tuple(slice_from_dict(piece) for piece in data["slices"])
         indices = integers(data["indices"])
         if min(indices, default=0) < 0:
             raise ValueError(f"channel {min(indices)}")
-        return cls(str(data["layer"]), indices, slices)
+        widths = tuple(width_from_dict(new) for new in data.get("widths", ()))
+        return cls(str(data["layer"]), indices, slices, widths)
 
     def packed(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Indices as bits; a slice has its own only where they differ from the layer's."""
@@ -120,7 +156,8 @@ class RemoveChannels(Edit):
             if (piece.indices, piece.width) != (self.indices, width):
                 slices[-1].append(pack_indices(piece.indices, piece.width))
         indices = pack_indices(self.indices, width)
-        return {"edit": self.kind, "layer": self.layer, "width": width, "indices": indices, "slices": slices}
+        packed = {"edit": self.kind, "layer": self.layer, "width": width, "indices": indices, "slices": slices}
+        return packed | ({"widths": [asdict(new) for new in self.widths]} if self.widths else {})
 
     @classmethod
     def unpacked(cls, data: dict[str, Any], tensors: dict[str, Tensor], budget: Budget) -> list[Edit]:
@@ -137,7 +174,8 @@ class RemoveChannels(Edit):
             slices[piece.module, piece.side] = replace(piece, indices=found)
         if data["width"] != getattr(slices.get((data["layer"], "out")), "width", None):
             raise PlanError(f"A removal of channels of {str(data['layer'])[:80]!r} doesn't list that layer.")
-        return [cls(data["layer"], indices, tuple(slices.values()))]
+        widths = tuple(width_from_dict(new) for new in data.get("widths", ()))
+        return [cls(data["layer"], indices, tuple(slices.values()), widths)]
 
     @classmethod
     def summary(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -157,3 +195,9 @@ def slice_from_dict(data: dict[str, Any]) -> Slice:
     if not all(0 <= i < width_ for i in indices):
         raise ValueError(f"a channel that isn't one of {width_}")
     return Slice(str(data["module"]), data["side"], indices, width_, axis)
+
+
+def width_from_dict(data: dict[str, Any]) -> Width:
+    """A width from its fields; raises KeyError, TypeError or ValueError for anything else."""
+    before, after = integers([data["before"], data["after"]])
+    return Width(str(data["module"]), str(data["attribute"]), before, after)

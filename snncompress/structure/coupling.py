@@ -1,0 +1,141 @@
+"""Channels that go together where torch-pruning loses them: walked over the segments of the network.
+
+From a layer's output channels on, every channel that they make or that makes something with them belongs to them: those
+of norms and neurons that they run through, those of other layers that are added, the inputs of layers that read them.
+In an attention the channels of q and k, multiplied and summed, belong together head by head. What comes out is a
+proposal, to be tried like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import lcm
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Side, prunable_type, width
+
+from .reshaping import UnfitError
+from .segments import Link, Segments
+
+Space = tuple[str, Side]
+"""The channels of a layer on one side, or, as "neuron", of a module whose output channels are those of its input."""
+
+
+def coupled(root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments) -> ChannelGroup:
+    """The group of a layer's output channels; raises UnfitError where they don't map evenly onto what follows."""
+    try:
+        return _Walk(root, model, neurons, found).group()
+    except _SplitError as error:
+        return _Walk(root, model, neurons, found, error.parts).group()
+
+
+class _SplitError(UnfitError):
+    """The root's channels are split in parts that must be as wide as each other."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__("its channels are tied to one another")
+        self.parts = parts
+
+
+class _Walk:
+    """Colours channels: those of colour r go with the root's channel r, and with the r-th of each of its parts."""
+
+    def __init__(
+        self, root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments, parts: int = 1
+    ) -> None:
+        self.model, self.neurons, self.found = model, neurons, found
+        self.root = self._out(root)
+        self.size = found.widths[root] // parts
+        self.parts = parts
+        self.heads = 1
+        self.colours: dict[Space, Tensor] = {}
+        self._todo: list[Space] = []
+
+    def group(self) -> ChannelGroup:
+        self._colour(self.root, torch.arange(self.size).repeat(self.parts))
+        while self._todo:
+            space = self._todo.pop()
+            for target, link in self._links_out_of(space):
+                self._follow(space, target, link)
+            for link in self._links_into(space):
+                self._back(space, link)
+        members = [self._member(space, colours) for space, colours in self.colours.items()]
+        return ChannelGroup(tuple(members), self.size, self.heads)
+
+    def _out(self, name: str) -> Space:
+        return name, "neuron" if name in self.found.through else "out"
+
+    def _into(self, name: str) -> Space:
+        return name, "neuron" if name in self.found.through else "in"
+
+    def _links_out_of(self, space: Space) -> Iterator[tuple[str, Link]]:
+        if space[1] != "in":
+            yield from ((t, link) for t, links in self.found.links.items() for link in links if link.source == space[0])
+
+    def _links_into(self, space: Space) -> Iterator[Link]:
+        if space[1] != "out":
+            yield from self.found.links.get(space[0], ())
+
+    def _colour(self, space: Space, colours: Tensor) -> None:
+        before = self.colours.get(space)
+        if before is None:
+            merged = colours
+        else:
+            if len(before) != len(colours) or bool(((before != colours) & (before >= 0) & (colours >= 0)).any()):
+                raise UnfitError("its channels are tied to one another")
+            merged = torch.maximum(before, colours)
+        if bool((merged >= 0).any()) and (before is None or not torch.equal(before, merged)):
+            self.colours[space] = merged
+            self._todo.append(space)
+
+    def _follow(self, space: Space, target: str, link: Link) -> None:
+        if link.made is not None:
+            mine = self.colours[space]
+            if link.parts > 1:
+                self._in_heads(link.heads)
+                if not torch.equal(mine, mine.view(link.parts, -1)[0].repeat(link.parts)):
+                    raise _SplitError(link.parts)
+            self._colour(self._into(target), torch.where(link.made >= 0, mine[link.made.clamp_min(0)], -1))
+            return
+        self._in_heads(link.heads)
+        for other in self.found.links[target]:  # multiplied and summed with these
+            alike = other.made is None and other.heads == link.heads and other.source != link.source
+            if alike and self.found.widths[other.source] == self.found.widths[link.source]:
+                self._colour(self._out(other.source), self.colours[space])
+
+    def _back(self, space: Space, link: Link) -> None:
+        if link.made is None:
+            self._in_heads(link.heads)
+            return
+        mine = self.colours[space]
+        source = torch.full((self.found.widths[link.source],), -1)
+        for place, channel in enumerate(link.made.tolist()):
+            if channel >= 0 and mine[place] >= 0:
+                if source[channel] not in (-1, mine[place]):
+                    raise UnfitError("its channels are tied to one another")
+                source[channel] = mine[place]
+        if link.parts > 1:
+            self._in_heads(link.heads)
+            source = source.view(link.parts, -1).amax(0).repeat(link.parts)
+        self._colour(self._out(link.source), source)
+
+    def _in_heads(self, heads: int) -> None:
+        self.heads = lcm(self.heads, heads)
+
+    def _member(self, space: Space, colours: Tensor) -> Member:
+        name, side = space
+        module = self.model.get_submodule(name)
+        rows = [(colours == colour).nonzero().flatten() for colour in range(self.size)]
+        if len({len(row) for row in rows}) > 1 or not len(rows[0]):
+            raise UnfitError("its channels don't map evenly onto what follows")
+        index = torch.stack(rows)
+        if name in self.neurons:
+            return Member(name, "neuron", index, self.found.widths[name], self.found.axes[name])
+        side = "out" if side == "neuron" else side
+        if not prunable_type(module):
+            raise UnfitError(f"{name} is a {type(module).__name__}, which can't be cut")
+        if side == "out" and isinstance(module, WEIGHT_LAYERS) and index.numel() != width(module, side):
+            raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
+        return Member(name, side, index)

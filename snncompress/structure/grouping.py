@@ -1,0 +1,257 @@
+"""Channels that go together: what torch-pruning's dependency graph, set right, says of each layer's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops
+from torch_pruning.dependency import shape_infer
+from torch_pruning.pruner.function import BasePruningFunc
+
+from snncompress.interfaces import Adapter
+from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type, width
+from snncompress.running.data import Run
+
+from .axes import Axes
+from .coupling import coupled
+from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, in_runs, offset
+from .segments import segments
+
+LOST = "its channels can't be followed through what forward does with them"
+
+
+class Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """torch-pruning's graph, told which reshape is the flatten, where concatenated channels start, what shuffles do.
+
+    It guesses the flatten from the layers before and after, and so takes every reshape on the way for a flatten: in
+    multi-step mode, where [T, N] is folded and unfolded, indices would be multiplied again and again.
+    """
+
+    def __init__(self, axes: Axes) -> None:
+        super().__init__()
+        self._axes = axes
+
+    def _trace(self, *args: Any, **kwargs: Any) -> Any:
+        nodes = super()._trace(*args, **kwargs)
+        self._2d_4d = True
+        self._reshapings = dict(find_reshapings(nodes.values(), self._axes))
+        for node in nodes.values():
+            if node.type == ops.OPTYPE.CONCAT:
+                node.module.concat_sizes = concatenated(node, self._axes)
+            elif node.type == ops.OPTYPE.RESHAPE and self._flattens(node) and (reshaping := flatten(node, self._axes)):
+                self._reshapings[node] = reshaping
+            if node in self._reshapings or node.type == ops.OPTYPE.RESHAPE:
+                node.type = ops.OPTYPE.ELEMENTWISE
+        return nodes
+
+    def build_dependency(self, *args: Any, **kwargs: Any) -> Any:
+        """With what this graph knows of reshapes and concatenations put in."""
+        super().build_dependency(*args, **kwargs)
+        for node in self.module2node.values():
+            if node.type == ops.OPTYPE.CONCAT and node.module.offsets is None:
+                offset(self, node)
+        for node, reshaping in self._reshapings.items():
+            reshaping.attach(node)
+        return self
+
+    def get_pruning_group(self, *args: Any, **kwargs: Any) -> Any:
+        """From a clean slate."""
+        for reshaping in self._reshapings.values():
+            reshaping.restart()
+        return super().get_pruning_group(*args, **kwargs)
+
+    def _flattens(self, node: Any) -> bool:
+        before = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
+        after = [m.shape for m in node.grad_fn._input_metadata]
+        if not before or not after:
+            return True
+        taken = (shape_infer.infer_in_channels_recursively(self, n, [0]) for n in node.outputs)
+        consumer = next((t for t in taken if t is not None), None)
+        return bool(before[-1] != after[0][-1] == consumer)
+
+
+@dataclass(frozen=True)
+class Site:
+    """How many channels a neuron has, and on which axis of its input."""
+
+    width: int
+    axis: int
+
+    @classmethod
+    def of(cls, current: Tensor, axes: Axes) -> Site:
+        """Read off its input; by default channels stand behind the samples."""
+        axis = axes.of(current.grad_fn)
+        if axis is None or current.dim() < -axis:
+            axis = min(1, current.dim() - 1) - current.dim()
+        return cls(current.shape[axis] if current.dim() else 1, axis)
+
+
+class NeuronPruner(BasePruningFunc):  # type: ignore[misc]
+    """Tells torch-pruning that a neuron has as many inputs as outputs; the adapter does the cutting."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+        """Nothing."""
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> None:
+        """Unknown."""
+        return None
+
+    get_in_channels = get_out_channels
+
+
+def add_groups(
+    network: Network, graph: Graph, model: nn.Module, neurons: dict[str, Site], skipped: dict[str, str]
+) -> None:
+    """Put into ``network`` what groups its layers form, or why they can't be pruned; ``skipped`` are reasons known."""
+    names = {m: n for n, m in model.named_modules()}
+    done: set[str] = set()
+    for layer in network.layers:
+        if layer in done:
+            continue
+        try:
+            group = _group(graph, model.get_submodule(layer), names, neurons)
+        except UnfitError as error:
+            network.skipped[layer] = str(error)
+            continue
+        except Exception:  # here too; each way means: don't touch this layer
+            network.skipped[layer] = LOST
+            continue
+        outs = group.names("out")
+        weight_outs = [n for n in outs if n in network.layers]
+        done.update(weight_outs)
+        reason = _why_whole(network, group, weight_outs, skipped)
+        if reason:
+            network.skipped.update(dict.fromkeys(weight_outs, reason))
+        else:
+            network.groups.append(group)
+
+
+def add_lost_groups(
+    network: Network, model: nn.Module, adapter: Adapter, run: Run, sites: dict[str, Site], skipped: dict[str, str]
+) -> None:
+    """The same for layers whose channels torch-pruning has lost."""
+    outs = {name for group in network.groups for name in group.names("out")}
+    lost = [n for n in network.layers if not (n in outs or n in skipped or n in network.classifiers)]
+    if not lost:
+        return
+    neurons = adapter.neurons(model)
+    try:
+        found = segments(model, adapter, run, {name: site.axis for name, site in sites.items()})
+    except Exception:  # the model may not bear other numbers, or write where gradients are needed: they stay lost
+        return
+    for layer in lost:
+        if layer in outs or layer not in found.widths:
+            continue
+        try:
+            group = coupled(layer, model, neurons, found)
+        except UnfitError:  # why torch-pruning lost them stands there already
+            continue
+        names = [n for n in group.names("out") if n in network.layers]
+        if not _why_whole(network, group, names, skipped, read=True) and not outs & set(names):
+            network.groups.append(group)
+            outs.update(names)
+            for name in names:
+                network.skipped.pop(name, None)
+
+
+def _why_whole(
+    network: Network, group: ChannelGroup, outs: list[str], skipped: dict[str, str], *, read: bool = False
+) -> str:
+    """Why a group isn't to be pruned; with ``read`` it is known that something reads it, if only an attention."""
+    for name in outs:
+        if name in network.classifiers:
+            return f"{name} is the classifier: its outputs are the model's"
+    for name in (m.module for m in group.members):
+        if name in skipped:
+            return skipped[name] if name in outs else f"coupled with {name}: {skipped[name]}"
+    for name in outs:
+        cut = [n for n in network.drives[name] if n not in group.names("neuron")]
+        reads = group.names("neuron") and any(name in network.direct[reader] for reader in group.names("in"))
+        if cut or not (network.drives[name] or reads):
+            return f"no spiking neuron follows {name} that its channels could be traced to"
+    if not (read or group.names("in")):
+        return "no layer that takes these channels in could be traced"
+    if group.size // group.runs < 2:
+        return "it has a single channel" if group.runs == 1 else f"each of its {group.runs} groups has one channel"
+    return ""
+
+
+def _group(graph: Graph, module: nn.Module, names: dict[nn.Module, str], neurons: dict[str, Site]) -> ChannelGroup:
+    """torch-pruning's group of all output channels of ``module``."""
+    pruner = graph.get_pruner_of_module(module)
+    size = int(pruner.get_out_channels(module))
+
+    def touched(channels: list[int]) -> Touched:
+        group = graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+        return _touched(graph, group, names, neurons)
+
+    own: Key = (names[module], "out")
+    try:
+        everything = touched(list(range(size)))
+    except TiedError:
+        indices, runs = in_runs(touched, own, size)
+    else:
+        indices, runs = {key: _index(idxs, roots, size) for key, (idxs, roots) in everything.items()}, 1
+        if any(touched([probe])[own][0] != [probe] for probe in {0, size // 2}):
+            raise UnfitError("its channels are tied to one another")
+    members, counts = [], {1, runs}
+    for (name, side), index in indices.items():
+        member, target = Member(name, side, index), graph.model.get_submodule(name)
+        if name in neurons:
+            member = replace(member, width=neurons[name].width, axis=neurons[name].axis)
+            if int(index.max()) >= member.width:  # a concatenation that torch-pruning sees from one side only
+                raise UnfitError(f"its channels aren't those of {name}, which it drives")
+        elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.shape != (width(target, side), 1):
+            raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
+        members.append(member)
+        counts.add(_runs(target, member))
+    if len(counts) > 2:
+        raise UnfitError(f"it is coupled with convolutions of different group counts ({sorted(counts - {1})})")
+    return ChannelGroup(tuple(members), size, max(counts))
+
+
+def _touched(graph: Graph, group: Any, names: dict[nn.Module, str], neurons: Iterable[str]) -> Touched:
+    found: Touched = {}
+    for item in group:
+        target, handler = item.dep.target.module, item.dep.handler
+        if isinstance(target, nn.Parameter):
+            raise UnfitError("a parameter that belongs to no layer depends on its channels")
+        name = names.get(target)
+        if name is None:  # torch-pruning's stand-in for an addition, a reshape, a concatenation
+            continue
+        if name not in neurons and not prunable_type(target):
+            continue
+        side: Side = "neuron" if name in neurons else "out" if graph.is_out_channel_pruning_fn(handler) else "in"
+        if (name, side) in found:
+            raise UnfitError(f"{name} takes its channels in twice")
+        found[name, side] = (item.idxs, item.root_idxs)
+    return found
+
+
+def _index(idxs: list[int], roots: list[int], size: int) -> Tensor:
+    if None in roots or len(idxs) % size or len(idxs) == 0:
+        raise UnfitError("its channels don't map evenly onto what follows")
+    root, index = torch.tensor(roots), torch.tensor(idxs)
+    order = torch.argsort(root * (int(index.max()) + 1) + index)
+    rows = root[order].view(size, -1)
+    if not torch.equal(rows, torch.arange(size)[:, None].expand_as(rows)):
+        raise UnfitError("its channels don't map evenly onto what follows")
+    return index[order].view(size, -1)
+
+
+def _runs(module: nn.Module, member: Member) -> int:
+    groups = getattr(module, "groups", 1)
+    depthwise = groups == getattr(module, "out_channels", None) == getattr(module, "in_channels", None)
+    if groups == 1 or depthwise:
+        return 1
+    if not torch.equal(member.index.flatten(), torch.arange(len(member.index))):
+        raise UnfitError(f"the {groups} groups of {member.module} don't match its channels one to one")
+    return int(groups)

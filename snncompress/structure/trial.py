@@ -1,0 +1,296 @@
+"""A trial of removals: one network with channels silenced, one without them, compared layer by layer.
+
+Neurons are wires here, so no threshold can hide or exaggerate a difference. Every layer's output and every neuron's
+input is compared, not only what the model returns, since what comes behind may hide a difference: a normalization, an
+average. From each of them on both networks go on with the same tensor, scaled to at most 1: so nothing overflows and
+rounding doesn't add up, however deep the network is. That's as good as other weights: a factor for all channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.errors import SNNCompressError
+from snncompress.interfaces import Adapter
+from snncompress.model.chance import Steady, seeded
+from snncompress.model.copying import private_copy
+from snncompress.model.edits import RemoveChannels
+from snncompress.model.modules import in_mode, patched, tensors_in
+from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, channel_axis, without
+from snncompress.model.parametrizations import computed_weight
+from snncompress.running.data import Run
+from snncompress.running.sameness import same
+
+Removal = tuple[ChannelGroup, Tensor]
+"""A group, and the positions that it loses."""
+_CALLS = 4  # of one module that are compared: a loop over timesteps does the same in each
+
+
+class Trial:
+    """Compares what is left of removals with what the silenced network computes.
+
+    ``model`` is a copy for this purpose: its parameters are overwritten. Two networks that agree at a random point of
+    their parameter space agree everywhere, almost surely. Silenced is what neurons put out, and what a layer takes in
+    that the group's layers feed without a neuron between (``direct``), as from a residual stream. Where the model calls
+    other layers, or returns something else, in training than it does in evaluation, both ways are compared.
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, run: Run, direct: Mapping[str, Collection[str]],
+        generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        self.model, self.adapter, self.run, self._direct = model, adapter, run, direct
+        _randomize(model, adapter, generator)
+        self.flaw = ""
+        """Why nothing can be concluded from any trial of this model; "" where something can."""
+        bare = self._noted(model)
+        self.called = set(bare.outputs)
+        """Layers and neurons that ran."""
+        self.shapes = dict(bare.shapes)
+        """Of what they put out."""
+        self.flaw = bare.problem or self._again(model, bare)
+        self._modes = [False]
+        with in_mode(model, training=True):
+            train = self._noted(model)
+            more = set(train.outputs) - self.called
+            if (more or (not train.failed and train.shapes != bare.shapes)) and not self._again(model, train):
+                self._modes.append(True)
+                self.called |= more
+                self.shapes = dict(train.shapes) | self.shapes
+
+    def difference(self, removals: Sequence[Removal]) -> str | None:
+        """Where removing isn't the same as silencing, in plain words; None where it is."""
+        silent, lost = self._gone(removals)
+        try:
+            pruned = _pruned(self.model, self.adapter, removals)
+        except SNNCompressError as error:
+            return f"its channels can't be removed safely: {error}"
+        except Exception:  # a plugin's adapter may raise anything
+            return "its channels can't be removed safely: one of the modules that they run through can't be cut"
+        for training in self._modes:
+            with in_mode(self.model, training=training), in_mode(pruned, training=training):
+                wanted = self._noted(self.model, silent, lost)
+                if wanted.problem and not (training and wanted.failed):  # as far as it comes, then
+                    return wanted.problem
+                if problem := self._noted(pruned, wanted=wanted).problem:
+                    return problem
+        return None
+
+    def _gone(self, removals: Sequence[Removal]) -> tuple[_Gone, _Gone]:
+        """What neurons and direct readers are silenced in, and what layers and neurons lose."""
+        silent: _Gone = {}
+        lost: _Gone = {}
+        for group, removed in removals:
+            writers = set(group.names("out"))
+            for member in group.members:
+                name, module = member.module, self.model.get_submodule(member.module)
+                gone = member.index[removed].flatten()
+                if member.side == "neuron":
+                    _add(silent, name, gone, member.axis)
+                    _add(lost, name, gone, member.axis)
+                elif isinstance(module, WEIGHT_LAYERS):
+                    if member.side == "out":
+                        _add(lost, name, gone, channel_axis(module))
+                    elif writers & set(self._direct.get(name, ())):
+                        _add(silent, name, gone, channel_axis(module))
+        return silent, lost
+
+    def _again(self, model: nn.Module, first: _Notes) -> str:
+        """Why a second run isn't like the first."""
+        if self._noted(model, wanted=first).problem:
+            return "the network computes something else each time that it is run, so no trial tells what removals do"
+        return ""
+
+    def _noted(
+        self, model: nn.Module, silent: _Gone | None = None, lost: _Gone | None = None, wanted: _Notes | None = None
+    ) -> _Notes:
+        """Run the model with channels ``silent``; note it without those ``lost``, or hold it against other notes."""
+        notes = _Notes(silent or {}, lost or {}, wanted)
+        names = {m: n for n, m in model.named_modules()}
+        neurons = self.adapter.neurons(model)
+        inside = {m for neuron in neurons.values() for m in neuron.modules()}
+        layers = [m for m in names if isinstance(m, WEIGHT_LAYERS) and m not in inside]
+        with torch.no_grad(), seeded(model), Steady(), ExitStack() as stack:
+            stack.enter_context(self.adapter.identities(model, lambda neuron, x: notes.neuron(names[neuron], x)))
+            for layer in layers:
+                stack.enter_context(patched(layer, "forward", notes.layer(names[layer], layer)))
+            try:
+                result = self.run(model)
+            except Exception as error:  # the model is the user's: anything can come out of it
+                notes.fails(error)
+                return notes
+        notes.returns([t for t in tensors_in(result) if t.is_floating_point()])
+        return notes
+
+
+_Gone = dict[str, tuple[Tensor, int]]
+"""Module → indices, and the axis of its output on which they stand, counted from the end."""
+
+
+def _add(gone: _Gone, name: str, indices: Tensor, axis: int) -> None:
+    before = [gone[name][0]] if name in gone else []
+    gone[name] = torch.cat([*before, indices]), axis
+
+
+class _Decided(Exception):  # noqa: N818
+    """The trial is decided."""
+
+
+@dataclass
+class _Notes:
+    """What every module put out, call by call, and whether that was what was ``wanted``."""
+
+    silent: _Gone
+    lost: _Gone
+    wanted: _Notes | None = None
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    scales: dict[str, list[Tensor]] = field(default_factory=dict)
+    shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
+    problem: str = ""
+    failed: bool = False
+    last: str = ""
+
+    def layer(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        """Stands in for the module's forward."""
+        forward = module.forward
+
+        def call(*args: Any, **named: Any) -> Any:
+            if args and isinstance(args[0], Tensor):
+                args = (self._silenced(name, args[0]), *args[1:])
+            result = forward(*args, **named)
+            return self._note(name, result) if isinstance(result, Tensor) else result
+
+        return call
+
+    def neuron(self, name: str, x: Tensor) -> Tensor:
+        """Stands in for the neuron."""
+        return self._silenced(name, self._note(name, x))
+
+    def _silenced(self, name: str, x: Tensor) -> Tensor:
+        if name not in self.silent:
+            return x
+        indices, axis = self.silent[name]
+        return x.index_fill(axis, indices.to(x.device), 0.0)
+
+    def fails(self, error: Exception) -> None:
+        """The run came to an end before its time: fair enough, if there the other did too."""
+        if self.problem:
+            return
+        self.failed = True
+        if self.wanted is None:
+            where = f"behind {self.last}" if self.last else "before its first layer"
+            self.problem = f"a trial with other numbers in the network failed {where}, which tells nothing"
+        elif not self.wanted.failed or len(self.wanted.shapes) != len(self.shapes):
+            self.problem = _counts_on_width(self.last, error)
+
+    def returns(self, results: list[Tensor]) -> None:
+        """What the model returned."""
+        self.results = results
+        self.shapes += [("", tuple(t.shape)) for t in results]
+        if self.wanted is None:
+            return
+        if len(results) != len(self.wanted.results):
+            self.problem = "without some of its channels the model returns something else"
+        for a, b in zip(self.wanted.results, results, strict=False):
+            if a.shape != b.shape:
+                self.problem = (
+                    f"removing its channels would change the output's shape from {list(a.shape)} to {list(b.shape)}"
+                )
+            elif not same(a, b):
+                self.problem = _not_the_same("the model's output")
+
+    def _note(self, name: str, x: Tensor) -> Tensor:
+        """The tensor, scaled, with which the network goes on."""
+        self.last = name
+        self.shapes.append((name, tuple(x.shape)))
+        number = len(self.scales.setdefault(name, []))
+        if self.wanted is not None and number < len(self.wanted.scales.get(name, ())):
+            scale = self.wanted.scales[name][number]
+        else:
+            scale = 1 / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny ** 0.5) if x.numel() else x.new_ones(())
+        self.scales[name].append(scale)
+        x = x * scale
+        if not bool(x.isfinite().all()):
+            self._stop(f"a trial with random weights gave NaN or infinite numbers at {name}, which tells nothing")
+        known = self.outputs.setdefault(name, [])
+        if len(known) == _CALLS:
+            return x
+        if self.wanted is None:
+            known.append(_left(x, self.lost.get(name)))
+            return x
+        known.append(x)
+        calls = self.wanted.outputs.get(name, [])
+        if number >= len(calls):
+            self._stop(f"without some of its channels {name} is called more often")
+        if calls[number].shape != x.shape:
+            self._stop(_counts_on_width(name))
+        if not same(calls[number], x):
+            self._stop(_not_the_same(f"what {name} computes"))
+        return calls[number]
+
+    def _stop(self, problem: str) -> None:
+        self.problem = problem
+        raise _Decided
+
+
+def _not_the_same(what: str) -> str:
+    return (
+        f"removing its channels is not the same as silencing its neurons: {what} would change (something adds to "
+        f"silent channels, or forward names single ones)"
+    )
+
+
+def _counts_on_width(name: str, error: Exception | None = None) -> str:
+    if isinstance(error, SNNCompressError) and isinstance(error.__cause__, SNNCompressError):
+        return f"its channels can't be removed safely: {error.__cause__}"
+    where = f"behind {name}" if name else "before its first layer"
+    return f"its channels can't be removed safely: forward, {where}, counts on how many there are"
+
+
+def _left(x: Tensor, gone: tuple[Tensor, int] | None) -> Tensor:
+    if gone is None:
+        return x.clone()
+    indices, axis = gone
+    keep = torch.ones(x.shape[axis], dtype=torch.bool)
+    keep[indices] = False
+    return x.index_select(axis, keep.nonzero().flatten().to(x.device))
+
+
+def _pruned(model: nn.Module, adapter: Adapter, removals: Sequence[Removal]) -> nn.Module:
+    pruned = private_copy(model, adapter, share=True)
+    groups = [group for group, _ in removals]
+    for number, (_, removed) in enumerate(removals):
+        RemoveChannels.of(pruned, groups[number], removed).apply(pruned, adapter)
+        groups = without(groups, number, removed)
+    return pruned
+
+
+def _randomize(model: nn.Module, adapter: Adapter, generator: torch.Generator) -> None:
+    """Other parameters, so that none is 0 by chance or by its initialization; what neurons hold stays."""
+
+    def draw(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    done = {p for neuron in adapter.neurons(model).values() for p in neuron.parameters()}
+    for module in model.modules():
+        if isinstance(module, WEIGHT_LAYERS) and not computed_weight(module):
+            bounds = {"weight": (3 / module.weight[0].numel()) ** 0.5, "bias": 0.1}
+            new = {n: b * (2 * draw(t) - 1) for n, b in bounds.items() if (t := getattr(module, n)) is not None}
+        elif isinstance(module, (*NORMS, nn.LayerNorm)):
+            offsets = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+            new = {n: o + 0.3 * draw(t) for n, o in offsets.items() if (t := getattr(module, n, None)) is not None}
+        else:
+            own = dict(module.named_parameters(recurse=False))
+            new = {n: p * (1 + 0.3 * draw(p)) + 0.03 * draw(p) for n, p in own.items() if p.is_floating_point()}
+        for name, values in new.items():
+            tensor = getattr(module, name)
+            if tensor not in done:
+                tensor.data.copy_(values)
+                done.add(tensor)

@@ -1,0 +1,69 @@
+"""Widths that forward reads from whole-number attributes, as in ``x.reshape(n, self.hidden, h, w)``.
+
+Nothing shows which attribute is read, or whether it is: those that have the right value are set on a copy, and kept
+where the trial passes with them and doesn't without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import lcm
+
+from torch import nn
+
+from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup
+
+Name = tuple[str, str]
+"""A module's name and an attribute's."""
+Fits = Callable[[ChannelGroup], bool]
+"""Does the group pass the trial?"""
+
+
+def widened(group: ChannelGroup, model: nn.Module) -> Iterator[ChannelGroup]:
+    """The group with sets of attributes to try: all of its width, all in proportion to it, each by itself."""
+    values = dict(_attributes(group, model))
+    equal = tuple(name for name, value in values.items() if value == group.size)
+    seen = set()
+    for names in (equal, tuple(values), *((name,) for name in values)):
+        if names and names not in seen:
+            seen.add(names)
+            yield replace(group, widths=names)
+
+
+def fewest(group: ChannelGroup, fits: Fits) -> ChannelGroup:
+    """The group without those attributes that it fits without: half of them are dropped at once, then half of these."""
+
+    def without_some(group: ChannelGroup, some: tuple[Name, ...]) -> ChannelGroup:
+        fewer = replace(group, widths=tuple(name for name in group.widths if name not in some))
+        if fits(fewer):
+            return fewer
+        half = len(some) // 2
+        return without_some(without_some(group, some[:half]), some[half:]) if half else group
+
+    return without_some(group, group.widths) if len(group.widths) > 1 else group
+
+
+def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, int]]:
+    """Whole numbers of modules around those of the group that may count its channels, or those of one run of it."""
+    for name, module in model.named_modules():
+        if isinstance(module, (*WEIGHT_LAYERS, *NORMS)):
+            continue
+        if name and not any(member.module.startswith(f"{name}.") for member in group.members):
+            continue
+        for attribute, value in vars(module).items():
+            if type(value) is not int or value < 1:
+                continue
+            if value % group.size == 0 or value * group.runs == group.size:
+                yield (name, attribute), value
+
+
+def merged(groups: list[ChannelGroup]) -> ChannelGroup | None:
+    """One group of all that are as wide: of each the same positions go; None where their runs don't match."""
+    first, runs = groups[0], lcm(*(group.runs for group in groups))
+    if first.size // runs < 2 or any(group.size != first.size or group.runs not in (1, runs) for group in groups):
+        return None
+    members = tuple(member for group in groups for member in group.members)
+    if len({(m.module, m.side) for m in members}) < len(members):
+        return None
+    return ChannelGroup(members, first.size, runs)

@@ -1,0 +1,193 @@
+"""Spiking transformers, small, with attention and residual streams as their authors write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+import snncompress
+from snncompress.contract.detection import find_adapter
+from snncompress.running.data import Feed
+from tests.equivalence import largest_difference, outputs
+
+WIDTH, HEADS = 16, 2
+
+
+def fire(threshold: float = 0.1) -> nn.Module:
+    return neuron.LIFNode(v_threshold=threshold, step_mode="m")
+
+
+class Layer(nn.Module):
+    """A linear layer on tokens [T, N, L, C], shaped as ``width`` says, and its batch norm."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(before, after), nn.BatchNorm1d(after)
+
+    def forward(self, x: Tensor, width: int) -> Tensor:
+        y = self.linear(x.flatten(0, 1))
+        return self.bn(y.transpose(-1, -2)).transpose(-1, -2).reshape(*x.shape[:3], width).contiguous()
+
+
+def heads(x: Tensor) -> Tensor:
+    t, n, length, width = x.shape
+    return x.reshape(t, n, length, HEADS, width // HEADS).permute(0, 1, 3, 2, 4).contiguous()
+
+
+def softmax_free(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Spikformer: q·kᵀ·v, head by head."""
+    x = (heads(q) @ heads(k).transpose(-2, -1)) @ heads(v) * 0.25
+    return x.transpose(2, 3).reshape(q.shape)
+
+
+def linear_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q·(kᵀ·v): the same, associated the other way, as with many tokens."""
+    return (heads(q) @ (heads(k).transpose(-2, -1) @ heads(v)) * 0.25).transpose(2, 3).reshape(q.shape)
+
+
+def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("tnhid,tnhjd->tnhij", heads(q), heads(k))
+    return torch.einsum("tnhij,tnhjd->tnihd", scores, heads(v)).reshape(q.shape)
+
+
+def driven(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Spike-driven transformer: k·v summed over the tokens, times q, channel by channel."""
+    return (k * v).sum(2, keepdim=True) * q
+
+
+def by_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """QKFormer: which tokens pass is a sum over the channels of q, head by head."""
+    return (heads(q).sum(-1, keepdim=True) * heads(k * v)).transpose(2, 3).reshape(q.shape)
+
+
+ATTENTIONS = {f.__name__: f for f in (softmax_free, linear_first, einsum, driven, by_token)}
+
+
+class Block(nn.Module):
+    """Attention and MLP; ``currents``: neurons come first, and the stream is one of currents."""
+
+    def __init__(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor], *, currents: bool, own: bool) -> None:
+        super().__init__()
+        self.attention, self.currents, self.own, self.dim, self.hidden = attention, currents, own, WIDTH, 2 * WIDTH
+        self.layers = nn.ModuleDict({n: Layer(WIDTH, WIDTH) for n in ("q", "k", "v", "proj")})
+        self.layers["up"], self.layers["down"] = Layer(WIDTH, self.hidden), Layer(self.hidden, WIDTH)
+        names = [*self.layers, "attn"]
+        self.lifs = nn.ModuleDict({n: fire(0.5 if n == "attn" else 0.1) for n in names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = self.dim if self.own else x.shape[-1]
+        y = self.lifs["proj"](x) if self.currents else x
+        q, k, v = (self.lifs[n](self.layers[n](y, width)) for n in "qkv")
+        y = self.layers["proj"](self.lifs["attn"](self.attention(q, k, v)), x.shape[-1])
+        x = x + (y if self.currents else self.lifs["proj"](y))
+        y = self.lifs["down"](x) if self.currents else x
+        y = self.layers["down"](self.lifs["up"](self.layers["up"](y, self.hidden)), x.shape[-1])
+        return x + (y if self.currents else self.lifs["down"](y))
+
+
+class Transformer(nn.Module):
+    def __init__(self, attention: str, *, currents: bool, own: bool) -> None:
+        super().__init__()
+        self.embed, self.bn, self.lif = nn.Conv2d(2, WIDTH, 2, 2), nn.BatchNorm2d(WIDTH), fire()
+        self.blocks = nn.ModuleList(Block(ATTENTIONS[attention], currents=currents, own=own) for _ in range(2))
+        self.last, self.head = fire() if currents else nn.Identity(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t, n = x.shape[:2]
+        x = self.lif(self.bn(self.embed(x.flatten(0, 1))).unflatten(0, (t, n))).flatten(3).transpose(2, 3)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.last(x).mean(2))
+
+
+class Joint(nn.Module):
+    """One layer makes q, k and v; ``apart``: the neuron behind sees heads on an axis of their own."""
+
+    def __init__(self, *, apart: bool) -> None:
+        super().__init__()
+        self.embed, self.lif, self.apart = nn.Linear(6, WIDTH), fire(), apart
+        self.qkv, self.qkv_lif, self.attn_lif = nn.Linear(WIDTH, 3 * WIDTH), fire(), fire(0.5)
+        self.proj, self.proj_lif, self.head = nn.Linear(WIDTH, WIDTH), fire(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lif(self.embed(x))
+        q, k, v = (heads(part) for part in self.qkv_lif(self.qkv(x)).chunk(3, -1))
+        y = q @ k.transpose(-2, -1) @ v * 0.25
+        y = y if self.apart else y.transpose(2, 3).flatten(3)
+        y = self.attn_lif(y)
+        y = y.transpose(2, 3).flatten(3) if self.apart else y
+        return self.head(x + self.proj_lif(self.proj(y)))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("criterion", ["firing_rate", "svs"])
+def test_q_k_and_v_of_one_layer(apart: bool, criterion: str) -> None:
+    model = Joint(apart=apart).double().eval()
+    x = torch.rand(3, 2, 5, 6, dtype=torch.float64)
+    small = snncompress.apply(model, criterion, 0.5, None, data=x, skip=[])
+    plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x)
+    assert set(plan.skipped) == {"head"}
+    assert small.qkv.weight.shape == (3 * WIDTH // 2, WIDTH // 2)
+    gone = plan.removed_channels()["qkv"]
+    part = 3 * WIDTH // (3 * HEADS)
+    assert [gone.count(i) for i in range(part)] == [gone.count(i + part) for i in range(part)]
+    assert largest_difference(model, small, feed) < 1e-9
+    assert not torch.allclose(outputs(model, feed)[0], outputs(small, feed)[0])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("currents", [False, True])
+def test_a_transformer_shrinks_whole_and_exactly(attention: str, currents: bool) -> None:
+    model = Transformer(attention, currents=currents, own=False).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.uniform_(module.bias, 0.0, 0.5)
+    x = torch.rand(3, 2, 2, 6, 6, dtype=torch.float64)
+    small = snncompress.apply(model, "firing_rate", 0.5, None, data=x, skip=[])
+    plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x)
+    assert set(plan.skipped) == {"head"}
+    assert all(len(gone) in (WIDTH // 2, WIDTH) for gone in plan.removed_channels().values())
+    assert not torch.allclose(outputs(model, feed)[0], outputs(small, feed)[0])
+    assert largest_difference(model, small, feed) < 1e-9
+    replayed = snncompress.Plan.from_json(plan.to_json()).apply(model)
+    assert torch.equal(outputs(replayed, feed)[0], outputs(small, feed)[0])
+
+
+def test_a_model_that_bears_no_other_numbers_keeps_what_is_lost() -> None:
+    class Strict(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.grad_fn is None or float(x.detach().abs().max()) < 1e-6, "numbers of the segments"
+            return x
+
+    model = Joint(apart=False).double().eval()
+    model.embed = nn.Sequential(model.embed, nn.Identity())
+    nn.init.zeros_(model.embed[0].weight)
+    nn.init.zeros_(model.embed[0].bias)
+    model.lif = nn.Sequential(Strict(), model.lif)
+    x = torch.rand(3, 2, 5, 6, dtype=torch.float64)
+    plan = snncompress.plan_of(snncompress.apply(model, "magnitude", 0.5, None, data=x, skip=[]))
+    assert "qkv" in plan.skipped
+
+
+def test_of_every_head_as_many_channels_go() -> None:
+    model = Transformer("softmax_free", currents=False, own=False).double().eval()
+    x = torch.rand(3, 2, 2, 6, 6, dtype=torch.float64)
+    plan = snncompress.plan_of(snncompress.apply(model, "random", 0.5, None, data=x, skip=[]))
+    gone = plan.removed_channels()["blocks.0.layers.q.linear"]
+    per_head = WIDTH // HEADS
+    assert [i for i in gone if i < per_head] == [i - per_head for i in gone if i >= per_head]
+
+
+def test_attention_of_its_own_width_shrinks_without_the_stream() -> None:
+    """Where the width of q, k and v is an attribute, each block's shrinks by itself."""
+    model = Transformer("driven", currents=False, own=True).double().eval()
+    x = torch.rand(3, 2, 2, 6, 6, dtype=torch.float64)
+    ratio = {"blocks.0.layers.[qkv].*": 0.5}
+    small = snncompress.apply(model, "random", ratio, None, data=x, skip=[])
+    assert (small.blocks[0].dim, small.blocks[1].dim) == (WIDTH // 2, WIDTH)
+    assert small.head.in_features == WIDTH
+    assert largest_difference(model, small, Feed(find_adapter(model), x)) < 1e-9
