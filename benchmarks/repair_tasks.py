@@ -133,10 +133,10 @@ class Mlp(Task):
 
 
 class NMnist(Task):
-    name, images = "nmnist", 512
+    name, images = "nmnist", 256
     title = (
         "Events of a camera, T = 10; Conv(2, 16) - Conv(16, 32) - Linear(128) - Linear(10) as in benchmarks/nmnist.py; "
-        "1,100 recordings in three folds, each tested by a network trained on the others; 512 recordings calibrate."
+        "1,100 recordings in three folds, each tested by a network trained on the others; 256 recordings calibrate."
     )
 
     def network(self) -> nn.Module:

@@ -208,11 +208,12 @@ class LayerFit:
         if numbers is None:
             return
         values = (numbers - grid.zero_point) * scale
-        yield values if kept is None else values.where(kept, 0.0)
+        exists = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
+        yield values.where(exists, 0.0)
         inside = 0.499 * scale
         low = torch.where(numbers > 0, values - inside, -torch.inf)
         high = torch.where(numbers < 2.0**grid.bits - 1, values + inside, torch.inf)
-        yield weights.clamp(low, high)
+        yield weights.clamp(low, high).where(exists, 0.0)
 
     def _theta(self, weights: Tensor, offset: Tensor) -> Tensor:
         return torch.cat([weights, offset.unsqueeze(2)], 2) if self._offset else weights

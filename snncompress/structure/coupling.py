@@ -93,6 +93,8 @@ class _Walk:
     def _follow(self, space: Space, target: str, link: Link) -> None:
         if link.made is not None:
             mine = self.colours[space]
+            if int(link.made.max()) >= len(mine):
+                raise UnfitError(f"{space[0]} is used at several widths")
             if link.parts > 1:
                 self._in_heads(link.heads)
                 if not torch.equal(mine, mine.view(link.parts, -1)[0].repeat(link.parts)):
@@ -110,6 +112,8 @@ class _Walk:
             self._in_heads(link.heads)
             return
         mine = self.colours[space]
+        if len(link.made) != len(mine):
+            raise UnfitError(f"{space[0]} is used at several widths")
         source = torch.full((self.found.widths[link.source],), -1)
         for place, channel in enumerate(link.made.tolist()):
             if channel >= 0 and mine[place] >= 0:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
+from snncompress_baselines import WeightMagnitude
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ def test_in_a_loop_of_ones_own_on_a_compressed_network(framework: str) -> None:
     x, y = data(framework)
     options: dict[str, Any] = {"data": (x, y), "timesteps": 4, "progress": False}
     small = snncompress.apply(spiking(framework), "magnitude", 0.4, 4, skip=[], **options)
-    masked = snncompress.apply(small, "weight_magnitude", 0.5, None, **options)
+    masked = snncompress.apply(small, WeightMagnitude("layer"), 0.5, None, **options)
     loss = GradientAwareLoss(masked, weight=10.0, eps=1e-2)
     feed = Feed(find_adapter(masked), (x, y), 4)
     optimizer = torch.optim.Adam(masked.parameters(), lr=5e-3)

@@ -80,6 +80,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "freeze": (Noisy, lambda m, p: snncompress.freeze(m[0], m[1], **T)),
     "gradient_flow": (Noisy, lambda m, p: snncompress.gradient_flow(m[0], m[1], **T)),
     "profile": (Noisy, lambda m, p: snncompress.profile(m[0], m[1], **T)),
+    "refresh": (Noisy, lambda m, p: snncompress.refresh(m[0], m[1], **T)),
     "repair": (plain, lambda m, p: snncompress.repair(m[0], m[0], m[1], **T)),
     "save and load": (Noisy, lambda m, p: (snncompress.save(m[0], p / "n"), snncompress.load(p / "n", into=m[0]))),
     "sensitivity": (Noisy, lambda m, p: snncompress.sensitivity(m[0], m[1], "svs", (0.5,), **T)),

@@ -128,7 +128,7 @@ class Joint(nn.Module):
 def test_q_k_and_v_of_one_layer(apart: bool, criterion: str) -> None:
     model = Joint(apart=apart).double().eval()
     x = torch.rand(3, 2, 5, 6, dtype=torch.float64)
-    small = snncompress.apply(model, criterion, 0.5, None, data=x, skip=[])
+    small = snncompress.apply(model, criterion, 0.5, None, data=x, skip=[], repair=None)
     plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x)
     assert set(plan.skipped) == {"head"}
     assert small.qkv.weight.shape == (3 * WIDTH // 2, WIDTH // 2)
@@ -147,7 +147,7 @@ def test_a_transformer_shrinks_whole_and_exactly(attention: str, currents: bool)
         if isinstance(module, nn.BatchNorm1d):
             nn.init.uniform_(module.bias, 0.0, 0.5)
     x = torch.rand(3, 2, 2, 6, 6, dtype=torch.float64)
-    small = snncompress.apply(model, "firing_rate", 0.5, None, data=x, skip=[])
+    small = snncompress.apply(model, "firing_rate", 0.5, None, data=x, skip=[], repair=None)
     plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x)
     assert set(plan.skipped) == {"head"}
     assert all(len(gone) in (WIDTH // 2, WIDTH) for gone in plan.removed_channels().values())
@@ -169,14 +169,14 @@ def test_a_model_that_bears_no_other_numbers_keeps_what_is_lost() -> None:
     nn.init.zeros_(model.embed[0].bias)
     model.lif = nn.Sequential(Strict(), model.lif)
     x = torch.rand(3, 2, 5, 6, dtype=torch.float64)
-    plan = snncompress.plan_of(snncompress.apply(model, "magnitude", 0.5, None, data=x, skip=[]))
+    plan = snncompress.plan_of(snncompress.apply(model, "magnitude", 0.5, None, data=x, skip=[], repair=None))
     assert "qkv" in plan.skipped
 
 
 def test_of_every_head_as_many_channels_go() -> None:
     model = Transformer("softmax_free", currents=False, own=False).double().eval()
     x = torch.rand(3, 2, 2, 6, 6, dtype=torch.float64)
-    plan = snncompress.plan_of(snncompress.apply(model, "random", 0.5, None, data=x, skip=[]))
+    plan = snncompress.plan_of(snncompress.apply(model, "random", 0.5, None, data=x, skip=[], repair=None))
     gone = plan.removed_channels()["blocks.0.layers.q.linear"]
     per_head = WIDTH // HEADS
     assert [i for i in gone if i < per_head] == [i - per_head for i in gone if i >= per_head]
@@ -187,7 +187,7 @@ def test_attention_of_its_own_width_shrinks_without_the_stream() -> None:
     model = Transformer("driven", currents=False, own=True).double().eval()
     x = torch.rand(3, 2, 2, 6, 6, dtype=torch.float64)
     ratio = {"blocks.0.layers.[qkv].*": 0.5}
-    small = snncompress.apply(model, "random", ratio, None, data=x, skip=[])
+    small = snncompress.apply(model, "random", ratio, None, data=x, skip=[], repair=None)
     assert (small.blocks[0].dim, small.blocks[1].dim) == (WIDTH // 2, WIDTH)
     assert small.head.in_features == WIDTH
     assert largest_difference(model, small, Feed(find_adapter(model), x)) < 1e-9

@@ -67,7 +67,7 @@ def test_depthwise_transposed_convolutions(criterion: str) -> None:
         layer.Conv2d(8, 5, 1),
     ).double()  # fmt: skip
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
-    small = snncompress.apply(model, criterion, 0.5, None, data=x, timesteps=3, skip=[])
+    small = snncompress.apply(model, criterion, 0.5, None, data=x, timesteps=3, skip=[], repair=None)
     assert small[0].out_channels == small[2].weight.shape[0] == 4
     assert largest_difference(model, small, Feed(find_adapter(model), x, 3)) < 1e-9
 
@@ -108,7 +108,7 @@ def test_a_stream_of_currents_shrinks_exactly(make: Callable[[], nn.Module], mod
     model = make().double().eval()
     functional.set_step_mode(model, mode)
     x = 2 * torch.rand(3, 1, 8, 8, dtype=torch.float64)
-    small = snncompress.apply(model, "firing_rate", 0.5, None, data=x, timesteps=3, skip=[])
+    small = snncompress.apply(model, "firing_rate", 0.5, None, data=x, timesteps=3, skip=[], repair=None)
     plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x, 3)
     assert set(plan.skipped) == {max(plan.skipped)}  # the classifier
     assert "classifier" in plan.skipped[max(plan.skipped)]

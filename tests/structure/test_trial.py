@@ -40,7 +40,7 @@ class Net(nn.Module):
 def prune(model: nn.Module, seed: int = 0, ratio: float = 0.5) -> snncompress.Plan:
     """The plan of a removal that was held against the silenced original."""
     model.double().eval()
-    small = snncompress.apply(model, "random", ratio, None, data=X, timesteps=3, skip=[], seed=seed)
+    small = snncompress.apply(model, "random", ratio, None, data=X, timesteps=3, skip=[], repair=None, seed=seed)
     feed = Feed(find_adapter(model), X, 3)
     assert largest_difference(model, small, feed) < 1e-9
     plan = snncompress.plan_of(small)
@@ -234,7 +234,7 @@ class Swapped(Learned):
         return self.surrogate_function(self.v - self.theta.flip(0))
 
 
-@pytest.mark.parametrize(("kind", "goes"), [(Plain, False), (Remembered, False), (Learned, True), (Swapped, False)])
+@pytest.mark.parametrize(("kind", "goes"), [(Plain, True), (Remembered, True), (Learned, True), (Swapped, False)])
 def test_what_neurons_hold_per_channel(kind: type[Plain], goes: bool) -> None:
     net = Net(nn.Identity())
     net.n2 = kind(8)
@@ -259,7 +259,7 @@ def test_states_handed_in_are_tried_with_the_decay() -> None:
                 spikes.append(spk)
             return torch.stack(spikes)
 
-    small = snncompress.apply(Loop(), "magnitude", 0.5, None, data=torch.rand(4, 5), skip=[])
+    small = snncompress.apply(Loop(), "magnitude", 0.5, None, data=torch.rand(4, 5), skip=[], repair=None)
     assert small.lif.beta.shape == (4,)
 
 

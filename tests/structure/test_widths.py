@@ -29,7 +29,7 @@ def prune(model: nn.Module, x: Tensor, ratio: float = 0.5, **options: object) ->
     """A smaller model that was held against the silenced original."""
     model.double().eval()
     x = x.double()
-    small = snncompress.apply(model, "firing_rate", ratio, None, data=x, skip=[], **options)
+    small = snncompress.apply(model, "firing_rate", ratio, None, data=x, skip=[], repair=None, **options)
     assert largest_difference(model, small, Feed(find_adapter(model), x)) < 1e-9
     return small
 
@@ -79,7 +79,7 @@ def test_channels_on_any_axis(what: str) -> None:
 def test_a_layer_that_reads_positions_reads_no_channels() -> None:
     net = Through(nn.Linear(6, 8), lambda h: h.transpose(2, 3), nn.Linear(8, 5)).double()
     with pytest.warns(snncompress.errors.NothingToDoWarning, match="counts on how many there are"):
-        snncompress.apply(net, "magnitude", 0.5, None, data=torch.rand(3, 2, 8, 6).double(), skip=[])
+        snncompress.apply(net, "magnitude", 0.5, None, data=torch.rand(3, 2, 8, 6).double(), skip=[], repair=None)
 
 
 @pytest.mark.parametrize(
