@@ -103,28 +103,14 @@ class Layer:
 
     @property
     def rows(self) -> Tensor:
-        """The weight as [G, R, D]: for each of G groups R output channels that read D inputs, as ``inputs`` has it."""
-        return self._by_row(self.weight)
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """[G, R, D] back to the shape of ``weight``.
+        """The weight as [G, R, D]: for each of G groups R output channels that read D inputs, as ``inputs`` has it.
 
         >>> conv = nn.Conv2d(4, 6, 3, groups=2)
-        >>> layer = Layer("conv", conv, conv.weight.detach(), None, None, (), torch.Generator())
-        >>> layer.rows.shape, torch.equal(layer.from_rows(layer.rows), layer.weight)
-        (torch.Size([2, 3, 18]), True)
+        >>> Layer("conv", conv, conv.weight.detach(), None, None, (), torch.Generator()).rows.shape
+        torch.Size([2, 3, 18])
         """
-        place = self._by_row(torch.arange(self.weight.numel(), device=rows.device).view(self.weight.shape))
-        back = rows.new_empty(self.weight.numel())
-        back[place.flatten()] = rows.flatten()
-        return back.view(self.weight.shape)
-
-    def _by_row(self, weight: Tensor) -> Tensor:
         groups = int(getattr(self.module, "groups", 1))
-        if groups > 1 and getattr(self.module, "transposed", False):  # [C / G, inputs, ...]
-            weight = weight.view(len(weight), groups, -1, *weight.shape[2:]).transpose(0, 1)
-            return weight.flatten(2)
-        return weight.reshape(groups, weight.shape[0] // groups, -1)
+        return self.weight.reshape(groups, len(self.weight) // groups, -1)
 
 
 class _Plugin(ABC):

@@ -66,5 +66,5 @@ class OBS(Criterion):
         saliency = layer.weight.double() ** 2
         if layer.inputs is not None:
             cost = 1 / layer.inputs.inverse_diagonal(self.damping)  # [G, D]
-            saliency = saliency * layer.from_rows(cost[:, None, :].expand(layer.rows.shape))
+            saliency = saliency * cost[:, None, :].expand_as(layer.rows).reshape(saliency.shape)
         return layer_adaptive(saliency.sqrt()) if self.scope == "global" else saliency

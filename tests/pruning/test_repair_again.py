@@ -36,7 +36,7 @@ def output(model: nn.Module) -> torch.Tensor:
     handle = model[4].register_forward_hook(lambda module, args, y: seen.append(y.detach()))
     snncompress.evaluate(model, (X, torch.zeros(len(X), dtype=torch.long)), timesteps=3)
     handle.remove()
-    return torch.stack(seen)
+    return torch.stack(seen[-3:])  # before that the call looked at a sample
 
 
 def test_the_second_time_changes_little() -> None:
