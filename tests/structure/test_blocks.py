@@ -319,7 +319,9 @@ def test_plans_with_the_words_of_earlier_versions_are_read(word: str) -> None:
 
 
 def test_a_step_traces_once_and_copies_what_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bench's copy; per step one that is traced and one that is searched for blocks; the result, run once.
+    """The bench's copy, and one that meets a sample; per step one that is traced and one that is searched for blocks.
+
+    The result is run once more.
 
     Repair keeps a copy of what was, and looks at the last network too, which nothing more is removed from.
     """
@@ -338,10 +340,10 @@ def test_a_step_traces_once_and_copies_what_it_changes(monkeypatch: pytest.Monke
     monkeypatch.setattr(tp.DependencyGraph, "build_dependency", traced)
     monkeypatch.setattr(copy, "deepcopy", copied)
     remove(net, Ablation(blocks=("2", "3", "6")), 0.34, repair=None)
-    assert counts == {"traces": 1, "copies": 4}
+    assert counts == {"traces": 1, "copies": 5}
     counts.update(traces=0, copies=0)
     remove(net, Ablation(blocks=("2", "3", "6")), 1.0, scheduler=Iterative(steps=3), repair=None)
-    assert counts == {"traces": 3, "copies": 8}
+    assert counts == {"traces": 3, "copies": 9}
     counts.update(traces=0, copies=0)
     remove(net, Ablation(blocks=("2", "3", "6")), 1.0, scheduler=Iterative(steps=3))
-    assert counts == {"traces": 4, "copies": 10}
+    assert counts == {"traces": 4, "copies": 11}
