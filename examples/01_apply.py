@@ -116,7 +116,7 @@ def main() -> None:
         "SynOps: AC / sample": ("{:,.0f}", "n_ac", 1),
         "SynOps: MAC / sample": ("{:,.0f}", "n_mac", 1),
         "energy (nJ / sample)": ("{:,.1f}", "energy_pj", 1e3),
-        "firing rate (spikes / neuron / step)": ("{:.3f}", "firing_rate", 1),
+        "spikes / neuron / step": ("{:.3f}", "firing_rate", 1),
     }
     table = Table("", title=f"svs, ratio 0.6, 4 bits, on {len(x_test)} test digits")
     for column in ("before", "straight after", "fine-tuned"):
