@@ -164,7 +164,7 @@ def mnist_text(figure: Figures) -> Iterator[str]:
                 cases = [Case(task, criterion, ratio, bits, repair) for ratio in (0.4, 0.6, 0.8) for repair in REPAIRS]
                 yield f"| {criterion} | " + " | ".join(cell(figure, case, SEEDS) for case in cases) + " |"
         yield ""
-    yield f"After one epoch on {TASKS[MNIST_TASKS[0]].epoch} training images, from both starts (SpikingJelly, seed 0)."
+    yield f"After one epoch on {TASKS[MNIST_TASKS[0]].epoch:,} training images, from both starts (SpikingJelly, seed 0)."
     yield ""
     tuned = [f"{ratio}: {repair or 'none'}" for ratio in (0.4, 0.6, 0.8) for repair in (None, "membrane")]
     yield from header("criterion, bits", tuned)
@@ -208,7 +208,7 @@ def mlp_text(figure: Figures) -> Iterator[str]:
     cases = [Case("mlp", "obs", ratio, scheduler="gradual 4") for ratio in SPARSITIES]
     yield "| obs, membrane, in four steps (`gradual`) | " + " | ".join(cell(figure, c, SEEDS) for c in cases) + " |"
     yield ""
-    yield f"After one epoch on {TASKS['mlp'].epoch} images, from both starts (seed 0):"
+    yield f"After one epoch on {TASKS['mlp'].epoch:,} images, from both starts (seed 0):"
     yield ""
     yield from header("criterion, repair", [f"{ratio:.0%}" for ratio in SPARSITIES])
     for criterion in WEIGHTS:
@@ -289,7 +289,7 @@ def cifar_text(figure: Figures) -> Iterator[str]:
     yield dense_line(figure, "cifar", (0,))
     yield ""
     columns = ["none", "membrane", "none, one epoch", "membrane, one epoch"]
-    yield from header(f"one epoch: {TASKS['cifar'].epoch} images", columns)
+    yield from header(f"one epoch: {TASKS['cifar'].epoch:,} images", columns)
     for title, how, tune in CIFAR:
         cases = [Case("cifar", repair=repair, tune=t, **how) for t in (False, True) for repair in (None, "membrane")]
         cells = [cell(figure, case, (0,)) if tune or not case.tune else "" for case in cases]
@@ -337,7 +337,7 @@ def gamma_text(figure: Figures) -> Iterator[str]:
                     cells.append(cell(figure, case, gamma_seeds(task)) if case in asked else "")
             yield f"| {quantizer} | " + " | ".join(cells) + " |"
         yield ""
-    yield f"After one epoch on {TASKS['mnist-spikingjelly'].epoch} images (MNIST, SpikingJelly, seed 0):"
+    yield f"After one epoch on {TASKS['mnist-spikingjelly'].epoch:,} images (MNIST, SpikingJelly, seed 0):"
     yield ""
     yield from header("γ", [f"{bits} bits: {name}" for bits in (4, 2) for name in ("none", "membrane, gptq")])
     for quantizer in GAMMAS:
