@@ -164,7 +164,8 @@ def mnist_text(figure: Figures) -> Iterator[str]:
                 cases = [Case(task, criterion, ratio, bits, repair) for ratio in (0.4, 0.6, 0.8) for repair in REPAIRS]
                 yield f"| {criterion} | " + " | ".join(cell(figure, case, SEEDS) for case in cases) + " |"
         yield ""
-    yield f"After one epoch on {TASKS[MNIST_TASKS[0]].epoch:,} training images, from both starts (SpikingJelly, seed 0)."
+    epoch = f"{TASKS[MNIST_TASKS[0]].epoch:,} images"
+    yield f"After one epoch on {epoch}, from both starts (SpikingJelly, seed 0):"
     yield ""
     tuned = [f"{ratio}: {repair or 'none'}" for ratio in (0.4, 0.6, 0.8) for repair in (None, "membrane")]
     yield from header("criterion, bits", tuned)
