@@ -152,6 +152,7 @@ class LayerFit:
         best = self._better(start, start, self._weights(theta), theta)
         for weights in self._rounded(theta, kept) if self.rounding == "gptq" else ():
             best = self._better(start, best, weights, theta)
+        self._put(best.weights)  # whatever was tried last
         if best is start:
             return False
         self._put_intercept(best.offset - offset)
@@ -172,7 +173,6 @@ class LayerFit:
                 return mixed
             if new.errors.sum() < start.errors.sum() and new.distance.sum() < best.distance.sum():
                 return self._answer(weights, theta)
-        self._put(best.weights)
         return best
 
     def _answer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -94,6 +94,35 @@ def test_what_is_pruned_later_is_scored_by_weights_of_its_own() -> None:
     lost = (small[6].weight == 0).sum(1)
     assert int(lost.min()) > 0
     assert int(lost.max()) < small[6].weight.shape[1]
+
+
+class PowersOfTwo(Quantizer):
+    """No uniform grid: ±2^n."""
+
+    name: ClassVar[str] = "powers_of_two"
+
+    def tensor_quant(self, bits: int) -> nn.Module:
+        class Quant(nn.Module):
+            def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+                value = x.sign() * 2.0 ** x.abs().clamp_min(1e-9).log2().round().clamp(-(2 ** (bits - 1)), 0)
+                return x + (value - x).detach(), torch.ones(()), torch.zeros(()), torch.tensor(float(bits))
+
+        return Quant()
+
+
+def test_what_has_no_grid_is_rounded_by_itself() -> None:
+    near, passed = (quantized(3, quantizer=PowersOfTwo(), rounding=rounding) for rounding in ("nearest", "gptq"))
+    for a, b in zip(near.parameters(), passed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_in_other_precisions(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    small = snncompress.apply(model, "magnitude", 0.25, 3, data=X.to(dtype), timesteps=4)
+    assert small[3].weight.dtype == dtype
+    assert len(small[3].weight.detach()[0].unique()) <= 8
+    assert all(bool(torch.isfinite(p).all()) for p in small.parameters())
 
 
 def test_the_plan_says_how() -> None:
