@@ -1,6 +1,6 @@
 """What repair gives back: accuracy straight after compression, without labels and without training.
 
-    python benchmarks/repair.py [--data ../shared/data] [--only mnist mlp nmnist cifar gamma images cost] [--seeds 3]
+    python benchmarks/repair.py [--data ../shared/data] [--only mnist mlp nmnist cifar …] [--seeds 3] [--workers 2]
 
 Networks are trained once per seed and kept in benchmarks/.cache, as is every figure, so a run that was stopped goes on.
 Every job runs in one thread; the cost part runs alone. Writes benchmarks/results/repair.md; with --only the other parts
@@ -372,7 +372,64 @@ def images_text(figure: Figures) -> Iterator[str]:
         yield f"| {title} | " + " | ".join(cells) + " |"
 
 
+Pair = tuple[str, dict[str, Any]]
+SUMMARY: tuple[tuple[str, str, tuple[Pair, ...], bool], ...] = (
+    (
+        "N-MNIST, weights gone by `obs`, three folds",
+        "nmnist",
+        tuple((f"{ratio:.0%}", {"criterion": "obs", "ratio": ratio}) for ratio in (0.9, 0.95, 0.97)),
+        True,
+    ),
+    (
+        "N-MNIST, bits, three folds",
+        "nmnist",
+        (("4", {"bits": 4}), ("2", {"bits": 2}), ("4, and 90%", {"criterion": "obs", "ratio": 0.9, "bits": 4})),
+        True,
+    ),
+    (
+        "MNIST, fully connected, weights gone by `obs`, three seeds",
+        "mlp",
+        tuple((f"{ratio:.0%}", {"criterion": "obs", "ratio": ratio}) for ratio in (0.9, 0.95, 0.98)),
+        True,
+    ),
+    ("CIFAR-10, bits", "cifar", tuple((str(bits), {"bits": bits}) for bits in (8, 4, 2)), False),
+    *(
+        (
+            f"CIFAR-10, {ratio} of the channels gone by `svs`; bits",
+            "cifar",
+            tuple((str(b or "float"), {"criterion": "svs", "ratio": ratio, "bits": b}) for b in (None, 4, 2)),
+            False,
+        )
+        for ratio in (0.3, 0.5)
+    ),
+)
+
+
+def summary_cases() -> Iterator[Case]:
+    for _, task, hows, seeded in SUMMARY:
+        for seed in SEEDS if seeded else (0,):
+            yield Case(task, seed=seed)
+            for _, how in hows:
+                for repair in (None, "membrane"):
+                    yield Case(task, repair=repair, seed=seed, **how)
+
+
+def summary_text(figure: Figures) -> Iterator[str]:
+    yield from header("repair=None → the default", ["dense", "", "", ""])
+    for title, task, hows, seeded in SUMMARY:
+        seeds = SEEDS if seeded else (0,)
+        cells = []
+        for name, how in hows:
+            bare, fitted = (
+                mean(figure(Case(task, repair=repair, seed=seed, **how))["accuracy"] for seed in seeds)
+                for repair in (None, "membrane")
+            )
+            cells.append(f"{name}: {bare:.1f} → **{fitted:.1f}**")
+        yield f"| {title} | {cell(figure, Case(task), seeds)} | {' | '.join(cells)} |"
+
+
 PARTS = {
+    "summary": Part(summary_cases, summary_text),
     "mnist": Part(mnist_cases, mnist_text),
     "mlp": Part(mlp_cases, mlp_text),
     "nmnist": Part(nmnist_cases, nmnist_text),
@@ -381,6 +438,7 @@ PARTS = {
     "images": Part(images_cases, images_text),
 }
 TITLES = {
+    "summary": "In short",
     "mnist": "MNIST, channels and bits",
     "mlp": "MNIST, single weights of a fully connected network",
     "nmnist": "N-MNIST, single weights and bits",

@@ -77,9 +77,9 @@ def test_mnist(build: object, data_dir: Path) -> None:
     def images(array: object, count: int) -> Tensor:
         return torch.tensor(array[:count], dtype=torch.float32)[:, None] / 255
 
-    train = images(x, 1000), torch.tensor(y[:1000], dtype=torch.long)
+    train = images(x, 600), torch.tensor(y[:600], dtype=torch.long)
     test = images(x_test, 500), torch.tensor(y_test[:500], dtype=torch.long)
-    check(build(28), *train, *test, epochs=4, tuning=3, dense_floor=0.8, loss=0.12)
+    check(build(28), *train, *test, epochs=6, tuning=3, dense_floor=0.8, loss=0.12)
 
 
 def check(
