@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.errors import PluginError
-from snncompress.interfaces import BlockCriterion, Criterion, Layer, Scope, Signal
+from snncompress.interfaces import BlockCriterion, Criterion, Inputs, Layer, Scope, Signal
 
 from .common import broken, calling, check_name, check_options
 
@@ -109,6 +109,7 @@ class _Activity:
     weight: Tensor
     norm: nn.Module
     batches: list[tuple[Tensor, Tensor, Tensor]]
+    inputs: Inputs
 
     @classmethod
     def random(cls, maps: tuple[int, ...], seed: int) -> _Activity:
@@ -125,15 +126,23 @@ class _Activity:
         for samples in (3, 2):
             membrane = 2 * torch.rand(_T, samples, _C, *maps) - torch.rand(_C, *maps)
             batches.append(((membrane > 0.8).float(), membrane, torch.randn(module.weight.shape)))
-        return cls(module, module.weight.detach(), norm, batches)
+        return cls(module, module.weight.detach(), norm, batches, _moments(torch.rand(40, module.weight[0].numel())))
 
     def silent(self) -> _Activity:
-        """The same layer, with neurons that do nothing and pass no gradient."""
+        """The same layer, with neurons that do nothing and pass no gradient, and inputs that are 0."""
         nothing = [(torch.zeros_like(s), torch.zeros_like(u), torch.zeros_like(g)) for s, u, g in self.batches]
-        return _Activity(self.module, self.weight, self.norm, nothing)
+        quiet = _moments(torch.zeros(40, self.weight[0].numel()))
+        return _Activity(self.module, self.weight, self.norm, nothing, quiet)
 
     def tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.norm.parameters(), *itertools.chain(*self.batches)]
+
+
+def _moments(u: Tensor) -> Inputs:
+    """Of samples [n, D]."""
+    u = u.double()
+    gram = (u.T @ u)[None]
+    return Inputs(gram.diagonal(dim1=1, dim2=2), u.sum(0)[None], float(len(u)), gram)
 
 
 def _fold(criterion: Criterion, activity: _Activity, chunk: int) -> Generator[None, None, Tensor]:
@@ -141,9 +150,9 @@ def _fold(criterion: Criterion, activity: _Activity, chunk: int) -> Generator[No
     generator = torch.Generator().manual_seed(7)
     needs = criterion.needs
 
-    def layer(gradient: Tensor | None = None) -> Layer:
+    def layer(gradient: Tensor | None = None, inputs: Inputs | None = None) -> Layer:
         weight, norm = activity.weight, activity.norm
-        return Layer("layer", activity.module, weight, gradient, norm, ("neuron",), generator)
+        return Layer("layer", activity.module, weight, gradient, norm, ("neuron",), generator, inputs)
 
     with calling(criterion, "begin()"):
         state = criterion.begin(layer())
@@ -159,7 +168,7 @@ def _fold(criterion: Criterion, activity: _Activity, chunk: int) -> Generator[No
             state = criterion.end_batch(layer(gradient if "gradients" in needs else None), state)
         yield
     with calling(criterion, "score()"), torch.no_grad():
-        scores = criterion.score(layer(), state)
+        scores = criterion.score(layer(inputs=activity.inputs if "inputs" in needs else None), state)
     if not isinstance(scores, Tensor):
         raise broken(criterion, f"score() must return a tensor, not {type(scores).__name__}.")
     per, shape = ("weight", activity.weight.shape) if criterion.granularity == "weight" else ("channel", (_C,))

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 import snncompress
 from snncompress import OptionError, PluginError
 from snncompress.contract.registry import Entry
-from snncompress.extend import Criterion
+from snncompress.extend import Criterion, Granularity, Layer, Signal
 from snncompress.testing import (
     check_criterion,
 )
@@ -229,3 +230,19 @@ CRITERIA = {
 @pytest.mark.parametrize(("cls", "said"), CRITERIA.items(), ids=lambda v: getattr(v, "__name__", ""))
 def test_a_broken_criterion(cls: type[Criterion], said: str) -> None:
     assert said in broken(check_criterion, cls())
+
+
+class _ByInputs(Criterion):
+    """What a weight's input carries, over all samples (Sun et al., "Wanda", 2023)."""
+
+    name: ClassVar[str] = "by_inputs"
+    granularity: ClassVar[Granularity] = "weight"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"inputs"})
+
+    def score(self, layer: Layer, state: Any) -> Tensor:
+        assert layer.inputs is not None
+        return (layer.rows.abs() * layer.inputs.square[:, None].sqrt()).reshape(layer.weight.shape)
+
+
+def test_a_criterion_gets_the_inputs_that_it_asks_for() -> None:
+    check_criterion(_ByInputs())
