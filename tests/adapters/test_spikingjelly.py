@@ -346,7 +346,10 @@ ZOO = [
 @pytest.mark.usefixtures("torchvision_ops")
 @pytest.mark.parametrize(
     ("module", "name", "options", "how"),
-    [pytest.param(*z, id=f"{z[1]}-{z[3][0]}", marks=pytest.mark.slow if "vgg" in z[1] else ()) for z in ZOO],
+    [
+        pytest.param(*z, id=f"{z[1]}-{z[3][0]}", marks=pytest.mark.slow if "vgg" in z[1] or "next" in z[1] else ())
+        for z in ZOO
+    ],
 )
 def test_model_zoo(
     module: str, name: str, options: dict[str, str], how: tuple[str, float | None, type[nn.Module]]
