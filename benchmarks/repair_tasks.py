@@ -168,7 +168,8 @@ class Cifar(Task):
 
     name, timesteps, epoch = "cifar", 2, 5_000
     title = (
-        "Seven convolutions of 32 to 128 channels, batch norm, LIF (decay_input=False), T = 2, eight epochs; "
+        "Seven convolutions of 32 to 128 channels, batch norm, LIF (decay_input=False), T = 2, eight epochs "
+        "(the weights of the run reported here came from another script with the same recipe); "
         "512 calibration images, every tenth test image."
     )
 
