@@ -1,6 +1,7 @@
 """What repair gives back: accuracy straight after compression, without labels and without training.
 
     python benchmarks/repair.py [--data ../shared/data] [--only mnist mlp nmnist cifar …] [--seeds 3] [--workers 2]
+                                [--device cuda]
 
 Networks are trained once per seed and kept in benchmarks/.cache, as is every figure, so a run that was stopped goes on.
 Every job runs in one thread; the cost part runs alone. Writes benchmarks/results/repair.md; with --only the other parts
@@ -73,11 +74,12 @@ class Case:
 # -- one job: in a process of its own, in one thread --
 
 
-def start(folder: Path) -> None:
+def start(folder: Path, device: str) -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
     warnings.simplefilter("ignore")
     for task in TASKS.values():
-        task.folder = folder
+        task.folder, task.device = folder, device
 
 
 def job_train(name: str, seed: int) -> None:
@@ -456,7 +458,7 @@ def job_cost(folder: Path) -> list[str]:
     """Seconds side by side in one process, on VGG-16 and the MNIST network."""
     from vgg16 import vgg16
 
-    start(folder)
+    start(folder, "cpu")
     x = torch.rand(256, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     data = [x[i : i + 32] for i in range(0, 256, 32)]
     torch.manual_seed(0)
@@ -497,26 +499,31 @@ def peak() -> float:
 # -- running and writing --
 
 
-def known() -> dict[str, dict[str, float]]:
+def known() -> dict[str, dict[str, Any]]:
+    """Rows by their cases: the figures, and where they were measured."""
     if not FIGURES.exists():
         return {}
-    rows = (json.loads(line) for line in FIGURES.read_text().splitlines())
-    return {row["case"]: row["figures"] for row in rows}
+    return {row["case"]: row for row in map(json.loads, FIGURES.read_text().splitlines())}
 
 
-def compute(cases: Sequence[Case], folder: Path, workers: int) -> None:
+def here(device: str) -> str:
+    machine = platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
+    return f"{machine}, one thread per job, torch {torch.__version__}, {datetime.date.today()}"
+
+
+def compute(cases: Sequence[Case], folder: Path, workers: int, device: str) -> None:
     """What isn't known yet goes to the file, as it comes."""
     todo = [case for case in dict.fromkeys(cases) if case.key() not in known()]
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start, (folder,)) as pool:
+    with ProcessPoolExecutor(workers, context, start, (folder, device)) as pool:
         trainings = {(case.task, case.seed) for case in todo if not TASKS[case.task].weights(case.seed).exists()}
         for done in [pool.submit(job_train, *training) for training in sorted(trainings)]:
             done.result()
-        futures = {pool.submit(job, case): case for case in todo}
+        futures = {pool.submit(job, case): case for case in sorted(todo, key=lambda case: case.seed)}
         for future in track(as_completed(futures), description="cases", total=len(futures)):
-            row = {"case": futures[future].key(), "figures": future.result()}
+            row = {"case": futures[future].key(), "figures": future.result(), "where": here(device)}
             with FIGURES.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -541,22 +548,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="of all parts but the cost, which is that of a CPU")
     options = parser.parse_args()
     SEEDS[:] = range(options.seeds)
     CACHE.mkdir(exist_ok=True)
     for name in options.only:
-        began = time.perf_counter()
         if name == "cost":
+            places = [here("cpu")]
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 lines = pool.submit(job_cost, options.data).result()
         else:
             cases = list(PARTS[name].cases())
-            compute(cases, options.data, options.workers)
-            figures = known()
-            lines = list(PARTS[name].text(lambda case, figures=figures: figures[case.key()]))
-        minutes = (time.perf_counter() - began) / 60
-        where = f"{platform.machine()}, one thread per job, torch {torch.__version__}, {datetime.date.today()}"
-        lines += ["", f"({where}; the last run took {minutes:.0f} minutes.)"]
+            compute(cases, options.data, options.workers, options.device)
+            rows = known()
+            lines = list(PARTS[name].text(lambda case, rows=rows: rows[case.key()]["figures"]))
+            places = sorted({rows[case.key()]["where"] for case in cases})
+        lines += ["", f"({'; '.join(places)}.)"]
         write({name: "\n".join(lines)})
         print("\n".join(lines), flush=True)
 

@@ -32,7 +32,7 @@ class Task:
     """For calibration."""
     epoch = 10_000
     """Images in the epoch of fine-tuning."""
-    folder = Path()
+    folder, device = Path(), "cpu"
 
     def network(self) -> nn.Module:
         raise NotImplementedError
@@ -44,7 +44,7 @@ class Task:
     def train(self, seed: int) -> None:
         """Train from scratch and keep the weights."""
         torch.manual_seed(seed)
-        net = self.network()
+        net = self.network().to(self.device)
         self.fit(net, seed)
         torch.save(net.state_dict(), self.weights(seed))
 
@@ -56,8 +56,8 @@ class Task:
 
     def dense(self, seed: int) -> nn.Module:
         net = self.network()
-        net.load_state_dict(torch.load(self.weights(seed), weights_only=True))
-        return net.eval()
+        net.load_state_dict(torch.load(self.weights(seed), map_location="cpu", weights_only=True))
+        return net.to(self.device).eval()
 
     def calibration(self, count: int, seed: int) -> Any:
         x, y = self.some("train", count, seed)
@@ -203,11 +203,12 @@ class Cifar(Task):
         net.train()
         for _ in range(epochs):
             for part in torch.randperm(len(x)).split(batch)[:steps]:
-                images = x[part].flip(3) if torch.rand(()) < 0.5 else x[part]
+                images = x[part].to(self.device)
+                images = images.flip(3) if torch.rand(()) < 0.5 else images
                 down, right = torch.randint(0, 9, (2,)).tolist()
                 images = F.pad(images, (4, 4, 4, 4))[:, :, down : down + 32, right : right + 32]
                 functional.reset_net(net)
-                loss = F.cross_entropy(net(images.expand(2, *images.shape)).mean(0), y[part])
+                loss = F.cross_entropy(net(images.expand(2, *images.shape)).mean(0), y[part].to(self.device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -41,7 +41,7 @@ def silenced(model: nn.Module, plan: snncompress.Plan, feed: Feed) -> nn.Module:
 def _silencer(indices: Tensor, axis: int) -> Any:
     def hook(module: nn.Module, _: Any, output: Any) -> Any:
         spikes = output[0] if isinstance(output, tuple) else output
-        spikes = spikes.index_fill(axis, indices, 0.0)
+        spikes = spikes.index_fill(axis, indices.to(spikes.device), 0.0)
         if hasattr(module, "spk"):  # snnTorch's recurrent neurons feed their own spikes back
             module.spk = spikes
         return (spikes, *output[1:]) if isinstance(output, tuple) else spikes

@@ -191,5 +191,8 @@ def _eigenvalues(gram: Tensor) -> Tensor:
         # the determinant of an integer matrix is exact; a + c - hypot would cancel
         low = (a * c - b * b).clamp_min(0) / high
         return torch.stack((low, high), 1)
-    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
+    try:
+        eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
+    except torch.linalg.LinAlgError:  # CUDA's batched solver gives up on some that LAPACK decomposes
+        eigenvalues = torch.linalg.eigvalsh(gram.cpu()).to(gram.device)
     return eigenvalues

@@ -71,7 +71,7 @@ def quantize_weight(module: nn.Module, quantizer: Quantizer, bits: int) -> None:
     tensor_quant = quantizer.tensor_quant(bits)
     compression = compression_of(module) or _attach(module)
     compression.quantizer, compression.bits = quantizer, bits
-    compression.tensor_quant = tensor_quant.train(module.training)
+    compression.tensor_quant = tensor_quant.to(stored_weight(module).device).train(module.training)
 
 
 def mask_weight(module: nn.Module, kept: Tensor) -> None:
