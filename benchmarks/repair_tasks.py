@@ -79,9 +79,9 @@ class Task:
     def test(self, seed: int) -> Any:
         return DataLoader(TensorDataset(*self.data["test"]), 250)
 
-    def tune(self, net: nn.Module) -> None:
+    def tune(self, net: nn.Module, lr: float) -> None:
         loader = DataLoader(TensorDataset(*self.some("train", self.epoch, 0)), 64, shuffle=True)
-        snncompress.finetune(net, loader, epochs=1, lr=1e-3, timesteps=self.timesteps, progress=False)
+        snncompress.finetune(net, loader, epochs=1, lr=lr, timesteps=self.timesteps, progress=False)
 
     def reader(self) -> Any:
         spec = importlib.util.spec_from_file_location("read", self.folder / "read.py")
