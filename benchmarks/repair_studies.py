@@ -108,7 +108,6 @@ def mnist_text(figure: Figures) -> Iterator[str]:
 
 
 SPARSITIES = (0.7, 0.8, 0.9, 0.95, 0.98)
-GRADUALLY = ("obs", "gradual 4")
 
 
 def mlp_cases() -> Iterator[Case]:
@@ -297,11 +296,8 @@ def rates_cases() -> Iterator[Case]:
 
 
 def rates_text(figure: Figures) -> Iterator[str]:
-    epochs = (
-        f"{TASKS[task].epoch:,} images of {title}"
-        for task, title in (("mnist-spikingjelly", "MNIST"), ("cifar", "CIFAR-10"))
-    )
-    yield f"One epoch, on {', '.join(epochs)}; seed 0."
+    mnist, cifar = (TASKS[task].epoch for task in ("mnist-spikingjelly", "cifar"))
+    yield f"One epoch, on {mnist:,} images of MNIST, {cifar:,} of CIFAR-10; seed 0."
     yield ""
     yield from header("repair", ["straight after", *(f"lr {lr:g}" for lr in RATES)])
     for title, how in STARTS:
