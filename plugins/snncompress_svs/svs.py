@@ -193,6 +193,6 @@ def _eigenvalues(gram: Tensor) -> Tensor:
         return torch.stack((low, high), 1)
     try:
         eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
-    except torch.linalg.LinAlgError:  # CUDA's batched solver gives up on some that LAPACK decomposes
+    except RuntimeError:  # torch.linalg.LinAlgError: CUDA's batched solver gives up on some that LAPACK decomposes
         eigenvalues = torch.linalg.eigvalsh(gram.cpu()).to(gram.device)
     return eigenvalues
