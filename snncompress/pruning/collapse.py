@@ -81,7 +81,7 @@ def collapse(
     edits: list[Edit] = []
     with bench(model, data, timesteps, forward, adapter=found, noise="structure") as table:
         work, feed = table.model, table.feed
-        network = trace(work, found, feed.example(), timesteps=feed.timesteps)
+        network = trace(work, found, feed.example(), timesteps=feed.telling_timesteps)
         guessed = data is None and feed.timesteps != timesteps
         groups = network.groups
         while step := _step(work, groups, feed, silence=not guessed):

@@ -101,8 +101,9 @@ def repair(
     found = find_adapter(model, adapter)
     with bench(model, data, timesteps, forward, adapter=found, seed=seed) as table:
         work, before = table.model, private_copy(original, find_adapter(original, found))
-        network = trace(work, found, table.feed.example(), timesteps=timesteps, groups=False)
-        layers = fit(work, before, network, table.feed, plan.edits, kind, seed, progress, rounding=rounding)
+        feed = table.feed
+        network = trace(work, found, feed.example(), timesteps=feed.telling_timesteps, groups=False)
+        layers = fit(work, before, network, feed, plan.edits, kind, seed, progress, rounding=rounding)
     found.reset(work)
     found.adopt(work)
     if has_plan(model):

@@ -36,6 +36,8 @@ class Feed:
 
     batch_first = False
     """Whether an output [n, n, K] is [N, T, K] and not [T, N, K], as a rehearsal found."""
+    few: int | None = 1
+    """Samples in an example, as a rehearsal found; None for as many as the first batch holds."""
 
     def __init__(
         self,
@@ -84,20 +86,32 @@ class Feed:
             raise
         except Exception as error:  # the model is the user's: anything can come out of it
             what = f"shape {list(batch.x.shape)}" if isinstance(batch.x, Tensor) else f"type {type(batch.x).__name__}"
-            if self.forward is not None:
-                where, cause = "in forward=", "forward= doesn't fit the model or the batch."
-            else:
-                how = "as it is (timesteps=None)" if self.timesteps is None else f"with timesteps={self.timesteps}"
-                where = f"fed {how}"
-                cause = (
-                    "the shape isn't what the model takes; a signature of its own wants forward=lambda model, batch: …"
-                )
-                if self.timesteps is None:
-                    cause = f"static samples [N, ...] without timesteps=T; or {cause}"
+            how = "as it is (timesteps=None)" if self.timesteps is None else f"with timesteps={self.timesteps}"
+            where = f"fed {how}" if self.forward is None else "in forward="
             raise DataError(
                 f"{type(model).__name__} failed on a batch of {what}, {where}: {type(error).__name__}: {error}. "
-                f"Likely cause: {cause}"
+                f"Likely cause: {self._cause(batch)}"
             ) from error
+
+    def _cause(self, batch: Batch) -> str:
+        """Why a model may have failed on a batch."""
+        first, x = self.first(), batch.x
+        whole = self.example_batch() is first  # and it went through
+        if whole and isinstance(first.x, Tensor) and isinstance(x, Tensor) and first.x.dim() == x.dim():
+            unlike = [axis for axis in range(x.dim()) if x.shape[axis] != first.x.shape[axis]]
+            if unlike in ([0], [1]):
+                size = first.x.shape[unlike[0]]
+                return (
+                    f"forward has a batch size written in it; the first batch, of {size} samples, went through. Leave "
+                    f"out the last, smaller one: DataLoader(..., batch_size={size}, drop_last=True)."
+                )
+        if self.forward is not None:
+            return "forward= doesn't fit the model or the batch."
+        cause = (
+            "the shape isn't what the model takes, or the number of samples not what forward has written in it; a "
+            "signature of its own wants forward=lambda model, batch: …"
+        )
+        return cause if self.timesteps is not None else f"static samples [N, ...] without timesteps=T; or {cause}"
 
     def steps(self, model: nn.Module) -> int | None:
         """For how many timesteps the model is fed: ``timesteps``, or the fewer that it was truncated to."""
@@ -133,19 +147,31 @@ class Feed:
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     def example_batch(self) -> Batch:
-        """The first batch, or one sample of it where it tells on which axis samples stand."""
+        """The first batch, or a ``few`` samples of it where it tells on which axis samples stand."""
         batch = self.first()
+        axis = self.samples_axis(batch)
+        if axis is None or self.few is None or self.few >= batch.x.shape[axis]:
+            return batch
+        return Batch(batch.x.narrow(axis, 0, self.few), batch.y, batch.raw)
+
+    def samples_axis(self, batch: Batch) -> int | None:
+        """The axis of the input on which samples stand; None where nothing tells, or ``forward`` takes it apart."""
         x = batch.x
-        if self.forward is None and isinstance(x, Tensor):
-            if self.timesteps is not None:
-                x = x[:1]
-            elif batch.samples is not None:
-                axes = [axis for axis, size in enumerate(x.shape[:2]) if size == batch.samples]
-                x = x.narrow(axes[0], 0, 1) if len(axes) == 1 else x  # where T = N, either may be time
-        return Batch(x, batch.y, batch.raw)
+        if self.forward is not None or not isinstance(x, Tensor):
+            return None
+        if self.timesteps is not None:
+            return 0
+        axes = [axis for axis, size in enumerate(x.shape[:2]) if size == batch.samples]
+        return axes[0] if len(axes) == 1 else None  # where T = N, either may be time
+
+    @property
+    def telling_timesteps(self) -> int | None:
+        """``timesteps``; None where an example has as many samples, so that one could be taken for the other."""
+        x = self.example_batch().x
+        return None if isinstance(x, Tensor) and len(x) == self.timesteps else self.timesteps
 
     def example(self) -> Run:
-        """Runs one sample of the first batch through all timesteps: enough to see a network's structure."""
+        """Runs an :meth:`example_batch` through all timesteps: enough to see a network's structure."""
         batch = self.example_batch()
         return lambda model: self(model, batch)
 

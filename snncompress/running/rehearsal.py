@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from snncompress.errors import KeptStateWarning, ModelError, SNNCompressError
 from snncompress.model.chance import seeded
@@ -28,8 +29,7 @@ def rehearse(model: nn.Module, feed: Feed, *, unknown: bool = False, stacklevel:
     """
     with seeded(model), in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model):
         before = _attributes(model)
-        with _rows(model, feed) as rows, unknown_neurons(model, feed.adapter) as strangers:
-            output = feed.example()(model)
+        output, rows, strangers = _first_run(model, feed)
         feed.adapter.reset(model)
         changed = [name for name, tensors in _attributes(model).items() if _others(before.get(name, []), tensors)]
         if changed and not all_same(_floats(output), _floats(_again(model, feed))):
@@ -44,6 +44,47 @@ def rehearse(model: nn.Module, feed: Feed, *, unknown: bool = False, stacklevel:
         if unknown:
             warn_of_unknown(model, strangers, feed.adapter, stacklevel=stacklevel + 1)
         feed.batch_first = _batch_first(model, feed, output, rows)
+
+
+def _first_run(model: nn.Module, feed: Feed) -> tuple[Any, set[int], dict[str, str]]:
+    """The output, the rows that neurons saw and neurons that no adapter knows, with as few samples as the model takes.
+
+    One, as a rule. Two where a normalization over the batch would have a single value per channel, which torch refuses
+    in training. As many as the first batch has where the model counts on them: it fails on fewer, or its neurons see as
+    many rows as before.
+    """
+    batch = feed.first()
+    axis = feed.samples_axis(batch)
+    whole = None if axis is None else batch.x.shape[axis]
+    for feed.few in (1, 2, None):
+        last = feed.few is None or feed.example_batch() is batch
+        try:
+            with _rows(model, feed) as rows, unknown_neurons(model, feed.adapter) as strangers, _lone(model) as lone:
+                output = feed.example()(model)
+        except SNNCompressError:
+            if last:
+                raise
+            continue
+        fixed = whole in rows and whole != feed.timesteps
+        if last or not (fixed or (lone and feed.few == 1)):
+            break
+    return output, rows, strangers
+
+
+@contextmanager
+def _lone(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Inside, notes normalizations over the batch that got a single value per channel."""
+    found: list[nn.Module] = []
+
+    def look(norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].numel() == norm.num_features:
+            found.append(norm)
+
+    with ExitStack() as stack:
+        for norm in model.modules():
+            if isinstance(norm, _BatchNorm):
+                stack.callback(norm.register_forward_pre_hook(look).remove)
+        yield found
 
 
 @contextmanager
@@ -61,7 +102,7 @@ def _rows(model: nn.Module, feed: Feed) -> Iterator[set[int]]:
 def _batch_first(model: nn.Module, feed: Feed, output: Any, rows: set[int]) -> bool:
     found, x = main_tensor(output), feed.example_batch().x
     if isinstance(x, Tensor) and x.shape != feed.first().x.shape:
-        rows = {1}
+        rows = {feed.few or 1}
     if found is None or found.dim() != 3 or len(rows) != 1:
         return False
     a, b = found.shape[:2]

@@ -227,7 +227,8 @@ def _traced(
                 "Accuracy needs labels, and these data have none. Pass (x, y) batches as data or test, y being class "
                 "indices [N]."
             )
-        yield table, trace(table.model, found, table.feed.example(), timesteps=timesteps)
+        feed = table.feed
+        yield table, trace(table.model, found, feed.example(), timesteps=feed.telling_timesteps)
 
 
 def _repair(

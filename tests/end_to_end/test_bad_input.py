@@ -130,7 +130,7 @@ def test_timesteps_and_forward(case: Case) -> None:
 def test_data_of_the_wrong_shape(case: Case) -> None:
     with pytest.raises(
         DataError,
-        match=r"Sequential failed on a batch of shape \[1, 3, 8, 8\].*shape isn't what the model takes",
+        match=r"Sequential failed on a batch of shape \[4, 3, 8, 8\].*shape isn't what the model takes",
     ):
         apply(case, data=case.x.repeat(1, 3, 1, 1))
 
