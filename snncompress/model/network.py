@@ -62,13 +62,15 @@ class ChannelGroup:
     """Channels that can only be removed together: ``size`` of them, in ``runs`` equal runs (grouped convolutions).
 
     From each run the same positions are removed. ``widths`` are the whole numbers, (module, attribute), from which
-    forward reads how many there are: they shrink in proportion.
+    forward reads how many there are: they shrink in proportion. ``shifted`` are ways (modules, reader) from what is
+    silenced, through batch norms and depthwise convolutions, to a layer that silent channels reach as constants so.
     """
 
     members: tuple[Member, ...]
     size: int
     runs: int = 1
     widths: tuple[tuple[str, str], ...] = ()
+    shifted: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def names(self, side: Side) -> tuple[str, ...]:
         """Modules in the group on this side."""
@@ -158,6 +160,13 @@ def width(module: nn.Module, side: Side) -> int:
 def channel_axis(module: nn.Module) -> int:
     """Where the output channels of a weight layer stand, counted from the end: -1 in [N, C], -3 in [N, C, H, W]."""
     return 1 - int(cast(Tensor, module.weight).dim())
+
+
+def depthwise(module: nn.Module) -> bool:
+    """Whether it is a convolution, not transposed, of every channel by itself."""
+    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
+        return False
+    return 1 < module.groups == module.in_channels == module.out_channels
 
 
 def outputs_first(weight: Tensor, module: nn.Module) -> Tensor:

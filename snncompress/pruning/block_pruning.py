@@ -56,7 +56,9 @@ class BlockPruning(Pruning):
         """Of the model as it stands; traced once after each removal."""
         if self._network is None:
             feed = self._feed
-            self._network = trace(self.model, self.adapter, feed.example(), timesteps=feed.telling_timesteps, groups=False)
+            self._network = trace(
+                self.model, self.adapter, feed.example(), timesteps=feed.telling_timesteps, groups=False
+            )
         return self._network
 
     def blocks(self) -> dict[str, Block]:

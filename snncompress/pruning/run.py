@@ -67,7 +67,9 @@ class Run(Generic[M]):
         self._since: list[Edit] = []
         self._shares = Shares(settings.scheduler)
         channels = settings.criterion is not None and settings.granularity == "channel"
-        self._network = network = trace(model, feed.adapter, feed.example(), timesteps=feed.telling_timesteps, groups=channels)
+        self._network = network = trace(
+            model, feed.adapter, feed.example(), timesteps=feed.telling_timesteps, groups=channels
+        )
         names = weight_layers(model)
         self.skips = resolve_skip(skip, network, names, settings.granularity)
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)

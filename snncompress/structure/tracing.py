@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from snncompress.model.copying import plain_copy
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import (
     WEIGHT_LAYERS,
+    ChannelGroup,
     Network,
     channel_axis,
     computed_or_shared,
+    depthwise,
 )
 from snncompress.running.data import Run, time_as_samples
 
@@ -101,6 +104,9 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     else:
         network.skipped.update(dict.fromkeys(layers, LOST))
     add_lost_groups(network, copy, adapter, run, sites, skipped)
+    everything = calls.named(watched)
+    taken = {name: upstream(nodes, everything) for name, nodes in calls.inputs.items()}
+    network.groups = [replace(group, shifted=tuple(_shifted(group, taken, copy))) for group in network.groups]
     leave_out_what_breaks(network, copy, adapter, run)
     return network
 
@@ -119,6 +125,25 @@ def _norms(calls: Calls, norms: dict[str, nn.Module], stops: dict[Any, str]) -> 
         if len(feeding) == 1:
             found[feeding.pop()] = norm
     return found
+
+
+def _shifted(
+    group: ChannelGroup, taken: dict[str, set[str]], model: nn.Module
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Ways from the group's neurons, or a depthwise convolution that takes in silence, to what reads the group."""
+
+    def way_to(name: str) -> tuple[str, ...] | None:
+        module, sources = model.get_submodule(name), taken.get(name, set())
+        if not (depthwise(module) or isinstance(module, _BatchNorm)) or name not in made:
+            return None
+        if sources <= neurons or (depthwise(module) and not any(map(way_to, sources))):
+            return (name,)
+        before = way_to(*sources) if len(sources) == 1 else None
+        return before and (*before, name)
+
+    made, neurons = set(group.names("out")), set(group.names("neuron"))
+    for reader in group.names("in"):
+        yield from ((way, reader) for source in taken.get(reader, ()) if (way := way_to(source)))
 
 
 def _build(

@@ -22,7 +22,7 @@ from snncompress.model.chance import Steady, seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import in_mode, patched, tensors_in
-from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, channel_axis, without
+from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, channel_axis, depthwise, without
 from snncompress.model.parametrizations import computed_weight
 from snncompress.running.data import Run
 from snncompress.running.sameness import same
@@ -87,7 +87,7 @@ class Trial:
         silent: _Gone = {}
         lost: _Gone = {}
         for group, removed in removals:
-            writers = set(group.names("out"))
+            writers = {n for n in group.names("out") if not depthwise(self.model.get_submodule(n))}  # which pass on
             for member in group.members:
                 name, module = member.module, self.model.get_submodule(member.module)
                 gone = member.index[removed].flatten()
@@ -165,7 +165,8 @@ class _Notes:
             if args and isinstance(args[0], Tensor):
                 args = (self._silenced(name, args[0]), *args[1:])
             result = forward(*args, **named)
-            return self._note(name, result) if isinstance(result, Tensor) else result
+            # what a depthwise convolution makes of silence is counted on behind it, so it isn't scaled
+            return self._note(name, result, scaled=not depthwise(module)) if isinstance(result, Tensor) else result
 
         return call
 
@@ -206,15 +207,17 @@ class _Notes:
             elif not same(a, b):
                 self.problem = _not_the_same("the model's output")
 
-    def _note(self, name: str, x: Tensor) -> Tensor:
+    def _note(self, name: str, x: Tensor, *, scaled: bool = True) -> Tensor:
         """The tensor, scaled, with which the network goes on."""
         self.last = name
         self.shapes.append((name, tuple(x.shape)))
         number = len(self.scales.setdefault(name, []))
         if self.wanted is not None and number < len(self.wanted.scales.get(name, ())):
             scale = self.wanted.scales[name][number]
+        elif not (scaled and x.numel()):
+            scale = x.new_ones(())
         else:
-            scale = 1 / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny ** 0.5) if x.numel() else x.new_ones(())
+            scale = 1 / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
         self.scales[name].append(scale)
         x = x * scale
         if not bool(x.isfinite().all()):

@@ -66,4 +66,5 @@ def merged(groups: list[ChannelGroup]) -> ChannelGroup | None:
     members = tuple(member for group in groups for member in group.members)
     if len({(m.module, m.side) for m in members}) < len(members):
         return None
-    return ChannelGroup(members, first.size, runs)
+    shifted = tuple(pair for group in groups for pair in group.shifted)
+    return ChannelGroup(members, first.size, runs, shifted=shifted)

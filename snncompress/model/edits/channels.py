@@ -16,6 +16,7 @@ from snncompress.interfaces import Adapter
 from snncompress.model.network import ChannelGroup, Side, prunable_type, remove_from_layer, width
 
 from .base import Budget, Edit, find, integers
+from .shifts import Shift, shifts
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ class RemoveChannels(Edit):
     """Remove output channels ``indices`` of ``layer``, and from every coupled module what belongs to them.
 
     Indices count the channels as they stand when the edit is applied. ``slices`` spells out the whole coupled group,
-    the layer included, so that a replay needs no tracing; ``widths`` what forward must count instead.
+    the layer included, so that a replay needs no tracing; ``widths`` what forward must count instead; ``shifts`` where
+    a bias takes up what silent channels would still add.
     """
 
     layer: str
     indices: tuple[int, ...]
     slices: tuple[Slice, ...]
     widths: tuple[Width, ...] = ()
+    shifts: tuple[Shift, ...] = ()
     kind: ClassVar[str] = "remove_channels"
 
     @classmethod
@@ -75,7 +78,7 @@ class RemoveChannels(Edit):
         for module, attribute in group.widths:
             before = vars(model.get_submodule(module))[attribute]
             widths.append(Width(module, attribute, before, before * left // group.size))
-        return cls(own.module, own.indices, slices, tuple(widths))
+        return cls(own.module, own.indices, slices, tuple(widths), shifts(model, group))
 
     def check(self, model: nn.Module) -> None:
         """Every module must be there, of a kind that can be shrunk, with the width the edit expects."""
@@ -101,6 +104,8 @@ class RemoveChannels(Edit):
                 )
             if len(piece.indices) >= piece.width:
                 raise PlanError(f"The plan would remove all {piece.width} channels of {piece.module}.")
+        for shift in self.shifts:
+            shift.check(model, self._gone())
         for width_ in self.widths:
             module = find(model, width_.module, f"the plan sets its {width_.attribute!r}")
             number = vars(module).get(width_.attribute)
@@ -114,6 +119,8 @@ class RemoveChannels(Edit):
     def apply(self, model: nn.Module, adapter: Adapter) -> None:
         """Shrink every module of the group."""
         self.check(model)
+        for shift in self.shifts:
+            shift.apply(model, self._gone())
         for piece in self.slices:
             if piece.side == "neuron":
                 neuron = model.get_submodule(piece.module)
@@ -123,29 +130,36 @@ class RemoveChannels(Edit):
         for new in self.widths:
             setattr(model.get_submodule(new.module), new.attribute, new.after)
 
+    def _gone(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        return {(piece.module, piece.side): piece.indices for piece in self.slices}
+
     def describe(self) -> str:
         """Layer and number of channels, and what shrinks with them."""
         others = [piece.module for piece in self.slices if piece.module != self.layer]
         others += [f"{new.module}.{new.attribute}".lstrip(".") for new in self.widths]
         beside = f", with what belongs to them in {', '.join(dict.fromkeys(others))}" if others else ""
-        return f"{self.layer}: {len(self.indices)} channels removed{beside}"
+        readers = ", ".join(dict.fromkeys(shift.reader for shift in self.shifts))
+        constant = f"; what they add when silent is on the bias of {readers}" if readers else ""
+        return f"{self.layer}: {len(self.indices)} channels removed{beside}{constant}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Without ``widths`` where forward reads none."""
+        """Without ``widths`` where forward reads none, and ``shifts`` where nothing is moved."""
         data = super().to_dict()
-        if not self.widths:
-            del data["widths"]
+        for name in ("widths", "shifts"):
+            if not data[name]:
+                del data[name]
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RemoveChannels:
-        """Indices, slices and widths must be whole numbers that can be."""
+        """Indices, slices, widths and shifts must be what they can be."""
         slices = tuple(slice_from_dict(piece) for piece in data["slices"])
         indices = integers(data["indices"])
         if min(indices, default=0) < 0:
             raise ValueError(f"channel {min(indices)}")
         widths = tuple(width_from_dict(new) for new in data.get("widths", ()))
-        return cls(str(data["layer"]), indices, slices, widths)
+        moved = tuple(Shift.from_dict(shift) for shift in data.get("shifts", ()))
+        return cls(str(data["layer"]), indices, slices, widths, moved)
 
     def packed(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Indices as bits; a slice has its own only where they differ from the layer's."""
@@ -157,7 +171,8 @@ class RemoveChannels(Edit):
                 slices[-1].append(pack_indices(piece.indices, piece.width))
         indices = pack_indices(self.indices, width)
         packed = {"edit": self.kind, "layer": self.layer, "width": width, "indices": indices, "slices": slices}
-        return packed | ({"widths": [asdict(new) for new in self.widths]} if self.widths else {})
+        more: dict[str, tuple[Any, ...]] = {"widths": self.widths, "shifts": self.shifts}
+        return packed | {name: [asdict(entry) for entry in entries] for name, entries in more.items() if entries}
 
     @classmethod
     def unpacked(cls, data: dict[str, Any], tensors: dict[str, Tensor], budget: Budget) -> list[Edit]:
@@ -175,7 +190,8 @@ class RemoveChannels(Edit):
         if data["width"] != getattr(slices.get((data["layer"], "out")), "width", None):
             raise PlanError(f"A removal of channels of {str(data['layer'])[:80]!r} doesn't list that layer.")
         widths = tuple(width_from_dict(new) for new in data.get("widths", ()))
-        return [cls(data["layer"], indices, tuple(slices.values()), widths)]
+        moved = tuple(Shift.from_dict(shift) for shift in data.get("shifts", ()))
+        return [cls(data["layer"], indices, tuple(slices.values()), widths, moved)]
 
     @classmethod
     def summary(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
