@@ -216,8 +216,8 @@ def resize_inputs(module: nn.Module, channels: int, *, fresh: bool) -> None:
 
 
 def prunable_type(module: nn.Module) -> bool:
-    """Does torch-pruning know how to shrink this kind of module?"""
-    return ops.module2type(module) in PrunerBox
+    """Does torch-pruning know how to shrink this kind of module? A PReLU with one slope for all has nothing to lose."""
+    return ops.module2type(module) in PrunerBox and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
 
 
 def _pruner(module: nn.Module) -> BasePruningFunc:

@@ -231,9 +231,10 @@ class _Scorer:
             raise PluginError(
                 f"{where}: {what} must return one score per {per}, {list(shape)}, not {list(scores.shape)}."
             )
-        if scores.is_complex() or scores.layout != torch.strided:
+        if scores.is_complex() or scores.layout != torch.strided or scores.is_meta:
             raise PluginError(
-                f"{where}: scores must be real numbers in a dense tensor, not {scores.dtype} {scores.layout}."
+                f"{where}: scores must be real numbers in a dense tensor, not {scores.dtype} {scores.layout} on "
+                f"{scores.device}."
             )
         if not bool(torch.isfinite(scores).all()):
             raise PluginError(

@@ -184,7 +184,14 @@ class Feed:
             )
         if isinstance(x, Tensor):
             refuse_unusual(x, f"Batch {number}")
-        return Batch(x, y, raw)
+        batch = Batch(x, y, raw)
+        indices = isinstance(y, Tensor) and not y.is_floating_point() and self.loss is None
+        if self.timesteps is not None and indices and batch.samples not in (None, len(x)):
+            raise DataError(
+                f"Batch {number} has {batch.samples} labels for {len(x)} samples: x {list(x.shape)}. With timesteps= x "
+                f"must be [N, ...], without an axis of time."
+            )
+        return batch
 
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Compare dtype and device of a batch with the model's parameters; raises DataError."""

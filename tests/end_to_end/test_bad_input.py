@@ -261,6 +261,7 @@ class Returning(snncompress.extend.Criterion):
             lambda layer: torch.full((layer.channels,), torch.nan),
             r"layer 0: scores hold NaN .*division by zero",
         ),
+        (lambda layer: torch.ones(layer.channels, device="meta"), "real numbers in a dense tensor, not .* on meta"),
         (lambda layer: 1 / 0, r"Criterion 'returning' failed in score\(\) on layer 0: ZeroDivisionError"),
     ],
 )

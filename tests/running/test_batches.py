@@ -278,6 +278,12 @@ def test_tensors_that_no_network_takes(x: Tensor, message: str) -> None:
         snncompress.apply(Net(), data=[x, x], timesteps=3)
 
 
+def test_more_or_fewer_labels_than_samples() -> None:
+    """Of T = 3 steps, 3 labels would pass for those of 3 samples, the output being [T, N, K]."""
+    with pytest.raises(DataError, match=r"Batch 0 has 3 labels for 4 samples"):
+        snncompress.evaluate(Net(), (torch.rand(4, 8), torch.arange(3)), timesteps=3)
+
+
 # -- state that stays --
 
 

@@ -103,6 +103,10 @@ def test_a_normalization_of_each_channel(norm: nn.Module) -> None:
     assert ("c2" in gone) if isinstance(norm, nn.BatchNorm2d) else ("c2" not in gone or norm.bias is None)
 
 
+def test_a_slope_for_all_channels_keeps_none() -> None:
+    assert "c2" in prune(Net(nn.PReLU())).removed_channels()
+
+
 def test_what_hides_a_difference_from_the_output_hides_it_not_from_the_trial() -> None:
     """The mean over a normalized map is 0 whatever came in."""
     net = Net(nn.Sigmoid())  # 0.5 of silence

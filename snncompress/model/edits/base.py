@@ -128,4 +128,6 @@ def find(model: nn.Module, name: str, why: str) -> nn.Module:
     try:
         return layer_at(model, name)
     except AttributeError as error:
-        raise PlanError(f"{type(model).__name__} has no module {name!r}; {why}. Is it another architecture?") from error
+        raise PlanError(
+            f"{type(model).__name__} has no module {name[:80]!r}; {why}. Is it another architecture?"
+        ) from error

@@ -37,9 +37,10 @@ class Shift:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Shift:
         """Raises KeyError, TypeError or ValueError for anything but a shift's fields."""
-        if not isinstance(data["adjacent"], bool) or not data["through"]:
-            raise ValueError(f"adjacent = {data['adjacent']!r}, through = {data['through']!r}")
-        return cls(tuple(map(str, data["through"])), str(data["reader"]), data["adjacent"])
+        through, adjacent = data["through"], data["adjacent"]
+        if not (isinstance(adjacent, bool) and isinstance(through, (list, tuple)) and through):
+            raise ValueError("a shift leads through at least one module")
+        return cls(tuple(str(name)[:1000] for name in through), str(data["reader"]), adjacent)
 
     def check(self, model: nn.Module, gone: Gone) -> None:
         """Raise PlanError unless all modules are there and lose channels that fit."""
