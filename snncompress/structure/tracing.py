@@ -106,7 +106,7 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     add_lost_groups(network, copy, adapter, run, sites, skipped)
     everything = calls.named(watched)
     taken = {name: upstream(nodes, everything) for name, nodes in calls.inputs.items()}
-    network.groups = [replace(group, shifted=tuple(_shifted(group, taken, copy))) for group in network.groups]
+    network.groups = [replace(group, shifted=tuple(_shifted(group, network, taken, copy))) for group in network.groups]
     leave_out_what_breaks(network, copy, adapter, run)
     return network
 
@@ -128,9 +128,12 @@ def _norms(calls: Calls, norms: dict[str, nn.Module], stops: dict[Any, str]) -> 
 
 
 def _shifted(
-    group: ChannelGroup, taken: dict[str, set[str]], model: nn.Module
+    group: ChannelGroup, network: Network, taken: dict[str, set[str]], model: nn.Module
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Ways from the group's neurons, or a depthwise convolution that takes in silence, to what reads the group."""
+    """Ways from the group's neurons, or a depthwise convolution that takes in silence, to what reads the group.
+
+    What a layer that isn't silent writes straight into is silenced there, so that nothing comes through.
+    """
 
     def way_to(name: str) -> tuple[str, ...] | None:
         module, sources = model.get_submodule(name), taken.get(name, set())
@@ -142,7 +145,10 @@ def _shifted(
         return before and (*before, name)
 
     made, neurons = set(group.names("out")), set(group.names("neuron"))
+    writers = {name for name in made if not depthwise(model.get_submodule(name))}
     for reader in group.names("in"):
+        if writers & set(network.direct.get(reader, ())):
+            continue
         yield from ((way, reader) for source in taken.get(reader, ()) if (way := way_to(source)))
 
 

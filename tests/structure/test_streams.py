@@ -60,6 +60,25 @@ def downsampled_by_a_pool() -> nn.Module:
     )
 
 
+class Local(nn.Module):
+    """A depthwise convolution of spikes is added to the stream."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        norm = layer.BatchNorm2d(channels)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+        self.body = nn.Sequential(fire(), layer.Conv2d(channels, channels, 3, padding=1, groups=channels), norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def with_depthwise_convolutions() -> nn.Module:
+    return nn.Sequential(
+        conv(1, 6), Local(6), Block(6, 6), Local(6), layer.AdaptiveAvgPool2d(1), layer.Flatten(), layer.Linear(6, 3)
+    )
+
+
 @pytest.mark.parametrize("criterion", ["magnitude", "firing_rate"])
 def test_depthwise_transposed_convolutions(criterion: str) -> None:
     model = nn.Sequential(
@@ -102,7 +121,9 @@ def _mute(indices: Tensor, axis: int) -> Callable[[nn.Module, tuple[Tensor]], Te
     return lambda module, args: args[0].index_fill(axis, indices, 0.0)
 
 
-@pytest.mark.parametrize("make", [ms_resnet, without_a_neuron_at_the_end, downsampled_by_a_pool])
+@pytest.mark.parametrize(
+    "make", [ms_resnet, without_a_neuron_at_the_end, downsampled_by_a_pool, with_depthwise_convolutions]
+)
 @pytest.mark.parametrize("mode", "sm")
 def test_a_stream_of_currents_shrinks_exactly(make: Callable[[], nn.Module], mode: str) -> None:
     model = make().double().eval()
