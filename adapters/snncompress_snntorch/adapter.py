@@ -49,11 +49,12 @@ class SNNTorchAdapter(Adapter):
             if _derives(neuron, "DeltaLeaky"):
                 vars(neuron).update(mem_prev=None)
                 neuron._buffers["mem"] = None
-            for name in _STATES & neuron._non_persistent_buffers_set:
+            for name in _STATES & {*neuron._non_persistent_buffers_set, *vars(neuron)}:
                 state = getattr(neuron, name)
                 if isinstance(state, Tensor):
                     setattr(neuron, name, state.detach().new_zeros(0))
             vars(neuron).pop("reset", None)  # the reset signal of the last step
+            _keep_diagonal(neuron)
         self.reset_memories(model)
 
     def run(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Any:
@@ -245,6 +246,15 @@ def _derives(module: nn.Module, name: str) -> bool:
 def _layers(neuron: nn.Module) -> bool:
     """Does it hold layers, other than the connections from its own output?"""
     return any(name != "recurrent" and any(True for _ in child.parameters()) for name, child in neuron.named_children())
+
+
+def _keep_diagonal(neuron: Any) -> None:
+    """Give a LeakyParallel back the hook that lets it learn decays alone; a copy's parameters have none."""
+    decay = neuron.rnn._parameters.get("weight_hh_l0") if _derives(neuron, "LeakyParallel") else None
+    if decay is None or not decay.requires_grad or decay._backward_hooks:
+        return
+    if torch.equal(decay, decay.diag().diag()):
+        decay.register_hook(neuron.grad_hook)
 
 
 def _all_steps(neuron: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from snncompress.model.brevitas_layers import brevitas_bits
-from snncompress.model.cells import WEIGHTS, layer_at
+from snncompress.model.cells import CellWeight, layer_at
 from snncompress.model.weights_in_use import Products, computes_its_weight, weight_in_use
 
 
@@ -31,7 +31,8 @@ def products_outside(model: nn.Module, layers: Collection[str], neurons: Collect
     """Inside, every product of tensors that is neither a layer's nor a neuron's own is noted: "matmul in attn"."""
     notes: list[str] = []
     inside: list[str] = []
-    counted = {*layers, *(name.rpartition(".")[0] for name in layers if name.endswith(WEIGHTS))}
+    cells = {name.rpartition(".")[0] for name in layers if isinstance(layer_at(model, name), CellWeight)}
+    counted = {*layers, *cells}
 
     def seen(product: str, operands: list[Any]) -> None:
         where = inside[-1] if inside else ""

@@ -14,6 +14,7 @@ from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
 
 from .brevitas_layers import without_quantization
+from .cells import cell_weights, home, layer_at
 from .parametrizations import computed_weight, separate_classes
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,8 +72,10 @@ def plain_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
     copy = private_copy(model, adapter).eval()
     without_quantization(copy)
     for module in list(copy.modules()):
-        if parametrize.is_parametrized(module, "weight") and not computed_weight(module):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        layers = [layer_at(module, weight) for weight in cell_weights("", module)] or [module]
+        for owner, tensor in (home(layer) for layer in layers if not computed_weight(layer)):
+            if parametrize.is_parametrized(owner, tensor):
+                parametrize.remove_parametrizations(owner, tensor, leave_parametrized=False)
     for parameter in copy.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

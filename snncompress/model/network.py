@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
 
 from .brevitas_layers import learned_scales
-from .cells import cell_weights
+from .cells import cell_weights, input_weights
+from .modules import without as without_entries
 from .parametrizations import computed_weight, resize_weight, stored_weight
 
 Side = Literal["out", "in", "neuron"]
@@ -122,8 +125,8 @@ class Network:
 
     @property
     def first(self) -> str:
-        """The first weight layer."""
-        return self.layers[0]
+        """The first weight layer; "" where all are inside neurons."""
+        return next(iter(self.layers), "")
 
     @property
     def classifier_inputs(self) -> tuple[str, ...]:
@@ -153,6 +156,8 @@ def weight_layers(model: nn.Module) -> list[str]:
 
 def width(module: nn.Module, side: Side) -> int:
     """Channels of a layer on one side."""
+    if input_weights(module):
+        return int(cast(int, module.input_size))
     pruner = _pruner(module)
     return int(pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module))
 
@@ -180,7 +185,15 @@ def outputs_first(weight: Tensor, module: nn.Module) -> Tensor:
 
 
 def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None:
-    """Remove output or input channels from a layer, in place, through torch-pruning's pruner for its type."""
+    """Remove output or input channels from a layer, in place, through torch-pruning's pruner for its type.
+
+    Of a recurrent cell or layer what it takes in.
+    """
+    if views := input_weights(module):
+        for view in views:
+            resize_weight(view, partial(_without_columns, indices))
+        cast(Any, module).input_size -= len(indices)
+        return
     pruner = _pruner(module)
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
@@ -188,6 +201,11 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
         resize_weight(module, lambda layer: prune(layer, indices))
     for name, parameter in module.named_parameters():  # torch-pruning makes every new parameter trainable
         parameter.requires_grad_(name not in frozen)
+
+
+def _without_columns(indices: list[int], layer: nn.Module) -> None:
+    weight = cast(nn.Parameter, layer.weight)
+    layer.weight = nn.Parameter(without_entries(weight.detach(), indices, 1), weight.requires_grad)
 
 
 def resize_inputs(module: nn.Module, channels: int, *, fresh: bool) -> None:
@@ -215,8 +233,13 @@ def resize_inputs(module: nn.Module, channels: int, *, fresh: bool) -> None:
     resize_weight(module, resize)
 
 
-def prunable_type(module: nn.Module) -> bool:
-    """Does torch-pruning know how to shrink this kind of module? A PReLU with one slope for all has nothing to lose."""
+def prunable_type(module: nn.Module, side: Side | None = None) -> bool:
+    """Can this kind of module be shrunk on this side? torch-pruning may know it, or it takes in as a recurrent one.
+
+    A PReLU with one slope for all has nothing to lose.
+    """
+    if isinstance(module, (RNNBase, RNNCellBase)):
+        return side == "in" and bool(input_weights(module))
     return ops.module2type(module) in PrunerBox and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
 
 

@@ -5,7 +5,7 @@ Each function is one node of autograd's graph, which torch-pruning takes for an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -40,26 +40,33 @@ def through(forward: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **named: Any) -> Any:
         with torch.no_grad():
             made = forward(*args, **named)
-        return _linked(made, next(tensors_in([args, named])))
+        x = next(tensors_in([args, named]))
+        if torch.is_grad_enabled() and not x.requires_grad and x.is_floating_point():  # it is the network's input
+            x = x.detach().requires_grad_()
+        return _filled(made, iter(cast(Any, _Link).apply(x, *tensors_in(made))))
 
     return call
 
 
-def _linked(made: Any, x: Tensor) -> Any:
-    if isinstance(made, tuple):
-        return tuple(_linked(part, x) for part in made)
-    return cast(Any, _Link).apply(x, made) if isinstance(made, Tensor) else made
+def _filled(form: Any, tensors: Iterator[Tensor]) -> Any:
+    """These tensors in the place of those in nested tuples."""
+    if isinstance(form, Tensor):
+        return next(tensors)
+    if not isinstance(form, (tuple, list)):
+        return form
+    parts = [_filled(part, tensors) for part in form]
+    return type(form)(*parts) if hasattr(form, "_fields") else type(form)(parts)
 
 
 class _Link(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, made: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *made: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
-        return made.clone()
+        return tuple(part.clone() for part in made)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.zeros_like(ctx.saved_tensors[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.zeros_like(ctx.saved_tensors[0]), *[None] * len(grads)
 
 
 class _First(torch.autograd.Function):

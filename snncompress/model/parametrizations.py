@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from snncompress.interfaces import Quantizer
 
 from .brevitas_layers import quantized_by_brevitas
-from .cells import home
+from .cells import home, use_computed_weights
 from .grids import FixedGrid, Grid
 from .weights_in_use import computes_its_weight
 
@@ -152,12 +152,13 @@ def bare(module: nn.Module) -> Iterator[CompressedWeight | None]:
     """Inside, ``module.weight`` is the plain float parameter; its compression comes back on leaving."""
     found = compression_of(module)
     if found is not None:
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        owner, tensor = home(module)
+        parametrize.remove_parametrizations(owner, tensor, leave_parametrized=False)
     try:
         yield found
     finally:
         if found is not None:
-            parametrize.register_parametrization(module, "weight", found, unsafe=True)  # it was checked before
+            _register(module, found)
 
 
 def separate_classes(model: nn.Module) -> None:
@@ -174,8 +175,14 @@ def separate_classes(model: nn.Module) -> None:
 
 def _attach(module: nn.Module) -> CompressedWeight:
     compression = CompressedWeight(transposed=isinstance(module, _ConvTransposeNd)).train(module.training)
-    parametrize.register_parametrization(*home(module), compression, unsafe=True)  # keeps shape and type
+    _register(module, compression)
     return compression
+
+
+def _register(module: nn.Module, compression: CompressedWeight) -> None:
+    owner, tensor = home(module)
+    parametrize.register_parametrization(owner, tensor, compression, unsafe=True)  # keeps shape and type
+    use_computed_weights(owner)
 
 
 def compression_of(module: nn.Module) -> CompressedWeight | None:

@@ -14,7 +14,7 @@ from snncompress.base.progress import Progress
 from snncompress.errors import DataError, DefaultSkipWarning, ModelError, NothingToDoWarning, OptionError
 from snncompress.interfaces import BlockCriterion
 from snncompress.measuring.temporal import analyse
-from snncompress.model.cells import layer_at
+from snncompress.model.cells import cell_weights, decays, layer_at
 from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit, QuantizeWeights
@@ -71,7 +71,7 @@ class Run(Generic[M]):
             model, feed.adapter, feed.example(), timesteps=feed.telling_timesteps, groups=channels
         )
         names = weight_layers(model)
-        self.skips = resolve_skip(skip, network, names, settings.granularity)
+        self.skips = resolve_skip(skip, network, names, settings.granularity).and_(decays(model))
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
         self._pruning, self.skipped = self._what_goes(network)
         for name, bits in self._quantized().items():
@@ -227,6 +227,8 @@ class Run(Generic[M]):
             return blocks, blocks.skipped
         if criterion.granularity == "channel":
             todo, skipped = targets(network, ratio, self.skips)
+            cells = (weight for name, module in model.named_modules() for weight in cell_weights(name, module))
+            skipped |= dict.fromkeys(cells, "each of its outputs comes back to all in the next timestep, so they stay")
             return ChannelPruning(model, adapter, criterion, network, todo), skipped
         unused = {name: why for name, why in network.skipped.items() if name not in network.layers}
         ratios, skipped = weight_ratios(weight_layers(model), ratio, self.skips, unused | computed_or_shared(model))

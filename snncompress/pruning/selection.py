@@ -25,6 +25,10 @@ class Skips:
     prune: Mapping[str, str]
     quantize: Mapping[str, str]
 
+    def and_(self, others: Mapping[str, str]) -> Skips:
+        """With others, which stay whole and at 32 bits whatever was asked for."""
+        return Skips({**self.prune, **others}, {**self.quantize, **others})
+
 
 def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], granularity: Granularity) -> Skips:
     """Turn ``skip`` into reasons per layer; see :func:`snncompress.apply` for its forms."""
@@ -33,10 +37,8 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], gran
     if skip is None or isinstance(skip, Mapping):
         streams = network.streams
         keep = {n: "it feeds the classifier" for n in network.classifier_inputs if channels and n not in streams}
-        full = {
-            network.first: "it is the first weight layer",
-            **{n: "it is the classifier" for n in network.classifiers},
-        }
+        first = {network.first: "it is the first weight layer"} if network.layers else {}
+        full = {**first, **{n: "it is the classifier" for n in network.classifiers}}
         default = Skips(keep, full)
     if skip is None:
         return default

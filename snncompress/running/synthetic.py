@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snncompress.errors import DataError, SyntheticDataWarning
 from snncompress.interfaces import Adapter, Forward
-from snncompress.model.network import WEIGHT_LAYERS
+from snncompress.model.cells import layer_at
+from snncompress.model.network import weight_layers
 
 from .data import Feed
 
@@ -57,7 +59,7 @@ def synthetic_feed(
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    layer = next(m for m in model.modules() if isinstance(m, WEIGHT_LAYERS))
+    layer: Any = layer_at(model, weight_layers(model)[0])
     if isinstance(layer, nn.Linear):
         yield (layer.in_features,)
         return

@@ -16,7 +16,7 @@ from snncompress.base.packing import pack_codes, unpack_codes
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, OptionError, PlanError, StorageError
 from snncompress.interfaces import Adapter
-from snncompress.model.cells import WEIGHTS, cell_weights, layer_at
+from snncompress.model.cells import cell_weights, layer_at, layer_of
 from snncompress.model.chance import undisturbed
 from snncompress.model.grids import Grid
 from snncompress.model.parametrizations import CompressedWeight, compression_of, gridded, hold
@@ -190,10 +190,8 @@ def _moments(model: nn.Module, adapter: Adapter) -> set[str]:
 
 def _compression(model: nn.Module, name: str) -> CompressedWeight | None:
     """What makes the layer's weight, where ``name`` is the weight of a compressed layer."""
-    layer, _, leaf = name.rpartition(".")
-    if leaf in WEIGHTS:
-        return compression_of(layer_at(model, name))
-    return compression_of(model.get_submodule(layer)) if leaf == "weight" else None
+    layer = layer_of(model, name)
+    return None if layer is None else compression_of(layer)
 
 
 def _packed(compression: CompressedWeight, stored: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -108,16 +108,20 @@ class NeuronPruner(BasePruningFunc):  # type: ignore[misc]
 
 
 def add_groups(
-    network: Network, graph: Graph, model: nn.Module, neurons: dict[str, Site], skipped: dict[str, str]
-) -> None:
-    """Put into ``network`` what groups its layers form, or why they can't be pruned; ``skipped`` are reasons known."""
+    network: Network, graph: Graph, model: nn.Module, neurons: dict[str, Site], cells: dict[str, str],
+    skipped: dict[str, str],
+) -> None:  # fmt: skip
+    """Put into ``network`` what groups its layers form, or why they can't be pruned; ``skipped`` are reasons known.
+
+    ``cells`` are recurrent cells and layers, each with the one neuron that feeds it.
+    """
     names = {m: n for n, m in model.named_modules()}
     done: set[str] = set()
     for layer in network.layers:
         if layer in done:
             continue
         try:
-            group = _group(graph, model.get_submodule(layer), names, neurons)
+            group = _read_by(cells, model, _group(graph, model.get_submodule(layer), names, neurons))
         except UnfitError as error:
             network.skipped[layer] = str(error)
             continue
@@ -135,8 +139,9 @@ def add_groups(
 
 
 def add_lost_groups(
-    network: Network, model: nn.Module, adapter: Adapter, run: Run, sites: dict[str, Site], skipped: dict[str, str]
-) -> None:
+    network: Network, model: nn.Module, adapter: Adapter, run: Run, sites: dict[str, Site], cells: dict[str, str],
+    skipped: dict[str, str],
+) -> None:  # fmt: skip
     """The same for layers whose channels torch-pruning has lost."""
     outs = {name for group in network.groups for name in group.names("out")}
     lost = [n for n in network.layers if not (n in outs or n in skipped or n in network.classifiers)]
@@ -151,7 +156,7 @@ def add_lost_groups(
         if layer in outs or layer not in found.widths:
             continue
         try:
-            group = coupled(layer, model, neurons, found)
+            group = _read_by(cells, model, coupled(layer, model, neurons, found))
         except UnfitError:  # why torch-pruning lost them stands there already
             continue
         names = [n for n in group.names("out") if n in network.layers]
@@ -160,6 +165,18 @@ def add_lost_groups(
             outs.update(names)
             for name in names:
                 network.skipped.pop(name, None)
+
+
+def _read_by(cells: dict[str, str], model: nn.Module, group: ChannelGroup) -> ChannelGroup:
+    """The group with what recurrent cells read of it, as many columns for every channel, as behind a flatten."""
+    found = []
+    for name, neuron in cells.items():
+        source = group.member(neuron, "neuron")
+        columns, odd = divmod(width(model.get_submodule(name), "in"), source.width if source else 1)
+        if source is not None and not odd:
+            index = source.index[:, :, None] * columns + torch.arange(columns)
+            found.append(Member(name, "in", index.flatten(1)))
+    return replace(group, members=(*group.members, *found))
 
 
 def _why_whole(
@@ -174,7 +191,7 @@ def _why_whole(
             return skipped[name] if name in outs else f"coupled with {name}: {skipped[name]}"
     for name in outs:
         cut = [n for n in network.drives[name] if n not in group.names("neuron")]
-        reads = group.names("neuron") and any(name in network.direct[reader] for reader in group.names("in"))
+        reads = group.names("neuron") and any(name in network.direct.get(reader, ()) for reader in group.names("in"))
         if cut or not (network.drives[name] or reads):
             return f"no spiking neuron follows {name} that its channels could be traced to"
     if not (read or group.names("in")):
@@ -209,6 +226,8 @@ def _group(graph: Graph, module: nn.Module, names: dict[nn.Module, str], neurons
             member = replace(member, width=neurons[name].width, axis=neurons[name].axis)
             if int(index.max()) >= member.width:  # a concatenation that torch-pruning sees from one side only
                 raise UnfitError(f"its channels aren't those of {name}, which it drives")
+        elif int(index.max()) >= width(target, side):  # a concatenation in a loop
+            raise UnfitError(f"its channels can't be followed through {name}, whose output comes back to it")
         elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.shape != (width(target, side), 1):
             raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
         members.append(member)

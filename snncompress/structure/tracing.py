@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from snncompress.errors import DataError, ModelError, SNNCompressError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import cell_weights, input_weights
 from snncompress.model.copying import plain_copy
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import (
@@ -27,11 +28,13 @@ from snncompress.model.network import (
     channel_axis,
     computed_or_shared,
     depthwise,
+    weight_layers,
 )
 from snncompress.running.data import Run, time_as_samples
 
 from .calls import Calls, upstream
 from .grouping import LOST, Graph, NeuronPruner, Site, add_groups, add_lost_groups
+from .recurrent import CellPruner, in_one_node
 from .verifying import leave_out_what_breaks
 
 
@@ -57,22 +60,24 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
 
     calls = Calls({name: channel_axis(layer) for name, layer in weights.items()})
     graph = Graph(calls.axes)
-    watched = {**weights, **neurons, **norms}
+    cells = {n: m for n, m in modules.items() if n not in inside and input_weights(m)}
+    watched = {**weights, **neurons, **norms, **cells}
     currents: dict[nn.Module, Tensor] = {}
 
     def wire(neuron: nn.Module, x: Tensor) -> Tensor:
         currents[neuron] = x
         return x * 1.0  # out of place: the input keeps its own node in the graph
 
-    with adapter.identities(copy, wire), calls.watching(watched), warnings.catch_warnings():
+    with in_one_node(copy), adapter.identities(copy, wire), calls.watching(watched), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning's remarks are about its own internals
         outputs, readable = _build(graph, copy, adapter, run, neurons)
 
     if timesteps not in (None, 1) and {len(x) for x in currents.values()} == {timesteps}:
         raise DataError(time_as_samples(timesteps))
     layers = tuple(name for name in calls.inputs if name in weights)
-    fed_by = {name: upstream(calls.inputs[name], calls.named(weights)) for name in layers}
-    visible = upstream([o.grad_fn for o in outputs], calls.named(weights))
+    takers = {n: n for n in layers} | {w: n for n in cells if n in calls.inputs for w in cell_weights(n, cells[n])}
+    fed_by = {name: upstream(calls.inputs[module], calls.named(weights)) for name, module in takers.items()}
+    visible = upstream([o.grad_fn for o in outputs], calls.named({**weights, **cells}))
     consumed = set().union(*fed_by.values()) if fed_by else set()
     last = [n for n in layers if n in visible and n not in consumed] or [n for n in layers if n in visible][-1:]
     stops = calls.named({**weights, **neurons})
@@ -81,12 +86,15 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
         layers=layers,
         neurons=tuple(n for n in calls.inputs if n in neurons),
         drives={name: tuple(n for n, by in reached_by.items() if n in neurons and name in by) for name in layers},
-        producers={name: tuple(p for p in layers if p in fed_by[name]) for name in layers},
+        producers={name: tuple(p for p in layers if p in by) for name, by in fed_by.items()},
         norms=_norms(calls, norms, stops),
-        classifiers=tuple(last),
+        classifiers=(*last, *(w for w, module in takers.items() if module in visible and module in cells)),
         direct={name: tuple(p for p in layers if p in reached_by[name]) for name in layers},
     )
-    if not any(network.drives.values()):
+    fed = {n: upstream(calls.inputs[n], stops) for n in cells if n in calls.inputs}
+    readers = {n: by.pop() for n, by in fed.items() if len(by) == 1}
+    inner = weight_layers(nn.ModuleList(neurons.values()))  # of neurons that hold what drives them
+    if not (any(network.drives.values()) or inner):
         raise ModelError(
             f"No weight layer of {type(copy).__name__} drives a spiking neuron, as far as it can be traced. Likely "
             f"cause: an operation without a gradient between them."
@@ -96,14 +104,14 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
             network.skipped[name] = "the model never calls it on this input"
     if not groups:
         return network
-    exposed = [name for name in visible if name not in last]
+    exposed = [name for name in visible if name in weights and name not in last]
     skipped = computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
     sites = {n: Site.of(currents[m], calls.axes) for n, m in neurons.items() if m in currents}
     if readable:
-        add_groups(network, graph, copy, sites, skipped)
+        add_groups(network, graph, copy, sites, readers, skipped)
     else:
         network.skipped.update(dict.fromkeys(layers, LOST))
-    add_lost_groups(network, copy, adapter, run, sites, skipped)
+    add_lost_groups(network, copy, adapter, run, sites, readers, skipped)
     everything = calls.named(watched)
     taken = {name: upstream(nodes, everything) for name, nodes in calls.inputs.items()}
     network.groups = [replace(group, shifted=tuple(_shifted(group, network, taken, copy))) for group in network.groups]
@@ -167,7 +175,8 @@ def _build(
             )
         return outputs
 
-    pruners = {type(m): NeuronPruner() for m in neurons.values()}
+    pruners: dict[type, Any] = {type(m): CellPruner() for m in model.modules() if input_weights(m)}
+    pruners |= {type(m): NeuronPruner() for m in neurons.values()}
     try:
         with torch.enable_grad():
             graph.build_dependency(model, (), forward, customized_pruners=pruners, verbose=False)

@@ -95,12 +95,15 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "SpikingLSTM": (lambda: Recurrent(rnn.SpikingLSTM), X),
     "SpikingGRU": (lambda: Recurrent(rnn.SpikingGRU), X),
     "SpikingVanillaRNN": (lambda: Recurrent(rnn.SpikingVanillaRNN), X),
+    "LSTM": (lambda: Recurrent(nn.LSTM), X),
 }
 INNER = {
     "SLSTM": ["cell.lstm_cell.weight_ih", "cell.lstm_cell.weight_hh"],
     "wider SLSTM": ["cell.lstm_cell.weight_ih", "cell.lstm_cell.weight_hh"],
     "SConv2dLSTM": ["cell.conv"],
     "LinearLeaky": ["first.linear"],
+    "LeakyParallel": ["first.rnn.weight_ih_l0"],
+    "LSTM": [f"r.weight_{way}_l{n}" for n in (0, 1) for way in ("ih", "hh")],
     **{
         f"Spiking{kind}": [f"r.cells.{n}.linear_{way}" for n in (0, 1) for way in ("ih", "hh")]
         for kind in ("LSTM", "GRU", "VanillaRNN")
@@ -238,10 +241,6 @@ def test_cells_beside_neurons(kind: type[nn.Module]) -> None:
     assert all(len(row.unique()) <= 17 for row in small.cell.weight_hh)
     left = snncompress.apply(model, "weight_magnitude", 0.5, None, data=(X, Y), skip=["cell.*"])
     assert torch.equal(left.cell.weight_ih, model.cell.weight_ih)
-
-
-def test_rnns_of_torch_are_named_as_not_counted() -> None:
-    assert "rnn_relu in first.rnn" in snncompress.profile(build("LeakyParallel"), X).uncounted
 
 
 @pytest.mark.parametrize("name", ["DeltaLeaky", "StateLeaky", "LeakyParallel"])

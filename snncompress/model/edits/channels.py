@@ -88,7 +88,7 @@ class RemoveChannels(Edit):
             module = find(model, piece.module, "the plan removes channels from it")
             if piece.side == "neuron":  # its tensors may all be scalars, so it doesn't tell its width
                 found = piece.width
-            elif not prunable_type(module):
+            elif not prunable_type(module, piece.side):
                 raise PlanError(f"{piece.module} is a {type(module).__name__}, from which channels can't be removed.")
             else:
                 found = width(module, piece.side)
