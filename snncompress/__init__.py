@@ -32,6 +32,7 @@ from .measuring.gradients import GradientAwareLoss, GradientFlow, gradient_flow
 from .measuring.profiling import compare, profile
 from .measuring.reporting import Comparison, LayerProfile, Profile
 from .measuring.temporal import TemporalAnalysis, temporal_analysis
+from .model.channel_map import ChannelMap
 from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Resized, TruncateTimesteps
 from .model.own_neurons import OwnNeurons
 from .model.plan import Plan, plan_of
@@ -50,6 +51,7 @@ from .version import __version__
 __all__ = [
     "BlockSearch",
     "Candidate",
+    "ChannelMap",
     "Comparison",
     "Conventions",
     "DataError",

@@ -17,6 +17,7 @@ from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
 
 from .brevitas_layers import learned_scales
 from .cells import cell_weights, input_weights
+from .channel_map import ChannelMap
 from .modules import without as without_entries
 from .parametrizations import computed_weight, resize_weight, stored_weight
 
@@ -130,9 +131,11 @@ class Network:
 
     @property
     def classifier_inputs(self) -> tuple[str, ...]:
-        """The weight layers that feed a classifier."""
+        """The weight layers that feed a classifier, channel by channel as far as their groups are known."""
         feeding = {p for c in self.classifiers for p in self.producers[c] if p not in self.classifiers}
-        return tuple(name for name in self.layers if name in feeding)
+        known = {name for group in self.groups for name in group.names("out")}
+        reaching = {n for g in self.groups if set(g.names("in")) & set(self.classifiers) for n in g.names("out")}
+        return tuple(name for name in self.layers if name in feeding and (name in reaching or name not in known))
 
     @property
     def streams(self) -> set[str]:
@@ -155,7 +158,9 @@ def weight_layers(model: nn.Module) -> list[str]:
 
 
 def width(module: nn.Module, side: Side) -> int:
-    """Channels of a layer on one side."""
+    """Channels of a layer, or of a map of channels, on one side."""
+    if isinstance(module, ChannelMap):
+        return module.width(side)
     if input_weights(module):
         return int(cast(int, module.input_size))
     pruner = _pruner(module)
@@ -164,6 +169,8 @@ def width(module: nn.Module, side: Side) -> int:
 
 def channel_axis(module: nn.Module) -> int:
     """Where the output channels of a weight layer stand, counted from the end: -1 in [N, C], -3 in [N, C, H, W]."""
+    if isinstance(module, ChannelMap):
+        return module.axis
     return 1 - int(cast(Tensor, module.weight).dim())
 
 
@@ -189,6 +196,8 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
 
     Of a recurrent cell or layer what it takes in.
     """
+    if isinstance(module, ChannelMap):
+        return module.remove_channels(side, indices)
     if views := input_weights(module):
         for view in views:
             resize_weight(view, partial(_without_columns, indices))
@@ -238,6 +247,8 @@ def prunable_type(module: nn.Module, side: Side | None = None) -> bool:
 
     A PReLU with one slope for all has nothing to lose.
     """
+    if isinstance(module, ChannelMap):
+        return True
     if isinstance(module, (RNNBase, RNNCellBase)):
         return side == "in" and bool(input_weights(module))
     return ops.module2type(module) in PrunerBox and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)

@@ -14,6 +14,7 @@ from torch_pruning.dependency import shape_infer
 from torch_pruning.pruner.function import BasePruningFunc
 
 from snncompress.interfaces import Adapter
+from snncompress.model.channel_map import ChannelMap
 from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type, width
 from snncompress.running.data import Run
 
@@ -105,6 +106,26 @@ class NeuronPruner(BasePruningFunc):  # type: ignore[misc]
         return None
 
     get_in_channels = get_out_channels
+
+
+class MapPruner(BasePruningFunc):  # type: ignore[misc]
+    """Tells torch-pruning that what goes into a map of channels and what comes out go each by itself."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+        """Nothing."""
+        return layer
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+        """Nothing."""
+        return layer
+
+    def get_out_channels(self, layer: ChannelMap) -> int:
+        """How many come out."""
+        return layer.width("out")
+
+    def get_in_channels(self, layer: ChannelMap) -> int:
+        """How many go in."""
+        return layer.width("in")
 
 
 def add_groups(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from snncompress.interfaces import Adapter
+from snncompress.model.channel_map import ChannelMap
 from snncompress.model.chance import Steady, seeded
 from snncompress.model.modules import patched
 from snncompress.model.network import NORMS, WEIGHT_LAYERS, channel_axis
@@ -80,7 +81,7 @@ class _Cut:
         neurons = adapter.neurons(model)
         inside = {m for neuron in neurons.values() for m in neuron.modules()}
         self._modules = {
-            name: m for name, m in model.named_modules() if m not in inside and isinstance(m, (*WEIGHT_LAYERS, *NORMS))
+            name: m for name, m in model.named_modules() if m not in inside and isinstance(m, (*WEIGHT_LAYERS, *NORMS, ChannelMap))
         }
         depthwise = {n for n, m in self._modules.items() if ops.module2type(m) == ops.OPTYPE.DEPTHWISE_CONV}
         self.through = {*neurons, *depthwise, *(n for n, m in self._modules.items() if isinstance(m, NORMS))}
@@ -116,7 +117,7 @@ class _Cut:
         """The axis of the module's input channels, and how its sources make them."""
         module = self._modules.get(name)
         dims = x.dim()
-        if isinstance(module, WEIGHT_LAYERS):
+        if isinstance(module, (*WEIGHT_LAYERS, ChannelMap)):
             return channel_axis(module), self._links(x, channel_axis(module), sources)
         best: tuple[int, list[Link]] = (min(1, dims - 1) - dims, [])
         for axis in dict.fromkeys((self.axes.get(name, 1 - dims), 1 - dims, -1, -3, *range(-dims, 0))):

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from snncompress.errors import DataError, ModelError, SNNCompressError
 from snncompress.interfaces import Adapter
 from snncompress.model.cells import cell_weights, input_weights
+from snncompress.model.channel_map import ChannelMap
 from snncompress.model.copying import plain_copy
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import (
@@ -33,7 +34,7 @@ from snncompress.model.network import (
 from snncompress.running.data import Run, time_as_samples
 
 from .calls import Calls, upstream
-from .grouping import LOST, Graph, NeuronPruner, Site, add_groups, add_lost_groups
+from .grouping import LOST, Graph, MapPruner, NeuronPruner, Site, add_groups, add_lost_groups
 from .recurrent import CellPruner, in_one_node
 from .verifying import leave_out_what_breaks
 
@@ -177,6 +178,7 @@ def _build(
 
     pruners: dict[type, Any] = {type(m): CellPruner() for m in model.modules() if input_weights(m)}
     pruners |= {type(m): NeuronPruner() for m in neurons.values()}
+    pruners[ChannelMap] = MapPruner()
     try:
         with torch.enable_grad():
             graph.build_dependency(model, (), forward, customized_pruners=pruners, verbose=False)

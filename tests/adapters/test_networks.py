@@ -25,7 +25,7 @@ CRITERIA = ["svs", "sca", "magnitude", "random", "firing_rate", "bn_scale", "tay
 SMALL = {
     "squeezenet": {"width": 1 / 8},
     "vgg16": {"width": 1 / 16},
-    "resnet20": {"width": 4},
+    "resnet20": {"widths": (4, 6, 8, 12)},
     "sew_resnet18": {"width": 6},
     "vggsnn": {"width": 1 / 16, "size": 16},
     "mnasnet": {"width": 1 / 8},
@@ -37,10 +37,6 @@ SHAPES = {"vggsnn": (2, 16, 16)}  # all others: 3×32×32
 
 # Layers that keep their channels beside the classifier, and why.
 WHOLE = {
-    "resnet20": {
-        "stem.0": "are coupled",
-        "stage?.?.second.0": "are coupled|zeros pad",
-    },
     "mixnet": {
         "stage*.0.0": "don't map evenly",
         "*.convs.*": "are coupled",
@@ -98,13 +94,22 @@ def vgg(channels: list[int], features: int) -> int:
     return sum(9 * a * b + 2 * b for a, b in itertools.pairwise(channels)) + 10 * (features + 1)
 
 
+def resnet(stem: int, stages: list[tuple[int, list[int]]]) -> int:
+    """The same of ResNet-20; of each stage the width, and of its three blocks what stands between the convolutions."""
+    total, before = 27 * stem + 2 * stem, stem
+    for width, inner in stages:
+        for between in inner:
+            total += 9 * (before * between + between * width) + 2 * (between + width)
+            before = width
+    return total + 10 * (before + 1)
+
+
 # depthwise convolutions of Xception, each of which has a batch norm here
 XCEPTION = [64, 128, 128, 256, 256, 728, *[728] * 24, 728, 728, 1024, 1536]
 SIZES = {
     "squeezenet": published(1_248_424, 512),  # torchvision's squeezenet1_0
     "vgg16": vgg([3, 64, 64, 128, 128, 256, 256, 256, *[512] * 6], 512),
-    # He et al.: 0.27 M; convolutions, batch norms of 7·16 + 6·32 + 6·64 channels, classifier
-    "resnet20": 9 * (48 + 6 * 256 + 512 + 5 * 1024 + 2048 + 5 * 4096) + 2 * (112 + 192 + 384) + 650,
+    "resnet20": 17_048_906,  # see resnet()
     "sew_resnet18": 11_173_962,  # the usual ResNet-18 with a 3×3 stem for CIFAR-10
     "vggsnn": vgg([2, 64, 128, 256, 256, 512, 512, 512, 512], 512 * 9),
     "mnasnet": published(4_383_312, 1280),  # torchvision's mnasnet1_0
@@ -121,6 +126,32 @@ def test_parameters_at_full_size(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
     doc = importlib.import_module(f"examples.networks.{name}").__dict__[name].__doc__
     assert f"{SIZES[name]:,} parameters" in doc
+
+
+@pytest.mark.parametrize(("a", "b", "published"), [(0.3, 0.6, 6.23), (0.35, 0.75, 3.88)])
+def test_resnet20_of_qp_snn(a: float, b: float, published: float) -> None:
+    """Its Table 10 (with a for the second convolutions of stage 2), by hand at full width, by the library at 1/8."""
+    ratios = {"conv1": 0.1, "layer1.*": a, "layer1.[12].conv1": b, "layer2.*": a, "layer?.?.conv1": b,
+              "layer1.0.conv1": a, "layer3.?.conv2": 0.0}  # fmt: skip
+
+    def left(stem: int, one: int, two: int, three: int) -> int:
+        def less(width: int, ratio: float) -> int:
+            return width - math.ceil(round(ratio * width, 9))
+
+        inner = [less(one, a), less(one, b), less(one, b)]
+        stages = [(less(one, a), inner), (less(two, a), 3 * [less(two, b)]), (three, 3 * [less(three, b)])]
+        return resnet(less(stem, 0.1), stages)
+
+    assert resnet(64, [(128, 3 * [128]), (256, 3 * [256]), (512, 3 * [512])]) == SIZES["resnet20"]
+    assert resnet(16, [(16, 3 * [16]), (32, 3 * [32]), (64, 3 * [64])]) == 269_722  # He et al.: 0.27 M
+    assert round(left(64, 128, 256, 512) / 1e6, 2) == published
+
+    torch.manual_seed(0)
+    model = build("resnet20", widths=(8, 16, 32, 64)).double()
+    case = liven(Case(model, torch.rand(2, 3, 8, 8, dtype=torch.float64), 2))
+    small = prune(case, "magnitude", ratio=ratios, repair=None)
+    assert sum(p.numel() for p in small.parameters()) == left(8, 16, 32, 64)
+    assert largest_difference(model, small, case.feed) <= 1e-9
 
 
 def test_fire_modules() -> None:
