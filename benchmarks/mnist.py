@@ -36,6 +36,7 @@ import snncompress
 from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.measuring.profiling import Profile, profile
+from snncompress.model.network import by_layer
 from snncompress.pruning.recording import record
 from snncompress.running.data import Feed
 from snncompress.structure.tracing import trace
@@ -176,7 +177,7 @@ def job_robustness(framework: str, criterion: str) -> tuple[dict[str, float], di
     x, y = some(DATA["train"], PAIR_BATCHES * PAIR_SIZE, 0)
     batches = list(zip(x.split(PAIR_SIZE), y.split(PAIR_SIZE), strict=True))
     network = trace(model, adapter, Feed(adapter, batches, T).example())
-    layers = {name: group for group in network.groups for name in group.names("out") if name in network.layers}
+    layers = by_layer(network.groups, network.layers)
     runs = [record(model, network, Feed(adapter, [batch], T), chosen, layers, seed=0) for batch in batches]
     cosine, overlap = {}, {}
     for layer in runs[0]:

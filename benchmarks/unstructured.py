@@ -48,7 +48,8 @@ class Bench:
         self.adapter = find_adapter(model)
         self.feed = Feed(self.adapter, self.data, timesteps)
         self.network = trace(model, self.adapter, self.feed.example())
-        self.layers = dict.fromkeys(n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+        names = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        self.layers = dict.fromkeys(names, ())
         self.dense, self.masked = copy.deepcopy(model), self.pruned()
 
     def pruned(self) -> nn.Module:

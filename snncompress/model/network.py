@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -68,6 +69,8 @@ class ChannelGroup:
     From each run the same positions are removed. ``widths`` are the whole numbers, (module, attribute), from which
     forward reads how many there are: they shrink in proportion. ``shifted`` are ways (modules, reader) from what is
     silenced, through batch norms and depthwise convolutions, to a layer that silent channels reach as constants so.
+    With ``part`` they are some, not all of the channels of a layer, as where zeros pad a narrower layer to its width; the
+    others stand in groups of their own, or stay.
     """
 
     members: tuple[Member, ...]
@@ -75,6 +78,7 @@ class ChannelGroup:
     runs: int = 1
     widths: tuple[tuple[str, str], ...] = ()
     shifted: tuple[tuple[tuple[str, ...], str], ...] = ()
+    part: bool = False
 
     def names(self, side: Side) -> tuple[str, ...]:
         """Modules in the group on this side."""
@@ -83,6 +87,16 @@ class ChannelGroup:
     def member(self, module: str, side: Side) -> Member | None:
         """The member for one module, or None."""
         return next((m for m in self.members if m.module == module and m.side == side), None)
+
+
+def by_layer(groups: Iterable[ChannelGroup], layers: Collection[str]) -> dict[str, tuple[ChannelGroup, ...]]:
+    """The groups that hold output channels of each of ``layers`` that is in any; where one has several, each a part."""
+    found: dict[str, tuple[ChannelGroup, ...]] = {}
+    for group in groups:
+        for name in group.names("out"):
+            if name in layers:
+                found[name] = (*found.get(name, ()), group)
+    return found
 
 
 def without(groups: list[ChannelGroup], which: int, removed: Tensor) -> list[ChannelGroup]:

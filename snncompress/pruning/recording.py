@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressErr
 from snncompress.interfaces import Criterion, Inputs, Layer
 from snncompress.model.cells import layer_at
 from snncompress.model.modules import in_mode
-from snncompress.model.network import ChannelGroup, Network, outputs_first
+from snncompress.model.network import ChannelGroup, Member, Network, outputs_first
 from snncompress.model.parametrizations import float_weight, stored_weight
 from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
@@ -24,19 +24,23 @@ from snncompress.running.scores import loss_of
 from .integration import InputRecorder, decay, input_of, timelines
 
 
+Groups = Sequence[ChannelGroup]
+"""The groups that a layer's channels stand in: one, or several parts; none where single weights are scored."""
+
+
 def record(
     model: nn.Module,
     network: Network,
     feed: Feed,
     criterion: Criterion,
-    layers: Mapping[str, ChannelGroup | None],
+    layers: Mapping[str, Groups],
     seed: int,
     progress: Progress | None = None,
     what: str = "",
 ) -> dict[str, Tensor]:
     """Scores of weight layers, higher = keep: {layer: [C], or the weight's shape}; ``what`` begins the progress text.
 
-    ``layers`` names each with the coupled group it stands in, where its channels are scored.
+    ``layers`` names each with the coupled groups it stands in, where its channels are scored.
 
     One pass over the data in eval mode, with a backward pass per batch where the criterion needs gradients. Nothing
     but the criterion's own states is kept from one timestep to the next.
@@ -49,15 +53,15 @@ class Recording:
 
     def __init__(
         self, model: nn.Module, network: Network, feed: Feed, criterion: Criterion,
-        layers: Mapping[str, ChannelGroup | None], seed: int, progress: Progress | None = None, what: str = "",
+        layers: Mapping[str, Groups], seed: int, progress: Progress | None = None, what: str = "",
     ) -> None:  # fmt: skip
         watching = bool(criterion.needs & {"spikes", "membrane"})
         self._scorers = {
             name: [
-                _Scorer(model, network, name, neuron, group, criterion, seed)
-                for neuron in ((watching and _heard(network, name, group)) or (None,))
+                _Scorer(model, network, name, neuron, groups, criterion, seed)
+                for neuron in ((watching and _heard(network, name, groups)) or (None,))
             ]
-            for name, group in layers.items()
+            for name, groups in layers.items()
         }
         if criterion.needs:
             scorers = [s for own in self._scorers.values() for s in own]
@@ -75,7 +79,7 @@ class Recording:
         scores: dict[str, Tensor] = {}
         for name, scorers in self._scorers.items():
             own = [s.score(method) for s in scorers]
-            scores[name] = own[0] if len(own) == 1 else torch.stack(own).mean(0)
+            scores[name] = own[0] if len(own) == 1 else _mean(own, [s.heard for s in scorers])
         return scores
 
 
@@ -167,16 +171,21 @@ class _Scorer:
     """Folds what one layer, or one neuron population that it drives, does into scores of that layer."""
 
     def __init__(
-        self, model: nn.Module, network: Network, name: str, neuron: str | None, group: ChannelGroup | None,
+        self, model: nn.Module, network: Network, name: str, neuron: str | None, groups: Groups,
         criterion: Criterion, seed: int,
     ) -> None:  # fmt: skip
         self.layer_name, self.neuron, self.criterion = name, neuron, criterion
         self._module = layer_at(model, name)
         self._norm = model.get_submodule(network.norms[name]) if name in network.norms else None
         self._neurons = network.drives.get(name, ())
-        self._site = None if group is None or neuron is None else group.member(neuron, "neuron")
-        self._columns = None if group is None or neuron is None else _columns(group, name, neuron)
         self._weight = outputs_first(float_weight(self._module), self._module)
+        self.heard = torch.ones(len(self._weight), dtype=torch.bool)
+        """The channels that drive this neuron."""
+        self._site: Member | None = None
+        self._columns: Tensor | None = None
+        if groups and neuron is not None:
+            self._site = next((m for g in groups if (m := g.member(neuron, "neuron")) is not None), None)
+            self._columns, self.heard = _columns(groups, name, neuron, len(self._weight))
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self.any_gradient = False
@@ -257,22 +266,48 @@ class _Scorer:
             ) from error
 
 
-def _heard(network: Network, layer: str, group: ChannelGroup | None) -> tuple[str, ...]:
+def _heard(network: Network, layer: str, groups: Groups) -> tuple[str, ...]:
     """The neurons that a layer drives; where it writes last into a stream and drives none, those that read before."""
-    return network.drives.get(layer) or (group.names("neuron") if group is not None else ())
+    driven = network.drives.get(layer, ())
+    if not groups:
+        return driven
+    traced = dict.fromkeys(name for group in groups for name in group.names("neuron"))
+    return tuple(name for name in driven if name in traced) or tuple(traced)
 
 
-def _columns(group: ChannelGroup, layer: str, neuron: str) -> Tensor | None:
-    """For each channel of the layer the neuron's columns [C, k], or None where they are the same [0 … C-1]."""
-    own, driven = group.member(layer, "out"), group.member(neuron, "neuron")
-    if own is None or driven is None:
-        return None
-    parts, k = own.index.shape[1], driven.index.shape[1]
-    rows = driven.index.repeat_interleave(parts, 0) if k % parts else driven.index.reshape(len(own.index) * parts, -1)
-    columns = rows[own.index.flatten().argsort()]
-    return None if torch.equal(columns.flatten(), torch.arange(len(columns))) else columns
+def _mean(scores: list[Tensor], heard: list[Tensor]) -> Tensor:
+    """Over neurons, each of which hears all of the layer's channels or some."""
+    if all(bool(channels.all()) for channels in heard):
+        return torch.stack(scores).mean(0)
+    weights = torch.stack(heard).double()
+    return (torch.stack(scores) * weights).sum(0) / weights.sum(0).clamp_min(1)
+
+
+def _columns(groups: Groups, layer: str, neuron: str, channels: int) -> tuple[Tensor | None, Tensor]:
+    """For each channel of the layer the neuron's columns [C, k], and which channels it hears at all [C].
+
+    None where the columns are the same [0 … C-1]; of a channel that isn't heard they are the first ones.
+    """
+    heard, table, width = torch.zeros(channels, dtype=torch.bool), torch.zeros(channels, 1, dtype=torch.long), 0
+    for group in groups:
+        own, driven = group.member(layer, "out"), group.member(neuron, "neuron")
+        if own is None or driven is None:
+            continue
+        parts, k, width = own.index.shape[1], driven.index.shape[1], driven.width
+        rows = (
+            driven.index.repeat_interleave(parts, 0) if k % parts else driven.index.reshape(len(own.index) * parts, -1)
+        )
+        most = max(table.shape[1], rows.shape[1])
+        table, rows = (t[:, torch.arange(most) % t.shape[1]] for t in (table, rows))
+        heard[own.index.flatten()] = True
+        table[own.index.flatten()] = rows
+    same = width == channels and torch.equal(table.flatten(), torch.arange(channels))
+    return (None if same or not width else table), (heard if width else ~heard)
 
 
 def _select(activity: Tensor, columns: Tensor) -> Tensor:
     picked = activity.index_select(2, columns.flatten().to(activity.device))
-    return picked if columns.shape[1] == 1 else picked.view(*picked.shape[:2], *columns.shape)
+    if columns.shape[1] == 1:
+        return picked
+    picked = picked.unflatten(2, columns.shape)
+    return picked.flatten(3, 4) if picked.dim() > 4 else picked  # several maps below one another

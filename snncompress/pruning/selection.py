@@ -135,14 +135,16 @@ class Target:
     def count(self, ratio: float) -> int:
         """How many more channels must go to reach ``ratio`` of the original ones: ⌈ratio · c⌉ in all."""
         local = self.original // self.group.runs
-        wanted = math.ceil(round(ratio * local, 9)) * self.group.runs
+        most = local - 1 if self.group.part else local  # a layer that loses enough may have parts that can't
+        wanted = min(math.ceil(round(ratio * local, 9)), most) * self.group.runs
         return max(0, wanted - (self.original - self.group.size))
 
 
 def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], dict[str, str]]:
     """The groups to prune, and why the other layers stay whole.
 
-    A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked.
+    A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked. Of a layer's
+    parts, each follows its own.
     """
     ratios: dict[str, float] = per_layer(ratio, network.layers, "ratio", check_ratio)
     skipped = dict(network.skipped)
@@ -168,7 +170,8 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
                 f"{group.size // group.runs}⌉). Give the layer a smaller ratio, or name it in skip."
             )
         found.append(target)
-    return found, skipped
+    cut = {name for target in found for name in target.group.names("out")}  # if only in part
+    return found, {name: why for name, why in skipped.items() if name not in cut}
 
 
 def weight_ratios(

@@ -15,11 +15,11 @@ from snncompress.errors import EmptyLayerWarning, PluginError
 from snncompress.interfaces import Adapter, Criterion
 from snncompress.model.cells import layer_at
 from snncompress.model.edits import Edit, MaskWeights, RemoveChannels
-from snncompress.model.network import ChannelGroup, Network, without
+from snncompress.model.network import Network, by_layer, without
 from snncompress.model.parametrizations import stored_weight, weight_mask
 from snncompress.running.data import Feed
 
-from .recording import record
+from .recording import Groups, record
 from .selection import Target, lowest
 
 Share = Callable[[float], float]
@@ -53,8 +53,8 @@ class LayerPruning(Pruning):
         self.network = network
 
     @abstractmethod
-    def scored(self) -> Mapping[str, ChannelGroup | None]:
-        """The layers to score, each with the coupled group that it stands in, where channels are scored."""
+    def scored(self) -> Mapping[str, Groups]:
+        """The layers to score, each with the coupled groups that it stands in, where channels are scored."""
 
     def score(self, feed: Feed, seed: int, progress: Progress | None = None, what: str = "") -> dict[str, Tensor]:
         """{layer: scores}, see :func:`recording.record`."""
@@ -71,9 +71,9 @@ class ChannelPruning(LayerPruning):
         super().__init__(model, adapter, criterion, network)
         self._targets = targets
 
-    def scored(self) -> dict[str, ChannelGroup | None]:
+    def scored(self) -> dict[str, Groups]:
         """Every weight layer of every group, in the group's present size."""
-        return {name: t.group for t in self._targets for name in t.group.names("out") if name in self.network.layers}
+        return dict(by_layer([target.group for target in self._targets], self.network.layers))
 
     def step(self, scores: Mapping[str, Tensor], share: Share) -> list[Edit]:
         """One edit per group that has channels to lose."""
@@ -92,9 +92,12 @@ class ChannelPruning(LayerPruning):
         super().redo(edit)
         if not isinstance(edit, RemoveChannels):
             return
-        number = next(i for i, t in enumerate(self._targets) if t.group.names("out")[0] == edit.layer)
-        index = next(m.index for m in self._targets[number].group.members if m.side == "out")
-        removed = torch.isin(index, torch.tensor(edit.indices)).all(1).nonzero().flatten()
+        gone = torch.tensor(edit.indices)
+        for number, target in enumerate(self._targets):  # of several parts of one layer that which has these channels
+            own = next(m for m in target.group.members if m.side == "out")
+            removed = torch.isin(own.index, gone).all(1).nonzero().flatten()
+            if own.module == edit.layer and len(removed):
+                break
         groups = without([t.group for t in self._targets], number, removed)
         for target, group in zip(self._targets, groups, strict=True):
             target.group = group
@@ -112,9 +115,9 @@ class WeightPruning(LayerPruning):
         if criterion.scope == "global":
             self._pools = [[n for n in ratios if ratios[n] == ratio] for ratio in dict.fromkeys(ratios.values())]
 
-    def scored(self) -> dict[str, ChannelGroup | None]:
+    def scored(self) -> dict[str, Groups]:
         """The layers that have a ratio."""
-        return dict.fromkeys(self._ratios)
+        return dict.fromkeys(self._ratios, ())
 
     def step(self, scores: Mapping[str, Tensor], share: Share) -> list[Edit]:
         """One edit per layer that loses weights."""

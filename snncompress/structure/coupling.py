@@ -2,13 +2,14 @@
 
 From a layer's output channels on, every channel that they make or that makes something with them belongs to them: those
 of norms and neurons that they run through, those of other layers that are added, the inputs of layers that read them.
-In an attention the channels of q and k, multiplied and summed, belong together head by head. What comes out is a
-proposal, to be tried like any other.
+In an attention the channels of q and k, multiplied and summed, belong together head by head. Where only some of a
+layer's channels meet those of another, as where zeros pad a narrower one to its width, they fall into parts: of each
+part all channels meet the same. What comes out is a proposal, to be tried like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import lcm
 
 import torch
@@ -18,17 +19,18 @@ from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Side,
 
 from .reshaping import UnfitError
 from .segments import Link, Segments
+from .ties import fits_runs, tied
 
 Space = tuple[str, Side]
 """The channels of a layer on one side, or, as "neuron", of a module whose output channels are those of its input."""
 
 
-def coupled(root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments) -> ChannelGroup:
-    """The group of a layer's output channels; raises UnfitError where they don't map evenly onto what follows."""
+def coupled(root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments) -> list[ChannelGroup]:
+    """The groups of a layer's output channels; raises UnfitError where they don't map evenly onto what follows."""
     try:
-        return _Walk(root, model, neurons, found).group()
+        return _Walk(root, model, neurons, found).groups()
     except _SplitError as error:
-        return _Walk(root, model, neurons, found, error.parts).group()
+        return _Walk(root, model, neurons, found, error.parts).groups()
 
 
 class _SplitError(UnfitError):
@@ -53,7 +55,7 @@ class _Walk:
         self.colours: dict[Space, Tensor] = {}
         self._todo: list[Space] = []
 
-    def group(self) -> ChannelGroup:
+    def groups(self) -> list[ChannelGroup]:
         self._colour(self.root, torch.arange(self.size).repeat(self.parts))
         while self._todo:
             space = self._todo.pop()
@@ -61,8 +63,34 @@ class _Walk:
                 self._follow(space, target, link)
             for link in self._links_into(space):
                 self._back(space, link)
-        members = [self._member(space, colours) for space, colours in self.colours.items()]
-        return ChannelGroup(tuple(members), self.size, self.heads)
+        parts = self._parts()
+        if len(parts) > 1 and self.heads > 1:
+            raise UnfitError("its channels don't map evenly onto what follows")
+        return [self._group(part) for part in parts]
+
+    def _parts(self) -> list[Tensor]:
+        """The colours, those apart that aren't met by the same channels, or that zeros in other places meet."""
+        kinds = [_counts(colours, self.size) for colours in self.colours.values()]
+        for space, colours in self.colours.items():
+            for place in _beside_zeros(self._links_into(space)):
+                here = (colours >= 0) & (place >= 0)
+                kind = torch.full((self.size,), -1)
+                kind[colours[here]] = place[here]
+                kinds.append(kind)
+        _, part = torch.stack(kinds, 1).unique(dim=0, return_inverse=True)
+        return [(part == number).nonzero().flatten() for number in part.unique().tolist()]
+
+    def _group(self, part: Tensor) -> ChannelGroup:
+        members = [self._member(space, colours, part) for space, colours in self.colours.items()]
+        kept, heads = [member for member in members if member is not None], self.heads
+        if fits_runs(kept, heads, self.model) != heads:
+            kept, heads = tied(kept, heads, self.model), 1
+        return ChannelGroup(tuple(kept), len(kept[0].index), heads, part=any(map(self._in_part, kept)))
+
+    def _in_part(self, member: Member) -> bool:
+        module = self.model.get_submodule(member.module)
+        weights = member.side == "out" and isinstance(module, WEIGHT_LAYERS)
+        return weights and member.index.numel() != width(module, "out")
 
     def _out(self, name: str) -> Space:
         return name, "neuron" if name in self.found.through else "out"
@@ -128,18 +156,38 @@ class _Walk:
     def _in_heads(self, heads: int) -> None:
         self.heads = lcm(self.heads, heads)
 
-    def _member(self, space: Space, colours: Tensor) -> Member:
+    def _member(self, space: Space, colours: Tensor, part: Tensor) -> Member | None:
+        """What a part of the colours occupies there; None where that is nothing."""
         name, side = space
         module = self.model.get_submodule(name)
-        rows = [(colours == colour).nonzero().flatten() for colour in range(self.size)]
-        if len({len(row) for row in rows}) > 1 or not len(rows[0]):
-            raise UnfitError("its channels don't map evenly onto what follows")
-        index = torch.stack(rows)
+        number = torch.full((self.size + 1,), -1)  # the last for channels without a colour
+        number[part] = torch.arange(len(part))
+        mine = number[colours]
+        counts = _counts(mine, len(part))
+        if int(counts[0]) == 0:
+            return None
+        order = mine.argsort(stable=True)
+        index = order[len(mine) - int(counts.sum()) :].view(len(part), -1)
         if name in self.neurons:
             return Member(name, "neuron", index, self.found.widths[name], self.found.axes[name])
-        side = "out" if side == "neuron" else side
         if not prunable_type(module):
             raise UnfitError(f"{name} is a {type(module).__name__}, which can't be cut")
-        if side == "out" and isinstance(module, WEIGHT_LAYERS) and index.numel() != width(module, side):
-            raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
-        return Member(name, side, index)
+        return Member(name, "out" if side == "neuron" else side, index)
+
+
+def _counts(colours: Tensor, size: int) -> Tensor:
+    """How often each colour occurs."""
+    return torch.bincount(colours[colours >= 0], minlength=size)
+
+
+def _beside_zeros(links: Iterable[Link]) -> Iterator[Tensor]:
+    """Where a link leaves positions empty that links which are added to it don't: how many of its own stand before.
+
+    For each such link one number per position; -1 elsewhere.
+    """
+    reached = [link.made >= 0 for link in links if link.made is not None]
+    for number, mine in enumerate(reached):
+        others = [other for i, other in enumerate(reached) if i != number and len(other) == len(mine)]
+        added = [other for other in others if bool((other & mine).any()) and bool((other & ~mine).any())]
+        if added:
+            yield torch.where(torch.stack(added).any(0) & ~mine, mine.cumsum(0), -1)

@@ -20,8 +20,9 @@ from snncompress.running.data import Run
 
 from .axes import Axes
 from .coupling import coupled
-from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, in_runs, offset
+from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, offset
 from .segments import segments
+from .ties import fits_runs, in_runs, tied
 
 LOST = "its channels can't be followed through what forward does with them"
 
@@ -164,8 +165,24 @@ def add_lost_groups(
     skipped: dict[str, str],
 ) -> None:  # fmt: skip
     """The same for layers whose channels torch-pruning has lost."""
-    outs = {name for group in network.groups for name in group.names("out")}
-    lost = [n for n in network.layers if not (n in outs or n in skipped or n in network.classifiers)]
+    placed: dict[str, Tensor] = {}
+    """Of layers in groups, which channels are."""
+
+    def place(group: ChannelGroup) -> bool:
+        """Note its channels; False where some are in another group."""
+        outs = [m for m in group.members if m.side == "out" and m.module in network.layers]
+        for member in outs:
+            channels = width(model.get_submodule(member.module), "out")
+            placed.setdefault(member.module, torch.zeros(channels, dtype=torch.bool))
+        if any(bool(placed[m.module][m.index].any()) for m in outs):
+            return False
+        for member in outs:
+            placed[member.module][member.index] = True
+        return True
+
+    for group in network.groups:
+        place(group)
+    lost = [n for n in network.layers if not (n in placed or n in skipped or n in network.classifiers)]
     if not lost:
         return
     neurons = adapter.neurons(model)
@@ -174,18 +191,18 @@ def add_lost_groups(
     except Exception:  # the model may not bear other numbers, or write where gradients are needed: they stay lost
         return
     for layer in lost:
-        if layer in outs or layer not in found.widths:
+        if layer not in found.widths or (layer in placed and bool(placed[layer].all())):
             continue
         try:
-            group = _read_by(cells, model, coupled(layer, model, neurons, found))
+            groups = [_read_by(cells, model, group) for group in coupled(layer, model, neurons, found)]
         except UnfitError:  # why torch-pruning lost them stands there already
             continue
-        names = [n for n in group.names("out") if n in network.layers]
-        if not _why_whole(network, group, names, skipped, read=True) and not outs & set(names):
-            network.groups.append(group)
-            outs.update(names)
-            for name in names:
-                network.skipped.pop(name, None)
+        for group in groups:
+            names = [n for n in group.names("out") if n in network.layers]
+            if not _why_whole(network, group, names, skipped, read=True) and place(group):
+                network.groups.append(group)
+                for name in names:
+                    network.skipped.pop(name, None)
 
 
 def _read_by(cells: dict[str, str], model: nn.Module, group: ChannelGroup) -> ChannelGroup:
@@ -213,7 +230,8 @@ def _why_whole(
     for name in outs:
         cut = [n for n in network.drives[name] if n not in group.names("neuron")]
         reads = group.names("neuron") and any(name in network.direct.get(reader, ()) for reader in group.names("in"))
-        if cut or not (network.drives[name] or reads):
+        heard = group.names("neuron") if group.part else network.drives[name]
+        if (cut and not group.part) or not (heard or reads):
             return f"no spiking neuron follows {name} that its channels could be traced to"
     if not (read or group.names("in")):
         return "no layer that takes these channels in could be traced"
@@ -240,7 +258,7 @@ def _group(graph: Graph, module: nn.Module, names: dict[nn.Module, str], neurons
         indices, runs = {key: _index(idxs, roots, size) for key, (idxs, roots) in everything.items()}, 1
         if any(touched([probe])[own][0] != [probe] for probe in {0, size // 2}):
             raise UnfitError("its channels are tied to one another")
-    members, counts = [], {1, runs}
+    members = []
     for (name, side), index in indices.items():
         member, target = Member(name, side, index), graph.model.get_submodule(name)
         if name in neurons:
@@ -249,13 +267,13 @@ def _group(graph: Graph, module: nn.Module, names: dict[nn.Module, str], neurons
                 raise UnfitError(f"its channels aren't those of {name}, which it drives")
         elif int(index.max()) >= width(target, side):  # a concatenation in a loop
             raise UnfitError(f"its channels can't be followed through {name}, whose output comes back to it")
-        elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.shape != (width(target, side), 1):
+        elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.numel() != width(target, side):
             raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
         members.append(member)
-        counts.add(_runs(target, member))
-    if len(counts) > 2:
-        raise UnfitError(f"it is coupled with convolutions of different group counts ({sorted(counts - {1})})")
-    return ChannelGroup(tuple(members), size, max(counts))
+    in_all = fits_runs(members, runs, graph.model)
+    if in_all is None:
+        members, in_all = tied(members, runs, graph.model), 1
+    return ChannelGroup(tuple(members), len(members[0].index), in_all)
 
 
 def _touched(graph: Graph, group: Any, names: dict[nn.Module, str], neurons: Iterable[str]) -> Touched:
@@ -285,13 +303,3 @@ def _index(idxs: list[int], roots: list[int], size: int) -> Tensor:
     if not torch.equal(rows, torch.arange(size)[:, None].expand_as(rows)):
         raise UnfitError("its channels don't map evenly onto what follows")
     return index[order].view(size, -1)
-
-
-def _runs(module: nn.Module, member: Member) -> int:
-    groups = getattr(module, "groups", 1)
-    depthwise = groups == getattr(module, "out_channels", None) == getattr(module, "in_channels", None)
-    if groups == 1 or depthwise:
-        return 1
-    if not torch.equal(member.index.flatten(), torch.arange(len(member.index))):
-        raise UnfitError(f"the {groups} groups of {member.module} don't match its channels one to one")
-    return int(groups)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class UnfitError(Exception):
 
 
 class TiedError(UnfitError):
-    """Channels that were followed one by one turn out to be tied to one another."""
+    """Channels that were followed one by one turn out to be tied to one another, see :mod:`.ties`."""
 
 
 @dataclass
@@ -147,33 +147,6 @@ def find_reshapings(nodes: Iterable[Any], axes: Axes) -> Iterator[tuple[Any, Res
             continue
         if found is not None:
             yield node, found
-
-
-def in_runs(touched: Callable[[list[int]], Touched], own: Key, size: int) -> tuple[dict[Key, Tensor], int]:
-    """Indices [size, k] of every member where channels are tied, and how many are tied to each other.
-
-    The rows stand in that many runs, with tied channels at the same position of each: removing the same positions
-    from every run, as from the blocks of a grouped convolution, removes all that are tied.
-    """
-    left = dict.fromkeys(range(size))
-    classes: list[dict[Key, list[int]]] = []
-    while left:
-        found = {key: sorted(idxs) for key, (idxs, _) in touched([next(iter(left))]).items()}
-        if any(left.pop(c, c) is not None for c in found[own]) or found.keys() != (classes or [found])[0].keys():
-            raise UnfitError("its channels don't map evenly onto what follows")
-        classes.append(found)
-    if len(classes) == 1:
-        raise UnfitError("its channels are all tied to one another: a shuffle or a split in forward counts on them")
-    runs = len(classes[0][own])
-    indices = {}
-    for key in classes[0]:
-        rows = [found[key] for found in classes]
-        if len({len(row) for row in rows}) > 1:
-            raise UnfitError("its channels don't map evenly onto what follows")
-        if len(rows[0]) % runs:
-            raise UnfitError("its channels are tied to one another, and go to layers that take in only some of them")
-        indices[key] = torch.tensor(rows).view(len(rows), runs, -1).transpose(0, 1).reshape(size, -1)
-    return indices, runs
 
 
 def offset(graph: Any, node: Any) -> None:

@@ -21,7 +21,7 @@ from snncompress.interfaces import Adapter
 from snncompress.model.channel_map import ChannelMap
 from snncompress.model.chance import Steady, seeded
 from snncompress.model.modules import patched
-from snncompress.model.network import NORMS, WEIGHT_LAYERS, channel_axis
+from snncompress.model.network import NORMS, WEIGHT_LAYERS, channel_axis, width
 from snncompress.running.data import Run
 
 _CALLS = 2  # of one module that are looked at: in the second, recurrence shows itself
@@ -121,7 +121,7 @@ class _Cut:
             return channel_axis(module), self._links(x, channel_axis(module), sources)
         best: tuple[int, list[Link]] = (min(1, dims - 1) - dims, [])
         for axis in dict.fromkeys((self.axes.get(name, 1 - dims), 1 - dims, -1, -3, *range(-dims, 0))):
-            if not -dims <= axis < 0:
+            if not -dims <= axis < 0 or (isinstance(module, NORMS) and x.shape[axis] != width(module, "in")):
                 continue
             links = self._links(x, axis, sources)
             if not best[1]:

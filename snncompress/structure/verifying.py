@@ -33,8 +33,8 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
     unseen = waiting(model, trial.called, adapter.neurons(model))
     refused: dict[int, str] = {}
     chosen: list[Choice] = []
-    for group in network.groups:
-        choice = group, list(_subsets(group, generator))
+    for number, group in enumerate(network.groups):
+        choice = group, _subsets(group, number, generator)
         why = trial.flaw or _in_a_branch(possible_reader(group, model, unseen, trial.shapes))
         if why := why or _of_neurons(group, model, adapter, calls, choice[1][0]):
             refused[id(group)] = why
@@ -48,10 +48,9 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
         chosen = _sound(chosen, number, trial, broken)
     kept = [group for group, _ in chosen]
     for group in network.groups:
-        outs = [name for name in group.names("out") if name in network.layers]
-        if not any(outs[0] in other.names("out") for other in kept):
-            why = refused.get(id(group)) or broken.get(id(group)) or _TIED
-            network.skipped.update(dict.fromkeys(outs, why))
+        why = refused.get(id(group)) or broken.get(id(group)) or _TIED
+        whole = (n for n in group.names("out") if not any(n in other.names("out") for other in kept))
+        network.skipped.update((name, why) for name in whole if name in network.layers)
     network.groups = kept
 
 
@@ -77,13 +76,17 @@ def _mended(
     """Groups that stand the trial once attributes shrink with them, or once they shrink with others of their width."""
     mended: list[ChannelGroup] = []
 
+    def first(group: ChannelGroup) -> Removal:
+        number = next(i for i, other in enumerate(broken) if _meet(group, other))
+        return group, _subsets(group, number, torch.Generator().manual_seed(0))[0]
+
     def settled(but: ChannelGroup | None = None) -> list[Removal]:
-        return [(g, s[0]) for g, s in sound] + [(g, _first(g)) for g in mended if g is not but]
+        return [(g, s[0]) for g, s in sound] + [first(g) for g in mended if g is not but]
 
     def keep_sound(groups: list[ChannelGroup]) -> bool:
         before = settled()
         found = sound_together(
-            [(group, _first(group)) for group in groups],
+            [first(group) for group in groups],
             lambda some: trial.difference([*before, *some]),
             lambda group, why: None,
         )
@@ -93,7 +96,7 @@ def _mended(
     keep_sound([group for group in (next(widened(g, model), None) for g in broken) if group is not None])
     left: dict[int, list[ChannelGroup]] = {}
     for group in broken:
-        if not any(group.names("out")[0] in other.names("out") for other in mended):
+        if not any(_meet(group, other) for other in mended):
             left.setdefault(group.size, []).append(group)
     for groups in left.values():
         together = merged(groups) if len(groups) > 1 else None
@@ -105,14 +108,17 @@ def _mended(
     for number, group in enumerate(mended):
 
         def fits(fewer: ChannelGroup, group: ChannelGroup = group) -> bool:
-            return trial.difference([*settled(group), (fewer, _first(fewer))]) is None
+            return trial.difference([*settled(group), first(fewer)]) is None
 
         mended[number] = fewest(group, fits)
-    return [(group, list(_subsets(group, generator))) for group in mended]
+    return [(group, _subsets(group, number, generator)) for number, group in enumerate(mended)]
 
 
-def _first(group: ChannelGroup) -> Tensor:
-    return next(_subsets(group, torch.Generator().manual_seed(0)))
+def _meet(one: ChannelGroup, other: ChannelGroup) -> bool:
+    """Have they a layer's output channels in common?"""
+    mine = next(m for m in one.members if m.side == "out")
+    theirs = other.member(mine.module, "out")
+    return theirs is not None and bool(torch.isin(mine.index, theirs.index).any())
 
 
 def _in_a_branch(reader: str | None) -> str:
@@ -164,13 +170,23 @@ def sound_together(
     return kept
 
 
-def _subsets(group: ChannelGroup, generator: torch.Generator) -> Iterator[Tensor]:
-    """Positions of a random half, of all others, of a random quarter, of all others."""
+_ORDERS = (
+    (0, 1, 2, 3), (2, 0, 1, 3), (0, 2, 1, 3), (3, 0, 1, 2), (0, 3, 1, 2), (2, 0, 3, 1),
+    (0, 1, 3, 2), (3, 0, 2, 1), (0, 2, 3, 1), (2, 3, 0, 1), (0, 3, 2, 1), (3, 2, 0, 1),
+)  # fmt: skip
+
+
+def _subsets(group: ChannelGroup, number: int, generator: torch.Generator) -> list[Tensor]:
+    """Positions of a random half, of all others, of a random quarter, of all others; not all groups in this order.
+
+    So no two of twelve neighbours always lose the same share, and what fits only in proportion to another is seen.
+    """
     local = group.size // group.runs
+    found = []
     for count in (local // 2, local // 4):
         some = _lopsided(local, max(1, count), generator)
-        for chosen in (some, ~some):
-            yield chosen.repeat(group.runs).nonzero().flatten()
+        found += [chosen.repeat(group.runs).nonzero().flatten() for chosen in (some, ~some)]
+    return [found[place] for place in _ORDERS[number % len(_ORDERS)]]
 
 
 def _lopsided(size: int, count: int, generator: torch.Generator) -> Tensor:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import lcm
 
+import torch
 from torch import nn
 
-from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup
+from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, Member
 
 Name = tuple[str, str]
 """A module's name and an attribute's."""
@@ -59,12 +60,21 @@ def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, i
 
 
 def merged(groups: list[ChannelGroup]) -> ChannelGroup | None:
-    """One group of all that are as wide: of each the same positions go; None where their runs don't match."""
+    """One group of all that are as wide: of each the same positions go.
+
+    None where their runs don't match, or where they have channels in common.
+    """
     first, runs = groups[0], lcm(*(group.runs for group in groups))
     if first.size // runs < 2 or any(group.size != first.size or group.runs not in (1, runs) for group in groups):
         return None
-    members = tuple(member for group in groups for member in group.members)
-    if len({(m.module, m.side) for m in members}) < len(members):
-        return None
-    shifted = tuple(pair for group in groups for pair in group.shifted)
-    return ChannelGroup(members, first.size, runs, shifted=shifted)
+    members: dict[tuple[str, str], Member] = {}
+    for member in (member for group in groups for member in group.members):
+        key = member.module, member.side
+        if key in members:  # of parts of one layer
+            if bool(torch.isin(member.index, members[key].index).any()):
+                return None
+            member = replace(member, index=torch.cat([members[key].index, member.index], 1))
+        members[key] = member
+    shifted = dict.fromkeys(way for group in groups for way in group.shifted)
+    part = any(group.part for group in groups)
+    return ChannelGroup(tuple(members.values()), first.size, runs, shifted=tuple(shifted), part=part)

@@ -20,7 +20,7 @@ from snncompress.interfaces import Adapter, Criterion, CriticalityCriterion, For
 from snncompress.measuring.evaluation import accuracy
 from snncompress.model.cells import layer_at
 from snncompress.model.edits import Edit
-from snncompress.model.network import ChannelGroup, Network, computed_or_shared, weight_layers
+from snncompress.model.network import ChannelGroup, Network, by_layer, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import stored_weight, weight_mask
 from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.fitting import RepairKind
@@ -110,7 +110,7 @@ def sensitivity(
     kind = fitting(resolve_repair(repair, chosen))
     with _traced(model, data, test, timesteps, forward, loss, adapter, seed) as (table, network):
         units, skipped = _units(table.model, network, chosen, layers)
-        scored = {name: unit.group for unit in units for name in unit.layers}
+        scored = {name: by_layer(unit.groups, unit.layers).get(name, ()) for unit in units for name in unit.layers}
         scores = record(table.model, network, table.feed, chosen, scored, seed + 1, progress)
         dense = _accuracy(table, table.model)
 
@@ -192,7 +192,7 @@ def threshold_sweep(
         _refuse("ratio", overruled(ratio, skipped))
         if not shares:
             raise OptionError(f"No layer is left to prune. {_reasons(skipped)}.")
-        layers = dict.fromkeys(shares)
+        layers = dict.fromkeys(shares, ())
         recording = Recording(table.model, network, table.feed, chosen, layers, seed + 1, progress)
         critical = torch.cat([c.flatten() for c in recording.scores(protecting.criticality).values()])
         dense = _accuracy(table, table.model)
@@ -246,23 +246,28 @@ def _accuracy(table: Bench[nn.Module], model: nn.Module) -> float:
         return accuracy(model, table.test)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Unit:
-    """What is pruned at once: one layer's weights, or the channels of one coupled group of layers."""
+    """What is pruned at once: one layer's weights, or the channels of coupled layers."""
 
     layers: tuple[str, ...]
-    group: ChannelGroup | None = None
+    groups: tuple[ChannelGroup, ...] = ()
+    """One, or the parts that the layers' channels fall into."""
 
     def bears(self, ratio: float) -> bool:
         """Is something left?"""
-        return self.group is None or Target(self.group, self.group.size, ratio).count(ratio) < self.group.size
+        return all(target.count(ratio) < target.group.size for target in self.targets(ratio))
+
+    def targets(self, ratio: float) -> list[Target]:
+        """To be pruned down to the ratio."""
+        return [Target(group, group.size, ratio) for group in self.groups]
 
     def pruning(
         self, model: nn.Module, adapter: Adapter, network: Network, criterion: Criterion, ratio: float
     ) -> Pruning:
-        if self.group is None:
+        if not self.groups:
             return WeightPruning(model, adapter, criterion, network, dict.fromkeys(self.layers, ratio))
-        return ChannelPruning(model, adapter, criterion, network, [Target(self.group, self.group.size, ratio)])
+        return ChannelPruning(model, adapter, criterion, network, self.targets(ratio))
 
 
 def _units(
@@ -274,7 +279,13 @@ def _units(
     if criterion.granularity == "channel":
         names = list(network.layers)
         todo, skipped = targets(network, _ANY, skips)
-        units = [_Unit(tuple(n for n in t.group.names("out") if n in names), t.group) for t in todo]
+        units = []
+        for target in todo:
+            unit = _Unit(tuple(n for n in target.group.names("out") if n in names), (target.group,))
+            for other in [u for u in units if set(u.layers) & set(unit.layers)]:  # another part of the same layers
+                units.remove(other)
+                unit = _Unit(tuple(dict.fromkeys(other.layers + unit.layers)), other.groups + unit.groups)
+            units.append(unit)
     else:
         prunable, skipped = weight_ratios(names, _ANY, skips, computed_or_shared(model))
         units = [_Unit((name,)) for name in prunable]

@@ -37,15 +37,6 @@ SHAPES = {"vggsnn": (2, 16, 16)}  # all others: 3×32×32
 
 # Layers that keep their channels beside the classifier, and why.
 WHOLE = {
-    "mixnet": {
-        "stage*.0.0": "don't map evenly",
-        "*.convs.*": "are coupled",
-    },
-    "shufflenetv2": {
-        "stage?.0.left.?.0": "are coupled|tied",
-        "stage?.0.right.2.0": "are coupled",
-        "stage?.?.branch.2.0": "are coupled",
-    },
 }
 
 
