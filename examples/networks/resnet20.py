@@ -1,4 +1,4 @@
-"""Spiking ResNet-20 with shortcuts padded by zeros: the CIFAR network of He et al. (2016), and the wide one of QP-SNN."""
+"""Spiking ResNet-20, shortcuts padded by zeros: the CIFAR network of He et al. (2016), and the wide one of QP-SNN."""
 
 from __future__ import annotations
 

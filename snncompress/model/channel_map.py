@@ -40,8 +40,8 @@ class ChannelMap(nn.Module):
         entries = list(source)
         if axis >= 0 or not entries or not all(-1 <= entry < channels for entry in entries):
             raise OptionError(
-                f"ChannelMap({channels}, {entries[:8]}…, axis={axis}): source takes numbers of channels from -1 (zeros) "
-                f"to {channels - 1}, axis a place counted from the end."
+                f"ChannelMap({channels}, {entries[:8]}…, axis={axis}): source takes numbers of channels from -1 "
+                f"(zeros) to {channels - 1}, axis a place counted from the end."
             )
         self.channels, self.axis = channels, axis
         self.register_buffer("source", torch.tensor(entries), persistent=False)

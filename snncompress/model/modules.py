@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -99,6 +100,36 @@ def stacked(outputs: list[Any]) -> Any:
         parts = [stacked(list(parts)) for parts in zip(*outputs, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return first
+
+
+def number_at(module: nn.Module, attribute: str) -> Any:
+    """An attribute, or with ``name[place]`` one entry of a list or tuple; None where there isn't one.
+
+    >>> pool = nn.MaxPool2d((2, 3))
+    >>> number_at(pool, "kernel_size[1]"), number_at(pool, "kernel_size[2]"), number_at(pool, "padding")
+    (3, None, 0)
+    """
+    name, place = _entry(attribute)
+    value = vars(module).get(name)
+    if place is None:
+        return value
+    return value[place] if isinstance(value, (list, tuple)) and place < len(value) else None
+
+
+def set_number(module: nn.Module, attribute: str, number: int) -> None:
+    """Set what :func:`number_at` gives, in a list or tuple of the module's own."""
+    name, place = _entry(attribute)
+    if place is None:
+        setattr(module, name, number)
+    else:
+        values = list(vars(module)[name])
+        values[place] = number
+        setattr(module, name, type(vars(module)[name])(values))
+
+
+def _entry(attribute: str) -> tuple[str, int | None]:
+    found = re.fullmatch(r"(.+)\[(\d{1,9})\]", attribute)
+    return (found[1], int(found[2])) if found else (attribute, None)
 
 
 def limit_timesteps(model: nn.Module, timesteps: int) -> None:

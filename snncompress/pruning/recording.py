@@ -23,7 +23,6 @@ from snncompress.running.scores import loss_of
 
 from .integration import InputRecorder, decay, input_of, timelines
 
-
 Groups = Sequence[ChannelGroup]
 """The groups that a layer's channels stand in: one, or several parts; none where single weights are scored."""
 
@@ -309,5 +308,5 @@ def _select(activity: Tensor, columns: Tensor) -> Tensor:
     picked = activity.index_select(2, columns.flatten().to(activity.device))
     if columns.shape[1] == 1:
         return picked
-    picked = picked.unflatten(2, columns.shape)
-    return picked.flatten(3, 4) if picked.dim() > 4 else picked  # several maps below one another
+    maps = picked.shape[3:]  # several of a channel stand below one another
+    return picked.reshape(*picked.shape[:2], len(columns), -1, *maps[1:])

@@ -15,7 +15,7 @@ from snncompress.errors import EmptyLayerWarning, PluginError
 from snncompress.interfaces import Adapter, Criterion
 from snncompress.model.cells import layer_at
 from snncompress.model.edits import Edit, MaskWeights, RemoveChannels
-from snncompress.model.network import Network, by_layer, without
+from snncompress.model.network import ChannelGroup, Network, by_layer, without
 from snncompress.model.parametrizations import stored_weight, weight_mask
 from snncompress.running.data import Feed
 
@@ -92,15 +92,18 @@ class ChannelPruning(LayerPruning):
         super().redo(edit)
         if not isinstance(edit, RemoveChannels):
             return
-        gone = torch.tensor(edit.indices)
-        for number, target in enumerate(self._targets):  # of several parts of one layer that which has these channels
-            own = next(m for m in target.group.members if m.side == "out")
-            removed = torch.isin(own.index, gone).all(1).nonzero().flatten()
-            if own.module == edit.layer and len(removed):
-                break
+        positions = (_positions(edit, target.group) for target in self._targets)
+        number, removed = next((i, found) for i, found in enumerate(positions) if len(found))
         groups = without([t.group for t in self._targets], number, removed)
         for target, group in zip(self._targets, groups, strict=True):
             target.group = group
+
+
+def _positions(edit: RemoveChannels, group: ChannelGroup) -> Tensor:
+    """Which of the group's channels the edit removes: none where it is of another layer, or of another part of it."""
+    own = next(member for member in group.members if member.side == "out")
+    gone = torch.isin(own.index, torch.tensor(edit.indices)).all(1) & (own.module == edit.layer)
+    return gone.nonzero().flatten()
 
 
 class WeightPruning(LayerPruning):

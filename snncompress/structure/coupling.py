@@ -77,7 +77,7 @@ class _Walk:
                 kind = torch.full((self.size,), -1)
                 kind[colours[here]] = place[here]
                 kinds.append(kind)
-        _, part = torch.stack(kinds, 1).unique(dim=0, return_inverse=True)
+        _, part = torch.unique(torch.stack(kinds, 1), dim=0, return_inverse=True)
         return [(part == number).nonzero().flatten() for number in part.unique().tolist()]
 
     def _group(self, part: Tensor) -> ChannelGroup:

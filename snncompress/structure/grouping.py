@@ -22,7 +22,7 @@ from .axes import Axes
 from .coupling import coupled
 from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, offset
 from .segments import segments
-from .ties import fits_runs, in_runs, tied
+from .ties import ALL, fits_runs, in_runs, tied
 
 LOST = "its channels can't be followed through what forward does with them"
 
@@ -182,7 +182,8 @@ def add_lost_groups(
 
     for group in network.groups:
         place(group)
-    lost = [n for n in network.layers if not (n in placed or n in skipped or n in network.classifiers)]
+    final = {*placed, *skipped, *network.classifiers, *(n for n, why in network.skipped.items() if why.startswith(ALL))}
+    lost = [n for n in network.layers if n not in final]
     if not lost:
         return
     neurons = adapter.neurons(model)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from snncompress.interfaces import Adapter
-from snncompress.model.channel_map import ChannelMap
 from snncompress.model.chance import Steady, seeded
+from snncompress.model.channel_map import ChannelMap
 from snncompress.model.modules import patched
 from snncompress.model.network import NORMS, WEIGHT_LAYERS, channel_axis, width
 from snncompress.running.data import Run
@@ -81,7 +81,9 @@ class _Cut:
         neurons = adapter.neurons(model)
         inside = {m for neuron in neurons.values() for m in neuron.modules()}
         self._modules = {
-            name: m for name, m in model.named_modules() if m not in inside and isinstance(m, (*WEIGHT_LAYERS, *NORMS, ChannelMap))
+            name: m
+            for name, m in model.named_modules()
+            if m not in inside and isinstance(m, (*WEIGHT_LAYERS, *NORMS, ChannelMap))
         }
         depthwise = {n for n, m in self._modules.items() if ops.module2type(m) == ops.OPTYPE.DEPTHWISE_CONV}
         self.through = {*neurons, *depthwise, *(n for n, m in self._modules.items() if isinstance(m, NORMS))}

@@ -16,6 +16,8 @@ from snncompress.model.network import WEIGHT_LAYERS, Member, width
 
 from .reshaping import Key, Touched, UnfitError
 
+ALL = "its channels are all tied to one another: "
+"""Such reasons are final: no other way to follow the channels unties them."""
 _UNEVEN = "its channels don't map evenly onto what follows"
 
 
@@ -33,7 +35,7 @@ def in_runs(touched: Callable[[list[int]], Touched], own: Key, size: int) -> tup
             raise UnfitError(_UNEVEN)
         classes.append(found)
     if len(classes) == 1:
-        raise UnfitError("its channels are all tied to one another: a shuffle or a split in forward counts on them")
+        raise UnfitError(f"{ALL}a shuffle or a split in forward counts on them")
     if any(len(found[key]) != len(classes[0][key]) for found in classes for key in found):
         raise UnfitError(_UNEVEN)
     rows = {key: torch.tensor([found[key] for found in classes]) for key in classes[0]}
@@ -82,12 +84,10 @@ def tied(members: list[Member], runs: int, model: nn.Module) -> list[Member]:
                 label = label[label]
         if torch.equal(label, before):
             break
-    _, number, counts = label.unique(return_inverse=True, return_counts=True)
+    _, number, counts = torch.unique(label, return_inverse=True, return_counts=True)
     if len(counts) == 1:
-        raise UnfitError("its channels are all tied to one another: grouped convolutions count on as many in each group")
+        raise UnfitError(f"{ALL}grouped convolutions count on as many in each group")
     if len(counts.unique()) > 1:
         raise UnfitError(_UNEVEN)
     order = number.argsort(stable=True)
-    return [
-        replace(member, index=member.index[order].reshape(len(counts), -1).sort(1).values) for member in members
-    ]
+    return [replace(member, index=member.index[order].reshape(len(counts), -1).sort(1).values) for member in members]

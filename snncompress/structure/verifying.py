@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -41,12 +41,9 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
         else:
             chosen.append(choice)
     broken: dict[int, str] = {}
-    sound = _sound(chosen, 0, trial, broken)
-    mended = _mended([group for group, _ in chosen if id(group) in broken], sound, model, trial, generator)
-    chosen = sorted([*sound, *mended], key=lambda choice: network.layers.index(choice[0].names("out")[0]))
-    for number in range(0 if mended else 1, len(chosen[0][1]) if chosen else 0):
-        chosen = _sound(chosen, number, trial, broken)
-    kept = [group for group, _ in chosen]
+    sound = _sound(chosen, trial, broken)
+    mended = _mended([group for group, _ in chosen if id(group) in broken], sound, model, trial)
+    kept = sorted((group for group, _ in (*sound, *mended)), key=lambda g: network.layers.index(g.names("out")[0]))
     for group in network.groups:
         why = refused.get(id(group)) or broken.get(id(group)) or _TIED
         whole = (n for n in group.names("out") if not any(n in other.names("out") for other in kept))
@@ -59,44 +56,47 @@ Choice = tuple[ChannelGroup, list[Tensor]]
 _TIED = "its channels can't be removed safely: forward counts on as many in other layers, where they don't go"
 
 
-def _sound(chosen: list[Choice], number: int, trial: Trial, broken: dict[int, str]) -> list[Choice]:
-    """Those that stand a trial of their subset of that number; why the others don't goes to ``broken``."""
+def _sound(chosen: list[Choice], trial: Trial, broken: dict[int, str], beside: Sequence[Choice] = ()) -> list[Choice]:
+    """Those that stand a trial of each of their subsets, with others ``beside`` them that do.
+
+    Why the others don't goes to ``broken``.
+    """
 
     def refuse(group: ChannelGroup, why: str) -> None:
         broken[id(group)] = why
 
-    removals = [(group, subsets[number]) for group, subsets in chosen]
-    sound = {id(group) for group, _ in sound_together(removals, trial.difference, refuse)}
-    return [choice for choice in chosen if id(choice[0]) in sound]
+    for number in range(len(_ORDERS[0])):
+        removals = [(group, subsets[number]) for group, subsets in chosen]
+
+        def difference(some: list[Removal], number: int = number) -> str | None:
+            return trial.difference([*((group, subsets[number]) for group, subsets in beside), *some])
+
+        found = sound_together(removals, difference, refuse)
+        sound = {id(group) for group, _ in found}
+        chosen = [choice for choice in chosen if id(choice[0]) in sound]
+    return chosen
 
 
-def _mended(
-    broken: list[ChannelGroup], sound: list[Choice], model: nn.Module, trial: Trial, generator: torch.Generator
-) -> list[Choice]:
+def _mended(broken: list[ChannelGroup], sound: list[Choice], model: nn.Module, trial: Trial) -> list[Choice]:
     """Groups that stand the trial once attributes shrink with them, or once they shrink with others of their width."""
-    mended: list[ChannelGroup] = []
+    mended: list[Choice] = []
 
-    def first(group: ChannelGroup) -> Removal:
-        number = next(i for i, other in enumerate(broken) if _meet(group, other))
-        return group, _subsets(group, number, torch.Generator().manual_seed(0))[0]
-
-    def settled(but: ChannelGroup | None = None) -> list[Removal]:
-        return [(g, s[0]) for g, s in sound] + [first(g) for g in mended if g is not but]
+    def tried(groups: list[ChannelGroup], instead_of: ChannelGroup | None = None) -> list[Choice]:
+        choices = []
+        for group in groups:
+            number = next(i for i, other in enumerate(broken) if _meet(group, other))
+            choices.append((group, _subsets(group, number, torch.Generator().manual_seed(0))))
+        return _sound(choices, trial, {}, [choice for choice in (*sound, *mended) if choice[0] is not instead_of])
 
     def keep_sound(groups: list[ChannelGroup]) -> bool:
-        before = settled()
-        found = sound_together(
-            [first(group) for group in groups],
-            lambda some: trial.difference([*before, *some]),
-            lambda group, why: None,
-        )
-        mended.extend(group for group, _ in found)
+        found = tried(groups)
+        mended.extend(found)
         return bool(found)
 
     keep_sound([group for group in (next(widened(g, model), None) for g in broken) if group is not None])
     left: dict[int, list[ChannelGroup]] = {}
     for group in broken:
-        if not any(_meet(group, other) for other in mended):
+        if not any(_meet(group, other) for other, _ in mended):
             left.setdefault(group.size, []).append(group)
     for groups in left.values():
         together = merged(groups) if len(groups) > 1 else None
@@ -105,13 +105,15 @@ def _mended(
             continue
         for group in groups:
             any(keep_sound([wide]) for wide in islice(widened(group, model), 1, None))
-    for number, group in enumerate(mended):
+    for number, (group, _) in enumerate(mended):
 
-        def fits(fewer: ChannelGroup, group: ChannelGroup = group) -> bool:
-            return trial.difference([*settled(group), first(fewer)]) is None
+        def fits(other: ChannelGroup, group: ChannelGroup = group) -> bool:
+            return bool(tried([other], instead_of=group))
 
-        mended[number] = fewest(group, fits)
-    return [(group, _subsets(group, number, generator)) for number, group in enumerate(mended)]
+        fewer = fewest(group, fits)
+        if fewer is not group:
+            mended[number] = tried([fewer], instead_of=group)[0]
+    return mended
 
 
 def _meet(one: ChannelGroup, other: ChannelGroup) -> bool:

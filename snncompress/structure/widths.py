@@ -52,11 +52,20 @@ def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, i
             continue
         if name and not any(member.module.startswith(f"{name}.") for member in group.members):
             continue
-        for attribute, value in vars(module).items():
-            if type(value) is not int or value < 1:
+        for attribute, value in _numbers(module):
+            if value < 1:
                 continue
             if value % group.size == 0 or value * group.runs == group.size:
                 yield (name, attribute), value
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Whole numbers among the attributes, and in lists and tuples of whole numbers."""
+    for attribute, value in vars(module).items():
+        if type(value) is int:
+            yield attribute, value
+        elif type(value) in (list, tuple) and all(type(number) is int for number in value):
+            yield from ((f"{attribute}[{place}]", number) for place, number in enumerate(value))
 
 
 def merged(groups: list[ChannelGroup]) -> ChannelGroup | None:

@@ -279,7 +279,7 @@ def _units(
     if criterion.granularity == "channel":
         names = list(network.layers)
         todo, skipped = targets(network, _ANY, skips)
-        units = []
+        units: list[_Unit] = []
         for target in todo:
             unit = _Unit(tuple(n for n in target.group.names("out") if n in names), (target.group,))
             for other in [u for u in units if set(u.layers) & set(unit.layers)]:  # another part of the same layers

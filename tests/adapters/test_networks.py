@@ -36,8 +36,7 @@ SMALL = {
 SHAPES = {"vggsnn": (2, 16, 16)}  # all others: 3×32×32
 
 # Layers that keep their channels beside the classifier, and why.
-WHOLE = {
-}
+WHOLE = {}
 
 
 def build(name: str, **options: object) -> nn.Module:

@@ -28,7 +28,7 @@ def test_what_is_left_is_made_of_the_same_channels() -> None:
 
 @pytest.mark.parametrize(("source", "axis"), [([0, 2], -1), ([-2, 0], -1), ([], -1), ([0, 1], 1)])
 def test_what_no_map_can_be(source: list[int], axis: int) -> None:
-    with pytest.raises(OptionError, match="source takes numbers of channels from -1"):
+    with pytest.raises(OptionError, match="source takes numbers of channels"):
         ChannelMap(2, source, axis)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from snncompress.base.packing import pack_indices, unpack_indices
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
+from snncompress.model.modules import number_at, set_number
 from snncompress.model.network import ChannelGroup, Side, prunable_type, remove_from_layer, width
 
 from .base import Budget, Edit, find, integers
@@ -35,7 +36,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Width:
-    """A whole number ``attribute`` of ``module`` ("" is the model itself), from which forward reads a width."""
+    """A whole number ``attribute`` of ``module`` ("" is the model itself), from which forward reads a width.
+
+    Of a list or tuple, as of the sizes of a split, it is one: ``sizes[0]``.
+    """
 
     module: str
     attribute: str
@@ -76,7 +80,7 @@ class RemoveChannels(Edit):
         left = group.size - len(removed)
         widths = []
         for module, attribute in group.widths:
-            before = vars(model.get_submodule(module))[attribute]
+            before = number_at(model.get_submodule(module), attribute)
             widths.append(Width(module, attribute, before, before * left // group.size))
         return cls(own.module, own.indices, slices, tuple(widths), shifts(model, group))
 
@@ -108,7 +112,7 @@ class RemoveChannels(Edit):
             shift.check(model, self._gone())
         for width_ in self.widths:
             module = find(model, width_.module, f"the plan sets its {width_.attribute!r}")
-            number = vars(module).get(width_.attribute)
+            number = number_at(module, width_.attribute)
             if type(number) is not int or number != width_.before or not 0 < width_.after <= number:
                 raise PlanError(
                     f"{width_.module or type(model).__name__} has {width_.attribute} = {number!r}, where the plan "
@@ -128,7 +132,7 @@ class RemoveChannels(Edit):
             else:
                 remove_from_layer(model.get_submodule(piece.module), piece.side, list(piece.indices))
         for new in self.widths:
-            setattr(model.get_submodule(new.module), new.attribute, new.after)
+            set_number(model.get_submodule(new.module), new.attribute, new.after)
 
     def _gone(self) -> dict[tuple[str, str], tuple[int, ...]]:
         return {(piece.module, piece.side): piece.indices for piece in self.slices}
