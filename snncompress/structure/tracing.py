@@ -62,7 +62,8 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     calls = Calls({name: channel_axis(layer) for name, layer in weights.items()})
     graph = Graph(calls.axes)
     cells = {n: m for n, m in modules.items() if n not in inside and input_weights(m)}
-    watched = {**weights, **neurons, **norms, **cells}
+    maps = {n: m for n, m in modules.items() if isinstance(m, ChannelMap)}
+    watched = {**weights, **neurons, **norms, **cells, **maps}
     currents: dict[nn.Module, Tensor] = {}
 
     def wire(neuron: nn.Module, x: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     visible = upstream([o.grad_fn for o in outputs], calls.named({**weights, **cells}))
     consumed = set().union(*fed_by.values()) if fed_by else set()
     last = [n for n in layers if n in visible and n not in consumed] or [n for n in layers if n in visible][-1:]
-    stops = calls.named({**weights, **neurons})
-    reached_by = {n: upstream(calls.inputs[n], stops) for n in (*neurons, *layers) if n in calls.inputs}
+    stops = calls.named({**weights, **neurons, **maps})
+    reached_by = {n: upstream(calls.inputs[n], stops) for n in (*neurons, *layers, *maps) if n in calls.inputs}
     network = Network(
         layers=layers,
         neurons=tuple(n for n in calls.inputs if n in neurons),
@@ -90,7 +91,7 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
         producers={name: tuple(p for p in layers if p in by) for name, by in fed_by.items()},
         norms=_norms(calls, norms, stops),
         classifiers=(*last, *(w for w, module in takers.items() if module in visible and module in cells)),
-        direct={name: tuple(p for p in layers if p in reached_by[name]) for name in layers},
+        direct={n: tuple(p for p in layers if p in by) for n, by in reached_by.items() if n not in neurons},
     )
     fed = {n: upstream(calls.inputs[n], stops) for n in cells if n in calls.inputs}
     readers = {n: by.pop() for n, by in fed.items() if len(by) == 1}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from snncompress.errors import SNNCompressError
 from snncompress.interfaces import Adapter
 from snncompress.model.chance import Steady, seeded
+from snncompress.model.channel_map import ChannelMap
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import in_mode, patched, tensors_in
@@ -94,7 +95,7 @@ class Trial:
                 if member.side == "neuron":
                     _add(silent, name, gone, member.axis)
                     _add(lost, name, gone, member.axis)
-                elif isinstance(module, WEIGHT_LAYERS):
+                elif isinstance(module, (*WEIGHT_LAYERS, ChannelMap)):
                     if member.side == "out":
                         _add(lost, name, gone, channel_axis(module))
                     elif writers & set(self._direct.get(name, ())):
@@ -115,7 +116,7 @@ class Trial:
         names = {m: n for n, m in model.named_modules()}
         neurons = self.adapter.neurons(model)
         inside = {m for neuron in neurons.values() for m in neuron.modules()}
-        layers = [m for m in names if isinstance(m, WEIGHT_LAYERS) and m not in inside]
+        layers = [m for m in names if isinstance(m, (*WEIGHT_LAYERS, ChannelMap)) and m not in inside]
         with torch.no_grad(), seeded(model), Steady(), ExitStack() as stack:
             stack.enter_context(self.adapter.identities(model, lambda neuron, x: notes.neuron(names[neuron], x)))
             for layer in layers:

@@ -13,7 +13,7 @@ import snncompress
 from snncompress.contract.detection import find_adapter
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
-from snncompress.model.network import outputs_first
+from snncompress.model.network import channel_axis, outputs_first
 from snncompress.running.data import Feed
 from tests.equivalence import largest_difference, outputs
 
@@ -46,6 +46,15 @@ def ms_resnet() -> nn.Module:
         conv(1, 6), Block(6, 6), Block(6, 8, lambda: conv(6, 8, 1, 2)), Block(8, 8), fire(),
         layer.AdaptiveAvgPool2d(1), layer.Flatten(), layer.Linear(8, 3),
     )  # fmt: skip
+
+
+def padded_by_a_map() -> nn.Module:
+    def shortcut() -> nn.Module:
+        return nn.Sequential(layer.AvgPool2d(2), snncompress.ChannelMap.padding(6, 9))
+
+    return nn.Sequential(
+        conv(1, 6), Block(6, 6), Block(6, 9, shortcut), Block(9, 9), fire(), layer.Flatten(), layer.Linear(144, 3)
+    )
 
 
 def without_a_neuron_at_the_end() -> nn.Module:
@@ -113,7 +122,7 @@ def muted(model: nn.Module, plan: snncompress.Plan, feed: Feed) -> nn.Module:
         for piece in edit.slices:
             if piece.side == "in":
                 module = copy.get_submodule(piece.module)
-                module.register_forward_pre_hook(_mute(torch.tensor(piece.indices), 1 - module.weight.dim()))
+                module.register_forward_pre_hook(_mute(torch.tensor(piece.indices), channel_axis(module)))
     return copy
 
 
@@ -122,7 +131,8 @@ def _mute(indices: Tensor, axis: int) -> Callable[[nn.Module, tuple[Tensor]], Te
 
 
 @pytest.mark.parametrize(
-    "make", [ms_resnet, without_a_neuron_at_the_end, downsampled_by_a_pool, with_depthwise_convolutions]
+    "make",
+    [ms_resnet, padded_by_a_map, without_a_neuron_at_the_end, downsampled_by_a_pool, with_depthwise_convolutions],
 )
 @pytest.mark.parametrize("mode", "sm")
 def test_a_stream_of_currents_shrinks_exactly(make: Callable[[], nn.Module], mode: str) -> None:
