@@ -125,8 +125,8 @@ class Network:
 
     ``drives`` binds each weight layer to the neurons that its output reaches before any other weight layer;
     ``producers`` to the weight layers that feed it, ``direct`` to those among them that do so without a neuron between,
-    as into a residual stream; it tells so of maps of channels too. ``groups`` can be pruned; ``skipped`` says why others
-    can't.
+    as into a residual stream; it tells so of maps of channels too. ``groups`` can be pruned; ``skipped`` says why
+    others can't.
     """
 
     layers: tuple[str, ...]
