@@ -105,14 +105,12 @@ def _mended(broken: list[ChannelGroup], sound: list[Choice], model: nn.Module, t
             continue
         for group in groups:
             any(keep_sound([wide]) for wide in islice(widened(group, model), 1, None))
-    for number, (group, _) in enumerate(mended):
+    for number, (group, subsets) in enumerate(mended):
 
         def fits(other: ChannelGroup, group: ChannelGroup = group) -> bool:
             return bool(tried([other], instead_of=group))
 
-        fewer = fewest(group, fits)
-        if fewer is not group:
-            mended[number] = tried([fewer], instead_of=group)[0]
+        mended[number] = fewest(group, fits), subsets
     return mended
 
 
