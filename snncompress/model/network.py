@@ -69,8 +69,8 @@ class ChannelGroup:
     From each run the same positions are removed. ``widths`` are the whole numbers, (module, attribute), from which
     forward reads how many there are: they shrink in proportion. ``shifted`` are ways (modules, reader) from what is
     silenced, through batch norms and depthwise convolutions, to a layer that silent channels reach as constants so.
-    With ``part`` they are some, not all of the channels of a layer, as where zeros pad a narrower layer to its width; the
-    others stand in groups of their own, or stay.
+    With ``part`` they are some, not all of the channels of a layer, as where zeros pad a narrower layer to its width;
+    the others stand in groups of their own, or stay.
     """
 
     members: tuple[Member, ...]
