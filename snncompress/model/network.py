@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import gcd, lcm
 from typing import Any, Literal, cast
 
 import torch
@@ -89,6 +90,19 @@ class ChannelGroup:
         return next((m for m in self.members if m.module == module and m.side == side), None)
 
 
+def portions(groups: Sequence[ChannelGroup]) -> dict[int, int]:
+    """Of groups of each size how many channels go at a time, so that all stay in proportion, and runs alike.
+
+    >>> stream, heads, hidden = (ChannelGroup((), size, runs) for size, runs in ((240, 1), (240, 8), (960, 1)))
+    >>> portions([stream, heads, hidden])
+    {240: 8, 960: 32}
+    """
+    base = gcd(*(group.size for group in groups))
+    times = {group.size: group.size // base for group in groups}
+    least = lcm(*(group.runs // gcd(group.runs, times[group.size]) for group in groups))
+    return {size: least * number for size, number in times.items()}
+
+
 def by_layer(groups: Iterable[ChannelGroup], layers: Collection[str]) -> dict[str, tuple[ChannelGroup, ...]]:
     """The groups that hold output channels of each of ``layers`` that is in any; where one has several, each a part."""
     found: dict[str, tuple[ChannelGroup, ...]] = {}
@@ -111,11 +125,13 @@ def without(groups: list[ChannelGroup], which: int, removed: Tensor) -> list[Cha
         if number == which:
             members = tuple(m.without(removed) for m in group.members)
             result.append(replace(group, members=members, size=group.size - len(removed)))
-        else:
+        elif any((m.module, m.side) in gone for m in group.members):
             members = tuple(
                 m.shifted(gone[m.module, m.side]) if (m.module, m.side) in gone else m for m in group.members
             )
             result.append(replace(group, members=members))
+        else:
+            result.append(group)
     return result
 
 
@@ -126,7 +142,8 @@ class Network:
     ``drives`` binds each weight layer to the neurons that its output reaches before any other weight layer;
     ``producers`` to the weight layers that feed it, ``direct`` to those among them that do so without a neuron between,
     as into a residual stream; it tells so of maps of channels too. ``groups`` can be pruned; ``skipped`` says why
-    others can't.
+    others can't. ``tied`` are groups that must stay in proportion: forward shapes what one puts out by the width of
+    another.
     """
 
     layers: tuple[str, ...]
@@ -138,6 +155,7 @@ class Network:
     direct: dict[str, tuple[str, ...]] = field(default_factory=dict)
     groups: list[ChannelGroup] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    tied: list[list[ChannelGroup]] = field(default_factory=list)
 
     @property
     def first(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from snncompress.errors import OptionError
 from snncompress.interfaces import Granularity
-from snncompress.model.network import ChannelGroup, Network
+from snncompress.model.network import ChannelGroup, Network, portions
 from snncompress.model.parametrizations import stored_weight
 
 
@@ -131,20 +131,23 @@ class Target:
     group: ChannelGroup
     original: int
     ratio: float
+    portion: int = 0
+    """How many channels go at a time; 0 for one from every run."""
 
     def count(self, ratio: float) -> int:
         """How many more channels must go to reach ``ratio`` of the original ones: ⌈ratio · c⌉ in all."""
-        local = self.original // self.group.runs
+        portion = self.portion or self.group.runs
+        local = self.original // portion
         most = local - 1 if self.group.part else local  # a layer that loses enough may have parts that can't
-        wanted = min(math.ceil(round(ratio * local, 9)), most) * self.group.runs
+        wanted = min(math.ceil(round(ratio * local, 9)), most) * portion
         return max(0, wanted - (self.original - self.group.size))
 
 
 def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], dict[str, str]]:
     """The groups to prune, and why the other layers stay whole.
 
-    A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked. Of a layer's
-    parts, each follows its own.
+    A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked; so do groups
+    that must stay in proportion, and where one of them stays, all do. Of a layer's parts, each follows its own.
     """
     ratios: dict[str, float] = per_layer(ratio, network.layers, "ratio", check_ratio)
     skipped = dict(network.skipped)
@@ -163,15 +166,38 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
             for n in names:
                 skipped[n] = reason if n == smallest else f"coupled with {smallest}: {reason}"
             continue
-        target = Target(group, group.size, share)
-        if target.count(share) >= group.size:
+        found.append(Target(group, group.size, share))
+    for groups in network.tied:
+        found = _in_proportion(found, network, groups, skipped)
+    for target in found:
+        group = target.group
+        if target.count(target.ratio) >= group.size:
+            names = [n for n in group.names("out") if n in network.layers]
             raise OptionError(
-                f"ratio {share} would remove all {group.size} channels of {', '.join(map(repr, names))} (⌈{share}·"
-                f"{group.size // group.runs}⌉). Give the layer a smaller ratio, or name it in skip."
+                f"ratio {target.ratio} would remove all {group.size} channels of {', '.join(map(repr, names))} "
+                f"(⌈{target.ratio}·{group.size // (target.portion or group.runs)}⌉). Give the layer a smaller ratio, "
+                f"or name it in skip."
             )
-        found.append(target)
     cut = {name for target in found for name in target.group.names("out")}  # if only in part
     return found, {name: why for name, why in skipped.items() if name not in cut}
+
+
+def _in_proportion(
+    found: list[Target], network: Network, groups: list[ChannelGroup], skipped: dict[str, str]
+) -> list[Target]:
+    """The targets, of which those of these groups stay in proportion."""
+    tied = [target for target in found if any(target.group is group for group in groups)]
+    stays = next((group for group in groups if not any(target.group is group for target in tied)), None)
+    if stays is not None:
+        name = next(n for n in stays.names("out") if n in network.layers)
+        for target in tied:
+            why = f"forward counts on as many channels in {name}, which stays whole: {skipped[name]}"
+            skipped.update({n: why for n in target.group.names("out") if n in network.layers})
+        return [target for target in found if not any(target is other for other in tied)]
+    at_a_time = portions([target.group for target in tied])
+    for target in tied:
+        target.ratio, target.portion = min(other.ratio for other in tied), at_a_time[target.group.size]
+    return found
 
 
 def weight_ratios(

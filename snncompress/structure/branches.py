@@ -19,20 +19,20 @@ def waiting(model: nn.Module, called: Collection[str], neurons: Iterable[str]) -
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, WEIGHT_LAYERS) and name not in called and not name.startswith(inside):
-            owner, attribute = _owner(model, name)
-            if owner is not None and _speaks_of(type(model.get_submodule(owner)), attribute):
-                found[name] = owner
+            caller, attribute = owner(model, name)
+            if caller is not None and _speaks_of(type(model.get_submodule(caller)), attribute):
+                found[name] = caller
     return found
 
 
-def _owner(model: nn.Module, name: str) -> tuple[str | None, str]:
+def owner(model: nn.Module, name: str) -> tuple[str | None, str]:
     """The module whose code calls a layer, and what it goes by there: past containers, whose children have numbers."""
-    owner, _, attribute = name.rpartition(".")
-    while type(model.get_submodule(owner)) in _CONTAINERS:
-        if not owner:
+    caller, _, attribute = name.rpartition(".")
+    while type(model.get_submodule(caller)) in _CONTAINERS:
+        if not caller:
             return None, ""
-        owner, _, attribute = owner.rpartition(".")
-    return owner, attribute
+        caller, _, attribute = caller.rpartition(".")
+    return caller, attribute
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -142,7 +142,11 @@ class _Walk:
         mine = self.colours[space]
         if len(link.made) != len(mine):
             raise UnfitError(f"{space[0]} is used at several widths")
-        source = torch.full((self.found.widths[link.source],), -1)
+        count = self.found.widths[link.source]
+        if self._broadcast(link.made, count):  # one number for all channels of a head, as of which tokens pass
+            self._in_heads(count)
+            return
+        source = torch.full((count,), -1)
         for place, channel in enumerate(link.made.tolist()):
             if channel >= 0 and mine[place] >= 0:
                 if source[channel] not in (-1, mine[place]):
@@ -152,6 +156,12 @@ class _Walk:
             self._in_heads(link.heads)
             source = source.view(link.parts, -1).amax(0).repeat(link.parts)
         self._colour(self._out(link.source), source)
+
+    @staticmethod
+    def _broadcast(made: Tensor, count: int) -> bool:
+        """Does each of ``count`` channels make as many places in a row, and more than one?"""
+        rows = len(made) // count
+        return rows > 1 and torch.equal(made, torch.arange(len(made)) // rows)
 
     def _in_heads(self, heads: int) -> None:
         self.heads = lcm(self.heads, heads)

@@ -266,8 +266,8 @@ def _group(graph: Graph, module: nn.Module, names: dict[nn.Module, str], neurons
             member = replace(member, width=neurons[name].width, axis=neurons[name].axis)
             if int(index.max()) >= member.width:  # a concatenation that torch-pruning sees from one side only
                 raise UnfitError(f"its channels aren't those of {name}, which it drives")
-        elif int(index.max()) >= width(target, side):  # a concatenation in a loop
-            raise UnfitError(f"its channels can't be followed through {name}, whose output comes back to it")
+        elif int(index.max()) >= width(target, side):  # a concatenation in a loop, or a sum over heads
+            raise UnfitError(f"its channels aren't those that {name} takes in")
         elif side == "out" and isinstance(target, WEIGHT_LAYERS) and index.numel() != width(target, side):
             raise UnfitError(f"some, not all of the channels of {name} are coupled with it")
         members.append(member)

@@ -1,9 +1,10 @@
 """A network cut into segments: what goes from one layer, norm or neuron to the next, and which channel makes which.
 
 Each of them takes in what others put out, through reshapes, sums, products of attention. Its output is replaced by a
-leaf of random numbers, so gradients end there and tell what the segment does, whatever it is written in: a cotangent on
-half of the input's positions has a gradient in those channels that make them, and as many halvings as the positions
-have binary digits tell which channel makes which.
+leaf of random numbers, so gradients end there and tell what the segment does, whatever it is written in. Where channels
+are only moved and added, a cotangent of one number per position says in one gradient which channel makes which. Else a
+cotangent on half of the positions has a gradient in those channels that make them, and as many halvings as the
+positions have binary digits tell it.
 """
 
 from __future__ import annotations
@@ -121,15 +122,15 @@ class _Cut:
         dims = x.dim()
         if isinstance(module, (*WEIGHT_LAYERS, ChannelMap)):
             return channel_axis(module), self._links(x, channel_axis(module), sources)
-        best: tuple[int, list[Link]] = (min(1, dims - 1) - dims, [])
+        best, most = (min(1, dims - 1) - dims, list[Link]()), -1
         for axis in dict.fromkeys((self.axes.get(name, 1 - dims), 1 - dims, -1, -3, *range(-dims, 0))):
             if not -dims <= axis < 0 or (isinstance(module, NORMS) and x.shape[axis] != width(module, "in")):
                 continue
             links = self._links(x, axis, sources)
-            if not best[1]:
-                best = axis, links
-            if any(link.made is not None for link in links):
-                return axis, links
+            if links and (tells := _tells(links) if x.shape[axis] > 1 else 0) > most:
+                best, most = (axis, links), tells
+            if most == 2:
+                break
         return best
 
     def _links(self, x: Tensor, axis: int, sources: list[tuple[str, Tensor, int]]) -> list[Link]:
@@ -149,11 +150,17 @@ class _Cut:
             if made is None and (one := _one_part(labels)) is not None:
                 parts = count // int((one >= 0).sum())
                 made = _made(one, torch.arange(n))
-                heads = _heads(x, weights, axis, (name, leaf, own), parts)
+                if bool((labels == -2).any()):  # as q and k are, beside v
+                    heads = _heads(x, weights, axis, (name, leaf, own), parts)
             elif made is None:
                 heads = _heads(x, weights, axis, (name, leaf, own))
             links.append(Link(name, made, heads, parts))
         return links
+
+
+def _tells(links: list[Link]) -> int:
+    """How much is known of channels on this axis: which makes which, or at least in which head."""
+    return max((2 if link.made is not None else int(link.heads > 1) for link in links), default=0)
 
 
 def _heads(x: Tensor, weights: Tensor, axis: int, source: tuple[str, Tensor, int], parts: int = 1) -> int:
@@ -201,9 +208,50 @@ def _labels(
     x: Tensor, weights: Tensor, axis: int, places: Tensor, sources: list[tuple[str, Tensor, int]]
 ) -> list[Tensor]:
     """Per source the label of those positions that each of its channels makes; -1 for none, -2 for several labels."""
-    bits = max(1, int(places.max()).bit_length())
+    found = _read_off(x, axis, places, sources)
+    unread = [source for source, labels in zip(sources, found, strict=True) if labels is None]
+    rest = iter(_bit_by_bit(x, weights, axis, places, unread))
+    return [next(rest) if labels is None else labels for labels in found]
+
+
+_CODES = 2**15
+"""Numbers 1, 1 + 2⁻¹⁹, … below 1 + 1/16: float32 holds them exactly, and up to 16 times them."""
+
+
+def _read_off(x: Tensor, axis: int, places: Tensor, sources: list[tuple[str, Tensor, int]]) -> list[Tensor | None]:
+    """The labels where channels are only moved and added: the number sent down from a place comes out as it went in.
+
+    Or several times, from windows that overlap or timesteps; the sum of two numbers is none of them, nor hardly ever a
+    multiple. None for a source of which a channel gets anything else.
+    """
+    count = int(places.max()) + 1
+    if count > _CODES or torch.finfo(x.dtype).eps > 2**-23:
+        return [None] * len(sources)
+    step = _CODES // count
+    jitter = torch.randint(step, (count,), generator=torch.Generator().manual_seed(0))
+    codes = (1 + (step * torch.arange(count) + jitter) * 2.0**-19).to(x)
+    cotangent = codes[places].view([-1 if d == axis % x.dim() else 1 for d in range(x.dim())]).expand_as(x)
+    found: list[Tensor | None] = []
+    for gradient, (_, leaf, own) in zip(_gradients(x, cotangent, sources), sources, strict=True):
+        if gradient is None:
+            found.append(torch.full((leaf.shape[own],), -1))
+            continue
+        rows = gradient.movedim(own, 0).flatten(1)
+        most = rows.amax(1)
+        one = most / most.floor()  # NaN where none comes out
+        at = torch.searchsorted(codes, one.nan_to_num(0)).clamp_max(count - 1)
+        times = rows / codes[at][:, None]
+        known = torch.equal(times, times.round()) and bool(((codes[at] == one) | (most == 0)).all())
+        found.append(torch.where(most == 0, -1, at).cpu() if known else None)
+    return found
+
+
+def _bit_by_bit(
+    x: Tensor, weights: Tensor, axis: int, places: Tensor, sources: list[tuple[str, Tensor, int]]
+) -> list[Tensor]:
+    """The labels whatever is done with the channels."""
     found = [torch.zeros(leaf.shape[own], dtype=torch.long) for _, leaf, own in sources]
-    for bit in range(bits):
+    for bit in range(max(1, int(places.max()).bit_length()) if sources else 0):
         touched = [_touched(x, weights, axis, ((places >> bit) & 1) == value, sources) for value in (0, 1)]
         for labels, low, high in zip(found, *touched, strict=True):
             several, none = low & high, ~low & ~high
@@ -219,9 +267,13 @@ def _touched(
     """Per source which of its channels make any of the positions chosen."""
     shape = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
     cotangent = weights * chosen.view(shape).to(weights)
-    leaves = [leaf for _, leaf, _ in sources]
-    gradients = torch.autograd.grad(x, leaves, cotangent, retain_graph=True, allow_unused=True)
+    gradients = _gradients(x, cotangent, sources)
     return [_channels(g, leaf, own) for g, (_, leaf, own) in zip(gradients, sources, strict=True)]
+
+
+def _gradients(x: Tensor, cotangent: Tensor, sources: list[tuple[str, Tensor, int]]) -> tuple[Tensor | None, ...]:
+    leaves = [leaf for _, leaf, _ in sources]
+    return torch.autograd.grad(x, leaves, cotangent, retain_graph=True, allow_unused=True)
 
 
 def _channels(gradient: Tensor | None, leaf: Tensor, axis: int) -> Tensor:

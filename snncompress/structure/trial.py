@@ -8,6 +8,7 @@ rounding doesn't add up, however deep the network is. That's as good as other we
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,14 +24,30 @@ from snncompress.model.channel_map import ChannelMap
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import in_mode, patched, tensors_in
-from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, channel_axis, depthwise, without
+from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, Side, channel_axis, depthwise, without
 from snncompress.model.parametrizations import computed_weight
 from snncompress.running.data import Run
 from snncompress.running.sameness import same
 
 Removal = tuple[ChannelGroup, Tensor]
 """A group, and the positions that it loses."""
+
 _CALLS = 4  # of one module that are compared: a loop over timesteps does the same in each
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """How removing isn't the same as silencing, in plain words, and where it shows.
+
+    That is in what goes into ``module`` (side "in"), or in what is done with what it puts out ("out"); "" where it
+    shows at the model's output, or nowhere in particular. ``code`` is the module in whose forward it failed, where it
+    did.
+    """
+
+    why: str
+    module: str = ""
+    side: Side = "in"
+    code: str | None = None
 
 
 class Trial:
@@ -55,7 +72,7 @@ class Trial:
         """Layers and neurons that ran."""
         self.shapes = dict(bare.shapes)
         """Of what they put out."""
-        self.flaw = bare.problem or self._again(model, bare)
+        self.flaw = bare.why or self._again(model, bare)
         self._modes = [False]
         with in_mode(model, training=True):
             train = self._noted(model)
@@ -65,15 +82,22 @@ class Trial:
                 self.called |= more
                 self.shapes = dict(train.shapes) | self.shapes
 
-    def difference(self, removals: Sequence[Removal]) -> str | None:
-        """Where removing isn't the same as silencing, in plain words; None where it is."""
+    def difference(self, removals: Sequence[Removal]) -> Flaw | None:
+        """Where removing isn't the same as silencing; None where it is."""
         silent, lost = self._gone(removals)
-        try:
-            pruned = _pruned(self.model, self.adapter, removals)
-        except SNNCompressError as error:
-            return f"its channels can't be removed safely: {error}"
-        except Exception:  # a plugin's adapter may raise anything
-            return "its channels can't be removed safely: one of the modules that they run through can't be cut"
+        pruned = private_copy(self.model, self.adapter, share=True)
+        groups = [group for group, _ in removals]
+        owners = Counter((member.module, member.side) for group in groups for member in group.members)
+        for number, (group, removed) in enumerate(removals):
+            try:
+                RemoveChannels.of(pruned, groups[number], removed).apply(pruned, self.adapter)
+            except SNNCompressError as error:
+                return Flaw(f"its channels can't be removed safely: {error}", group.names("out")[0], "out")
+            except Exception:  # a plugin's adapter may raise anything
+                why = "its channels can't be removed safely: one of the modules that they run through can't be cut"
+                return Flaw(why, group.names("out")[0], "out")
+            if any(owners[member.module, member.side] > 1 for member in group.members):
+                groups = without(groups, number, removed)
         for training in self._modes:
             with in_mode(self.model, training=training), in_mode(pruned, training=training):
                 wanted = self._noted(self.model, silent, lost)
@@ -104,7 +128,7 @@ class Trial:
 
     def _again(self, model: nn.Module, first: _Notes) -> str:
         """Why a second run isn't like the first."""
-        if self._noted(model, wanted=first).problem:
+        if self._noted(model, wanted=first).problem is not None:
             return "the network computes something else each time that it is run, so no trial tells what removals do"
         return ""
 
@@ -124,7 +148,7 @@ class Trial:
             try:
                 result = self.run(model)
             except Exception as error:  # the model is the user's: anything can come out of it
-                notes.fails(error)
+                notes.fails(error, names)
                 return notes
         notes.returns([t for t in tensors_in(result) if t.is_floating_point()])
         return notes
@@ -154,9 +178,16 @@ class _Notes:
     scales: dict[str, list[Tensor]] = field(default_factory=dict)
     shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
-    problem: str = ""
+    problem: Flaw | None = None
     failed: bool = False
     last: str = ""
+    inside: str = ""
+    """The layer that is being called."""
+
+    @property
+    def why(self) -> str:
+        """The problem in words."""
+        return "" if self.problem is None else self.problem.why
 
     def layer(self, name: str, module: nn.Module) -> Callable[..., Any]:
         """Stands in for the module's forward."""
@@ -165,7 +196,9 @@ class _Notes:
         def call(*args: Any, **named: Any) -> Any:
             if args and isinstance(args[0], Tensor):
                 args = (self._silenced(name, args[0]), *args[1:])
+            self.inside = name
             result = forward(*args, **named)
+            self.inside = ""
             # what a depthwise convolution makes of silence is counted on behind it, so it isn't scaled
             return self._note(name, result, scaled=not depthwise(module)) if isinstance(result, Tensor) else result
 
@@ -181,16 +214,17 @@ class _Notes:
         indices, axis = self.silent[name]
         return x.index_fill(axis, indices.to(x.device), 0.0)
 
-    def fails(self, error: Exception) -> None:
+    def fails(self, error: Exception, names: Mapping[nn.Module, str]) -> None:
         """The run came to an end before its time: fair enough, if there the other did too."""
-        if self.problem:
+        if self.problem is not None:
             return
         self.failed = True
         if self.wanted is None:
             where = f"behind {self.last}" if self.last else "before its first layer"
-            self.problem = f"a trial with other numbers in the network failed {where}, which tells nothing"
+            self.problem = Flaw(f"a trial with other numbers in the network failed {where}, which tells nothing")
         elif not self.wanted.failed or len(self.wanted.shapes) != len(self.shapes):
-            self.problem = _counts_on_width(self.last, error)
+            at: tuple[str, Side] = (self.inside, "in") if self.inside else (self.last, "out")
+            self.problem = Flaw(_counts_on_width(self.last, error), *at, _failing(error, names))
 
     def returns(self, results: list[Tensor]) -> None:
         """What the model returned."""
@@ -199,14 +233,14 @@ class _Notes:
         if self.wanted is None:
             return
         if len(results) != len(self.wanted.results):
-            self.problem = "without some of its channels the model returns something else"
+            self.problem = Flaw("without some of its channels the model returns something else")
         for a, b in zip(self.wanted.results, results, strict=False):
             if a.shape != b.shape:
-                self.problem = (
+                self.problem = Flaw(
                     f"removing its channels would change the output's shape from {list(a.shape)} to {list(b.shape)}"
                 )
             elif not same(a, b):
-                self.problem = _not_the_same("the model's output")
+                self.problem = Flaw(_not_the_same("the model's output"))
 
     def _note(self, name: str, x: Tensor, *, scaled: bool = True) -> Tensor:
         """The tensor, scaled, with which the network goes on."""
@@ -222,7 +256,7 @@ class _Notes:
         self.scales[name].append(scale)
         x = x * scale
         if not bool(x.isfinite().all()):
-            self._stop(f"a trial with random weights gave NaN or infinite numbers at {name}, which tells nothing")
+            self._stop(name, f"a trial with random weights gave NaN or infinite numbers at {name}, which tells nothing")
         known = self.outputs.setdefault(name, [])
         if len(known) == _CALLS:
             return x
@@ -232,15 +266,15 @@ class _Notes:
         known.append(x)
         calls = self.wanted.outputs.get(name, [])
         if number >= len(calls):
-            self._stop(f"without some of its channels {name} is called more often")
+            self._stop(name, f"without some of its channels {name} is called more often")
         if calls[number].shape != x.shape:
-            self._stop(_counts_on_width(name))
+            self._stop(name, _counts_on_width(name))
         if not same(calls[number], x):
-            self._stop(_not_the_same(f"what {name} computes"))
+            self._stop(name, _not_the_same(f"what {name} computes"))
         return calls[number]
 
-    def _stop(self, problem: str) -> None:
-        self.problem = problem
+    def _stop(self, name: str, why: str) -> None:
+        self.problem = Flaw(why, name)
         raise _Decided
 
 
@@ -258,6 +292,19 @@ def _counts_on_width(name: str, error: Exception | None = None) -> str:
     return f"its channels can't be removed safely: forward, {where}, counts on how many there are"
 
 
+def _failing(error: BaseException, names: Mapping[nn.Module, str]) -> str | None:
+    """The innermost module, other than torch's own, in whose forward an error was raised."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module in names and not type(module).__module__.startswith("torch."):
+            found = names[module]
+        trace = trace.tb_next
+    return found
+
+
 def _left(x: Tensor, gone: tuple[Tensor, int] | None) -> Tensor:
     if gone is None:
         return x.clone()
@@ -267,32 +314,28 @@ def _left(x: Tensor, gone: tuple[Tensor, int] | None) -> Tensor:
     return x.index_select(axis, keep.nonzero().flatten().to(x.device))
 
 
-def _pruned(model: nn.Module, adapter: Adapter, removals: Sequence[Removal]) -> nn.Module:
-    pruned = private_copy(model, adapter, share=True)
-    groups = [group for group, _ in removals]
-    for number, (_, removed) in enumerate(removals):
-        RemoveChannels.of(pruned, groups[number], removed).apply(pruned, adapter)
-        groups = without(groups, number, removed)
-    return pruned
+_NUMBERS = 1_000_003  # drawn for a tensor, and then repeated: a prime, so no two of its rows begin with the same
 
 
 def _randomize(model: nn.Module, adapter: Adapter, generator: torch.Generator) -> None:
     """Other parameters, so that none is 0 by chance or by its initialization; what neurons hold stays."""
 
-    def draw(tensor: Tensor) -> Tensor:
-        return torch.rand(tensor.shape, generator=generator).to(tensor)
+    def between(low: float, high: float, like: Tensor) -> Tensor:
+        few = torch.empty(min(like.numel(), _NUMBERS)).uniform_(low, high, generator=generator)
+        many = few if like.numel() == len(few) else few.repeat(-(-like.numel() // len(few)))[: like.numel()]
+        return many.view(like.shape).to(like)
 
     done = {p for neuron in adapter.neurons(model).values() for p in neuron.parameters()}
     for module in model.modules():
         if isinstance(module, WEIGHT_LAYERS) and not computed_weight(module):
             bounds = {"weight": (3 / module.weight[0].numel()) ** 0.5, "bias": 0.1}
-            new = {n: b * (2 * draw(t) - 1) for n, b in bounds.items() if (t := getattr(module, n)) is not None}
+            new = {n: between(-b, b, t) for n, b in bounds.items() if (t := getattr(module, n)) is not None}
         elif isinstance(module, (*NORMS, nn.LayerNorm)):
             offsets = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
-            new = {n: o + 0.3 * draw(t) for n, o in offsets.items() if (t := getattr(module, n, None)) is not None}
+            new = {n: between(o, o + 0.3, t) for n, o in offsets.items() if (t := getattr(module, n, None)) is not None}
         else:
             own = dict(module.named_parameters(recurse=False))
-            new = {n: p * (1 + 0.3 * draw(p)) + 0.03 * draw(p) for n, p in own.items() if p.is_floating_point()}
+            new = {n: p * between(1, 1.3, p) + between(0, 0.03, p) for n, p in own.items() if p.is_floating_point()}
         for name, values in new.items():
             tensor = getattr(module, name)
             if tensor not in done:

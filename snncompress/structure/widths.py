@@ -32,6 +32,19 @@ def widened(group: ChannelGroup, model: nn.Module) -> Iterator[ChannelGroup]:
             yield replace(group, widths=names)
 
 
+def widths_of_classes(group: ChannelGroup, model: nn.Module) -> tuple[tuple[type, str], ...] | None:
+    """The attributes that :func:`widened` tries first, by the class that has them; None where there are none.
+
+    What one module's forward reads, that of another of the same class does.
+    """
+    first = next(widened(group, model), None)
+    return (
+        None
+        if first is None
+        else tuple((type(model.get_submodule(name)), attribute) for name, attribute in first.widths)
+    )
+
+
 def fewest(group: ChannelGroup, fits: Fits) -> ChannelGroup:
     """The group without those attributes that it fits without: half of them are dropped at once, then half of these."""
 
@@ -69,15 +82,17 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def merged(groups: list[ChannelGroup]) -> ChannelGroup | None:
-    """One group of all that are as wide: of each the same positions go.
+    """One group of all: of each the same positions go, several from one that is several times as wide.
 
-    None where their runs don't match, or where they have channels in common.
+    None where their widths aren't multiples of the smallest, their runs don't match, or they have channels in common.
     """
-    first, runs = groups[0], lcm(*(group.runs for group in groups))
-    if first.size // runs < 2 or any(group.size != first.size or group.runs not in (1, runs) for group in groups):
+    size, runs = min(group.size for group in groups), lcm(*(group.runs for group in groups))
+    if size // runs < 2 or any(group.size % size or group.runs not in (1, runs) for group in groups):
+        return None
+    if any(group.size > size and group.runs > 1 for group in groups):
         return None
     members: dict[tuple[str, str], Member] = {}
-    for member in (member for group in groups for member in group.members):
+    for member in (_folded(member, size) for group in groups for member in group.members):
         key = member.module, member.side
         if key in members:  # of parts of one layer
             if bool(torch.isin(member.index, members[key].index).any()):
@@ -86,4 +101,10 @@ def merged(groups: list[ChannelGroup]) -> ChannelGroup | None:
         members[key] = member
     shifted = dict.fromkeys(way for group in groups for way in group.shifted)
     part = any(group.part for group in groups)
-    return ChannelGroup(tuple(members.values()), first.size, runs, shifted=tuple(shifted), part=part)
+    return ChannelGroup(tuple(members.values()), size, runs, shifted=tuple(shifted), part=part)
+
+
+def _folded(member: Member, size: int) -> Member:
+    """Channel c with c + size, c + 2·size, … as one."""
+    index = member.index.view(-1, size, member.index.shape[1]).transpose(0, 1).reshape(size, -1)
+    return replace(member, index=index)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import snncompress
 from snncompress import DataError, ModelError
-from snncompress.structure.verifying import sound_together
+from snncompress.model.network import ChannelGroup, Member
+from snncompress.structure.elimination import set_aside, sound_together
+from snncompress.structure.trial import Flaw
 
 
 def search(count: int, broken: set[int]) -> tuple[list[int], dict[int, str], int]:
@@ -21,10 +23,10 @@ def search(count: int, broken: set[int]) -> tuple[list[int], dict[int, str], int
     trials = 0
     refused: dict[int, str] = {}
 
-    def difference(some: list[Any]) -> str | None:
+    def difference(some: list[Any]) -> Flaw | None:
         nonlocal trials
         trials += 1
-        return "it breaks" if broken & {group for group, _ in some} else None
+        return Flaw("it breaks") if broken & {group for group, _ in some} else None
 
     kept = sound_together([(n, torch.zeros(1)) for n in range(count)], difference, refused.__setitem__)
     return [group for group, _ in kept], refused, trials
@@ -46,8 +48,8 @@ def test_where_all_are_sound_one_trial_does() -> None:
 def test_what_breaks_only_with_another_is_refused_with_it() -> None:
     refused: dict[int, str] = {}
 
-    def difference(some: list[Any]) -> str | None:
-        return "they clash" if {2, 5} <= {group for group, _ in some} else None
+    def difference(some: list[Any]) -> Flaw | None:
+        return Flaw("they clash") if {2, 5} <= {group for group, _ in some} else None
 
     kept = sound_together([(n, torch.zeros(1)) for n in range(8)], difference, refused.__setitem__)
     assert [group for group, _ in kept] == [0, 1, 2, 3, 4, 6, 7]
@@ -86,3 +88,25 @@ def test_where_the_original_fails_too_the_data_are_to_blame() -> None:
     net = nn.Sequential(layer.Linear(4, 8), neuron.IFNode(1e9), Picky(), layer.Linear(8, 3))
     with pytest.raises(DataError, match="no spike"):
         snncompress.apply(net, "magnitude", 0.5, None, data=torch.rand(2, 4), timesteps=2, skip=[])
+
+
+def test_what_a_difference_points_at_is_set_aside_with_its_kind() -> None:
+    """Of 30 layers every third breaks: one trial shows it of the first, one that the rest is sound."""
+    layers = [(ChannelGroup((Member(str(n), "out", torch.arange(4)[:, None]),), 4), torch.zeros(1)) for n in range(30)]
+    tried = []
+
+    def difference(some: list[Any]) -> Flaw | None:
+        names = [group.names("out")[0] for group, _ in some]
+        tried.append(len(names))
+        return next((Flaw("it breaks", name, "out") for name in names if int(name) % 3 == 2), None)
+
+    kept, doubts = set_aside(layers, difference, lambda group: int(group.names("out")[0]) % 3)
+    assert tried == [30, 20]
+    assert [removal[0].names("out")[0] for removal in kept] == [str(n) for n in range(30) if n % 3 != 2]
+    assert [doubt.refused for doubt in doubts] == [True] + [False] * 9
+    assert all(doubt.sure for doubt in doubts)
+    refused: list[str] = []
+    tried.clear()
+    sound_together(layers, difference, lambda group, why: refused.append(group.names("out")[0]))
+    assert refused == [str(n) for n in range(2, 30, 3)]
+    assert tried == [30 - n for n in range(11)]

@@ -1,0 +1,73 @@
+"""Widths that forward takes from another layer's: as many channels go there, in proportion, whatever was asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+import snncompress
+from snncompress.contract.detection import find_adapter
+from snncompress.running.data import Feed
+from snncompress.structure.tracing import trace
+from tests.equivalence import largest_difference
+
+X = torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def fire() -> nn.Module:
+    return neuron.LIFNode(v_threshold=0.1, step_mode="m")
+
+
+class Counting(nn.Module):
+    """``q`` is shaped to four heads, and ``up`` to twice the width, of what they take in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lif, self.q, self.q_lif = nn.Linear(6, 20), fire(), nn.Linear(20, 20), fire()
+        self.up, self.up_lif, self.free, self.free_lif = nn.Linear(20, 40), fire(), nn.Linear(40, 20), fire()
+        self.head, self.tell = nn.Linear(20, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lif(self.embed(x))
+        heads = self.q_lif(self.q(x)).reshape(*x.shape[:2], 4, x.shape[-1] // 4)
+        y = self.up_lif(self.up(x).reshape(*x.shape[:2], 2 * x.shape[-1]))
+        return self.head(self.free_lif(self.free(y))) + self.tell(heads.sum(-1))
+
+
+def widths(**options: Any) -> tuple[list[int], snncompress.Plan]:
+    model = Counting().double().eval()
+    small = snncompress.apply(model, "random", bits=None, data=X, repair=None, **options)
+    assert largest_difference(model, small, Feed(find_adapter(model), X)) < 1e-9
+    return [m.out_features for m in (small.embed, small.q, small.up, small.free)], snncompress.plan_of(small)
+
+
+def test_what_is_tied_is_found() -> None:
+    model = Counting().double().eval()
+    adapter = find_adapter(model)
+    network = trace(model, adapter, Feed(adapter, X).example())
+    assert [{group.names("out")[0] for group in groups} for groups in network.tied] == [{"embed", "q", "up"}]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "left"),
+    [
+        (0.3, [12, 12, 24]),  # of five channels per head two go, though of 20 six would do
+        (0.5, [8, 8, 16]),
+        ({"q": 0.5, "*": 0.2}, [16, 16, 32]),
+    ],
+)
+def test_the_smallest_share_and_the_coarsest_portion_count_for_all(ratio: Any, left: list[int]) -> None:
+    found, plan = widths(ratio=ratio, skip=[])
+    assert found[:3] == left
+    assert found[3] == round(20 * (1 - (ratio["*"] if isinstance(ratio, dict) else ratio)))
+    assert set(plan.skipped) == {"head", "tell"}
+
+
+def test_where_one_stays_all_do() -> None:
+    found, plan = widths(ratio=0.5, skip=["up"])
+    assert found == [20, 20, 40, 10]
+    assert plan.skipped["q"] == "forward counts on as many channels in up, which stays whole: skip names it"
