@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, cast
 
@@ -251,8 +251,12 @@ class _Unit:
     """What is pruned at once: one layer's weights, or the channels of coupled layers."""
 
     layers: tuple[str, ...]
-    groups: tuple[ChannelGroup, ...] = ()
-    """One, or the parts that the layers' channels fall into."""
+    parts: tuple[Target, ...] = ()
+    """One, or those that the layers' channels fall into, or that must stay in proportion."""
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        return tuple(part.group for part in self.parts)
 
     def bears(self, ratio: float) -> bool:
         """Is something left?"""
@@ -260,12 +264,12 @@ class _Unit:
 
     def targets(self, ratio: float) -> list[Target]:
         """To be pruned down to the ratio."""
-        return [Target(group, group.size, ratio) for group in self.groups]
+        return [replace(part, ratio=ratio) for part in self.parts]
 
     def pruning(
         self, model: nn.Module, adapter: Adapter, network: Network, criterion: Criterion, ratio: float
     ) -> Pruning:
-        if not self.groups:
+        if not self.parts:
             return WeightPruning(model, adapter, criterion, network, dict.fromkeys(self.layers, ratio))
         return ChannelPruning(model, adapter, criterion, network, self.targets(ratio))
 
@@ -281,10 +285,13 @@ def _units(
         todo, skipped = targets(network, _ANY, skips)
         units: list[_Unit] = []
         for target in todo:
-            unit = _Unit(tuple(n for n in target.group.names("out") if n in names), (target.group,))
-            for other in [u for u in units if set(u.layers) & set(unit.layers)]:  # another part of the same layers
+            unit = _Unit(tuple(n for n in target.group.names("out") if n in names), (target,))
+            with_it = {id(g) for groups in network.tied if any(g is target.group for g in groups) for g in groups}
+            for other in [
+                u for u in units if set(u.layers) & set(unit.layers) or any(id(g) in with_it for g in u.groups)
+            ]:  # another part of the same layers, or one that must stay in proportion
                 units.remove(other)
-                unit = _Unit(tuple(dict.fromkeys(other.layers + unit.layers)), other.groups + unit.groups)
+                unit = _Unit(tuple(dict.fromkeys(other.layers + unit.layers)), other.parts + unit.parts)
             units.append(unit)
     else:
         prunable, skipped = weight_ratios(names, _ANY, skips, computed_or_shared(model))

@@ -71,3 +71,10 @@ def test_where_one_stays_all_do() -> None:
     found, plan = widths(ratio=0.5, skip=["up"])
     assert found == [20, 20, 40, 10]
     assert plan.skipped["q"] == "forward counts on as many channels in up, which stays whole: skip names it"
+
+
+def test_sensitivity_prunes_what_is_tied_at_once() -> None:
+    model = Counting().double().eval()
+    labelled = (X, torch.tensor([0, 1]))
+    found = snncompress.sensitivity(model, labelled, "random", [0.5], layers="*", repair=None, progress=False)
+    assert found.accuracy["embed"] == found.accuracy["q"] == found.accuracy["up"] != (None,)
