@@ -1,0 +1,238 @@
+"""One network, through the library and against the oracle: what came of it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from snncompress_rescaw import ReScaW
+from torch import Tensor, nn
+
+import snncompress
+from snncompress import Plan, SNNCompressError, plan_of
+
+from .networks import Case, generate
+from .oracle import LAYERS, TOLERANCE, difference, silenced
+
+CRITERIA = ("random", "random", "magnitude", "firing_rate", "svs", "sca")
+BAD = ("wrong", "crashed", "raw", "untrue", "slow", "not run")
+"""What must not be: a wrong output, a network that doesn't run, an error that isn't the library's own, another of its
+truths that doesn't hold, no end within a minute, and a network of the generator's that doesn't run in the first place."""
+_FOREIGN = re.compile(r"\w+Error\b|mat1|size of tensor|invalid for input|must match|expand\(|torch\.\w+\(|0x[0-9a-f]+")
+SECONDS = 60
+
+
+@dataclass
+class Finding:
+    """What came of one network."""
+
+    seed: int
+    index: int
+    status: str
+    detail: str = ""
+    reacts: bool = False
+    stages: list[str] = field(default_factory=list)
+    left: float = 1.0
+    """Share of the parameters."""
+    reasons: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+
+class _TooSlow(Exception):  # noqa: N818
+    """No end."""
+
+
+class _Untrue(Exception):  # noqa: N818
+    """A truth doesn't hold."""
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check(seed: int, index: int) -> Finding:
+    """Draw the network, compress it, and hold it against all that must be true of it."""
+    start = time.perf_counter()
+    finding = Finding(seed, index, "not run")
+    try:
+        with warnings.catch_warnings(), _within(SECONDS):
+            warnings.simplefilter("ignore")
+            case = generate(seed, index)
+            finding.stages = case.stages
+            _check(case, finding)
+    except _TooSlow:
+        finding.status, finding.detail = "slow", f"no end after {SECONDS} s"
+    except _Untrue as error:
+        finding.status, finding.detail = "untrue", str(error)
+    except Exception as error:
+        finding.detail = _told(error)
+    finding.seconds = round(time.perf_counter() - start, 3)
+    return finding
+
+
+def _told(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = next((f for f in reversed(frames) if "snncompress" in f.filename), frames[-1])
+    return f"{type(error).__name__}: {str(error)[:300]} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+
+
+def _check(case: Case, finding: Finding) -> None:
+    plain = case.run(case.model)
+    if not all(bool(t.isfinite().all()) for t in plain):
+        finding.detail = "its output isn't finite"
+        return
+    rng = random.Random(f"check {case.seed}/{case.index}")
+    criterion, ratio = rng.choice(CRITERIA), rng.choice([0.25, 0.5, 0.5])
+    before = _snapshot(case)
+    made = _tried(case, finding, criterion=criterion, ratio=ratio, bits=None, repair=None)
+    _hold(_same(before, _snapshot(case)), "the original, its data or a random generator were changed")
+    if made is None:
+        return
+    plan = plan_of(made)
+    finding.reasons = sorted(set(plan.skipped.values()))
+    finding.left = round(_parameters(made) / _parameters(case.model), 4)
+    finding.status = "crashed"
+    got = case.run(made)
+    finding.status = "not run"
+    edits = json.loads(plan.to_json())["edits"]
+    wanted = case.run(silenced(case, edits)) if edits else plain
+    finding.reacts = difference(plain, wanted) > TOLERANCE
+    off = difference(wanted, got)
+    finding.status = "shrunk" if edits else "whole"
+    if off > TOLERANCE:
+        finding.status, finding.detail = "wrong", f"off by {off:.2g}"
+        return
+    foreign = [reason for reason in finding.reasons if _FOREIGN.search(reason)]
+    _hold(not foreign, f"a reason in another library's words: {foreign[:1]}")
+    _replays(case, made, exact=True)
+    more: tuple[Callable[[Case, Finding], None], ...] = (_repaired, _masked, _again)
+    if case.index % 10 < len(more):
+        more[case.index % 10](case, finding)
+
+
+def _tried(case: Case, finding: Finding, **options: Any) -> nn.Module | None:
+    """What ``apply`` makes of it; None where it refuses, or fails."""
+    try:
+        return snncompress.apply(
+            case.model, data=case.data, timesteps=case.timesteps, skip=[], seed=case.index, progress=False,
+            **{**case.options, **options},
+        )  # fmt: skip
+    except SNNCompressError as error:
+        cause = error.__cause__
+        told = f"{type(error).__name__}: {error}"
+        finding.status, finding.detail = "refused", told[:400]
+        if cause is not None and not isinstance(cause, SNNCompressError):
+            finding.detail += f" <- {_told(cause)}" if isinstance(cause, Exception) else ""
+    except (_TooSlow, _Untrue):
+        raise
+    except Exception as error:
+        finding.status, finding.detail = "raw", _told(error)
+    return None
+
+
+def _hold(holds: bool, what: str) -> None:
+    if not holds:
+        raise _Untrue(what)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _snapshot(case: Case) -> list[Any]:
+    tensors = [*case.model.parameters(), *case.model.buffers()]
+    return [
+        [t.detach().clone() for t in tensors], [id(t) for t in tensors], [m.training for m in case.model.modules()],
+        [sorted(vars(m)) for m in case.model.modules()], case.data.clone(), torch.get_rng_state(), random.getstate(),
+    ]  # fmt: skip
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def _replays(case: Case, made: nn.Module, *, exact: bool) -> None:
+    """The plan, as text, on a network drawn again."""
+    fresh = generate(case.seed, case.index).model
+    replayed = Plan.from_json(plan_of(made).to_json()).apply(fresh, _adapter(case))
+    wanted, got = made.state_dict(), replayed.state_dict()
+    shapes = [{k: v.shape for k, v in state.items()} for state in (wanted, got)]
+    _hold(shapes[0] == shapes[1], "the plan, replayed, gives other keys or shapes")
+    replayed.load_state_dict(wanted)
+    off = difference(case.run(made), case.run(replayed))
+    _hold(off <= (0.0 if exact else 1e-6), f"the plan, replayed, gives another output: off by {off:.2g}")
+
+
+def _adapter(case: Case) -> Any:
+    return snncompress.OwnNeurons(case.options["neurons"], case.options["time_dim"]) if case.options else None
+
+
+def _repaired(case: Case, finding: Finding) -> None:
+    """Pruned, quantized and repaired: on its grid, and the plan replays."""
+    bits = 2 + case.index // 10 % 7
+    made = _tried(case, finding, criterion="random", ratio=0.5, bits=bits, quantizer=ReScaW(per_channel=False))
+    if made is None:
+        return
+    _hold(all(bool(t.isfinite().all()) for t in case.run(made)), "repaired, it puts out numbers that aren't finite")
+    for edit in plan_of(made).edits:
+        if edit.kind == "quantize_weights" and isinstance(layer := made.get_submodule(edit.layer), LAYERS):
+            values = len(layer.weight.detach().unique())
+            _hold(values <= 2**bits, f"{edit.layer} has {values} values at {bits} bits")
+    _replays(case, made, exact=False)
+
+
+def _masked(case: Case, finding: Finding) -> None:
+    """Single weights: exactly 0, as many as were asked for, and the plan replays."""
+    made = _tried(case, finding, criterion="weight_magnitude", ratio=0.6, bits=None, repair=None)
+    if made is None:
+        return
+    edits = [e for e in plan_of(made).edits if e.kind == "mask_weights"]
+    _hold(bool(edits), "no weight was masked")
+    for edit in edits:
+        if isinstance(layer := made.get_submodule(edit.layer), LAYERS):
+            _hold(bool((layer.weight == 0).any()), f"{edit.layer} was masked and has no zero")
+    if len(edits) == len(snncompress_layers(made)):
+        zeros = sum(int((made.get_submodule(n).weight == 0).sum()) for n in snncompress_layers(made))
+        every = sum(made.get_submodule(n).weight.numel() for n in snncompress_layers(made))
+        _hold(zeros >= 0.5 * every, f"{zeros} of {every} weights are 0 at ratio 0.6")
+    _replays(case, made, exact=False)
+
+
+def snncompress_layers(model: nn.Module) -> list[str]:
+    """Names of convolutions and linear layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+
+
+def _again(case: Case, finding: Finding) -> None:
+    """Twice the same call: twice the same plan."""
+    plans = [_tried(case, finding, criterion="svs", ratio=0.5, bits=4, quantizer="uniform") for _ in range(2)]
+    if None not in plans:
+        _hold(plan_of(plans[0]) == plan_of(plans[1]), "twice the same call gave two plans")

@@ -1,0 +1,177 @@
+"""What a pruned network must compute, found without the library: the original with the removed channels silenced.
+
+Of the library only the plan's text is read. Spikes of removed channels are forced to 0. Where layers write into a
+stream that no neuron closes, what reads it takes in 0 instead: a reader's channel is fed so if it changes with what the
+layers put out while every neuron, and every other layer, puts out what it did before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .networks import Case
+
+LAYERS = (_ConvNd, nn.Linear)
+TOLERANCE = 1e-8
+"""Of float64 sums whose order changes with the width, as a share of the largest number."""
+
+
+@dataclass
+class Removed:
+    """What one or more edits take: module → channels as they were in the original, and where neurons have them."""
+
+    outs: dict[str, set[int]] = field(default_factory=dict)
+    ins: dict[str, set[int]] = field(default_factory=dict)
+    neurons: dict[str, set[int]] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
+
+
+def removed_by(edits: list[dict[str, Any]]) -> list[Removed]:
+    """Of each edit of a plan's JSON that removes channels; indices there count what earlier edits have left."""
+    left: dict[tuple[str, str], list[int]] = {}
+    found = []
+    for edit in edits:
+        if edit["edit"] != "remove_channels":
+            continue
+        one = Removed()
+        for piece in edit["slices"]:
+            name, side = piece["module"], piece["side"]
+            alive = left.setdefault((name, side), list(range(100_000)))
+            gone = {alive[i] for i in piece["indices"]}
+            left[name, side] = [i for i in alive if i not in gone]
+            {"out": one.outs, "in": one.ins, "neuron": one.neurons}[side][name] = gone
+            if side == "neuron":
+                one.axes[name] = piece["axis"]
+        found.append(one)
+    return found
+
+
+def silenced(case: Case, edits: list[dict[str, Any]]) -> nn.Module:
+    """A copy of the case's network in which nothing comes out of what the edits remove."""
+    model = copy.deepcopy(case.model)
+    removed = removed_by(edits)
+    direct = _Replay(case)
+    silent: dict[str, set[int]] = {}
+    axes: dict[str, int] = {}
+    unread: dict[str, set[int]] = {}
+    for one in removed:
+        axes.update(one.axes)
+        for name, gone in one.neurons.items():
+            silent.setdefault(name, set()).update(gone)
+        reads = {name: gone for name, gone in one.ins.items() if isinstance(model.get_submodule(name), LAYERS)}
+        for name, fed in direct.readers(one.outs, reads).items():
+            unread.setdefault(name, set()).update(fed & one.ins[name])
+    for name, gone in silent.items():
+        model.get_submodule(name).register_forward_hook(_silence(sorted(gone), axes[name]))
+    for name, gone in unread.items():
+        layer = model.get_submodule(name)
+        layer.register_forward_pre_hook(_unread(sorted(gone), 1 - layer.weight.dim()))
+    return model
+
+
+def _silence(gone: list[int], axis: int) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, result: Any) -> Any:
+        spikes = result[0] if isinstance(result, tuple) else result
+        spikes = spikes.index_fill(axis, torch.tensor(gone), 0.0)
+        if hasattr(module, "spk"):  # snnTorch's recurrent neurons feed their own spikes back
+            module.spk = spikes
+        return (spikes, *result[1:]) if isinstance(result, tuple) else spikes
+
+    return hook
+
+
+def _unread(gone: list[int], axis: int) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        return args[0].index_fill(axis, torch.tensor(gone, dtype=torch.long), 0.0), *args[1:]
+
+    return hook
+
+
+class _Replay:
+    """Runs the original again with all that neurons and layers put out in its first run."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.record: dict[str, list[Tensor]] = {}
+        self.inputs: dict[str, list[Tensor]] | None = None
+
+    def readers(self, writers: dict[str, set[int]], readers: dict[str, set[int]]) -> dict[str, set[int]]:
+        """Reader → those of its input channels that writers make with no neuron or other layer between."""
+        if not readers:
+            return {}
+        if self.inputs is None:
+            with self._watched(frozenset()) as seen:
+                self.inputs = seen
+        with self._watched(frozenset(writers)) as now:
+            pass
+        found: dict[str, set[int]] = {}
+        for name in readers:
+            axis = 1 - self.case.model.get_submodule(name).weight.dim()
+            for a, b in zip(self.inputs.get(name, []), now.get(name, []), strict=True):
+                other = (a != b).movedim(axis, 0).flatten(1).any(1)
+                found.setdefault(name, set()).update(other.nonzero().flatten().tolist())
+        return found
+
+    @contextmanager
+    def _watched(self, writers: frozenset[str]) -> Iterator[dict[str, list[Tensor]]]:
+        """What layers took in, in a run; the outputs of ``writers`` are off by some noise."""
+        model = copy.deepcopy(self.case.model)
+        neurons = {name for name in neurons_of(model)}
+        first = not self.record
+        seen: dict[str, list[Tensor]] = {}
+        calls: dict[str, int] = {}
+        noise = torch.Generator().manual_seed(1)
+
+        def hook(name: str) -> Callable[..., Any]:
+            def replay(module: nn.Module, args: Any, result: Any) -> Any:
+                y = result[0] if isinstance(result, tuple) else result
+                number = calls[name] = calls.get(name, -1) + 1
+                if name not in neurons:
+                    seen.setdefault(name, []).append(args[0].clone())
+                if first:
+                    self.record.setdefault(name, []).append(y.clone())
+                    return None
+                y = self.record[name][number].clone()
+                if name in writers:
+                    y += 0.1 * torch.rand(y.shape, generator=noise, dtype=y.dtype)
+                return (y, *result[1:]) if isinstance(result, tuple) else y
+
+            return replay
+
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                inside = any(name.startswith(f"{n}.") for n in neurons)
+                if name in neurons or (isinstance(module, LAYERS) and not inside):
+                    stack.callback(module.register_forward_hook(hook(name)).remove)
+            self.case.run(model)
+        yield seen
+
+
+def neurons_of(model: nn.Module) -> list[str]:
+    """Names of the neurons of all styles."""
+    from spikingjelly.activation_based import base, neuron
+
+    import snntorch as snn
+
+    from .own import OwnFire
+
+    kinds = (neuron.BaseNode, neuron.SimpleBaseNode, snn.SpikingNeuron, snn.LeakyParallel, OwnFire, neuron.PSN,
+             neuron.SlidingPSN, neuron.MaskedPSN, base.MemoryModule, neuron.DSRIFNode, neuron.DSRLIFNode)  # fmt: skip
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def difference(wanted: list[Tensor], got: list[Tensor]) -> float:
+    """The largest, as a share of the largest number wanted; infinite where shapes differ or anything isn't finite."""
+    if [t.shape for t in wanted] != [t.shape for t in got]:
+        return float("inf")
+    largest = max((float(t.abs().max()) for t in wanted if t.numel()), default=0.0)
+    worst = max((float((a - b).abs().max()) for a, b in zip(wanted, got, strict=True) if a.numel()), default=0.0)
+    return worst / max(1.0, largest) if worst == worst else float("inf")
