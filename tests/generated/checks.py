@@ -130,8 +130,8 @@ def _check(case: Case, finding: Finding) -> None:
     _hold(not foreign, f"a reason in another library's words: {foreign[:1]}")
     _replays(case, made, exact=True)
     more: tuple[Callable[[Case, Finding], None], ...] = (_repaired, _masked, _again)
-    if case.index % 10 < len(more):
-        more[case.index % 10](case, finding)
+    if case.index % 16 < len(more):
+        more[case.index % 16](case, finding)
 
 
 def _tried(case: Case, finding: Finding, **options: Any) -> nn.Module | None:
@@ -197,7 +197,7 @@ def _adapter(case: Case) -> Any:
 
 def _repaired(case: Case, finding: Finding) -> None:
     """Pruned, quantized and repaired: on its grid, and the plan replays."""
-    bits = 2 + case.index // 10 % 7
+    bits = 2 + case.index // 16 % 7
     made = _tried(case, finding, criterion="random", ratio=0.5, bits=bits, quantizer=ReScaW(per_channel=False))
     if made is None:
         return

@@ -16,9 +16,9 @@ from . import attention, oddities  # noqa: F401 - they add stages
 from .formats import Format
 from .oddities import Noise
 from .stages import STAGES
-from .styles import STYLES, Hidden, Loop, Own, Single, Style
+from .styles import STYLES, Own, Style
 
-SAMPLES = 3
+SAMPLES = 2
 
 
 @dataclass
@@ -124,7 +124,7 @@ class _Draw:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         kind = rng.choices(list(STYLES), list(STYLES.values()))[0]
-        self.style = kind(rng, rng.choice([2, 3, 4]))
+        self.style = kind(rng, rng.choice([2, 3, 3]))
 
     def case(self, seed: int, index: int) -> Case:
         style, rng = self.style, self.rng
@@ -172,7 +172,7 @@ class _Draw:
         names: list[str] = []
         stages: list[nn.Module] = []
         first = "convolution" if fmt.kind == "maps" else "linear"
-        many = self.rng.choice([2, 3, 3, 4, 5])
+        many = self.rng.choice([2, 2, 3, 3, 4])
         while len(stages) < many:
             name = first if not stages and self.style.odds(0.8) else self._name(fmt)
             try:
@@ -290,6 +290,3 @@ def _liven(case: Case) -> None:
             module.register_forward_hook(scale(name))
     with torch.no_grad():
         run_steps(model, case.data.clone(), case.timesteps, case.style)
-
-
-__all__ = ["Case", "Hidden", "Loop", "Single", "generate", "run_steps", "tensors"]

@@ -44,7 +44,7 @@ def removed_by(edits: list[dict[str, Any]]) -> list[Removed]:
         one = Removed()
         for piece in edit["slices"]:
             name, side = piece["module"], piece["side"]
-            alive = left.setdefault((name, side), list(range(100_000)))
+            alive = left.setdefault((name, side), list(range(piece["width"])))
             gone = {alive[i] for i in piece["indices"]}
             left[name, side] = [i for i in alive if i not in gone]
             {"out": one.outs, "in": one.ins, "neuron": one.neurons}[side][name] = gone
