@@ -86,6 +86,7 @@ def report(findings: list[Finding]) -> int:
     if shrunk:
         print(f"  parameters left where it shrank, median: {shrunk[len(shrunk) // 2]:.2f}")
     _table("refused", (f.detail for f in findings if f.status == "refused"))
+    _table("refused further compression", (f.more for f in findings if f.more))
     _table("nothing went", (reason for f in findings if f.status == "whole" for reason in f.reasons))
     _table("layers whole", (reason for f in findings if f.status == "shrunk" for reason in f.reasons))
     for finding in sorted((f for f in findings if f.status in BAD), key=lambda f: (f.status, f.index)):

@@ -19,7 +19,7 @@ from snncompress_rescaw import ReScaW
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import Plan, SNNCompressError, plan_of
+from snncompress import Plan, PluginError, SNNCompressError, plan_of
 
 from .networks import Case, generate
 from .oracle import LAYERS, TOLERANCE, difference, silenced
@@ -45,6 +45,8 @@ class Finding:
     left: float = 1.0
     """Share of the parameters."""
     reasons: list[str] = field(default_factory=list)
+    more: str = ""
+    """Why it was refused further compression."""
     seconds: float = 0.0
 
     def to_json(self) -> str:
@@ -94,7 +96,7 @@ def check(seed: int, index: int) -> Finding:
     return finding
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = next((f for f in reversed(frames) if "snncompress" in f.filename), frames[-1])
     return f"{type(error).__name__}: {str(error)[:300]} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
@@ -141,12 +143,14 @@ def _tried(case: Case, finding: Finding, **options: Any) -> nn.Module | None:
             case.model, data=case.data, timesteps=case.timesteps, skip=[], seed=case.index, progress=False,
             **{**case.options, **options},
         )  # fmt: skip
+    except PluginError as error:  # of its own plugins
+        finding.status, finding.detail = "raw", _told(error.__cause__ or error)
     except SNNCompressError as error:
-        cause = error.__cause__
-        told = f"{type(error).__name__}: {error}"
-        finding.status, finding.detail = "refused", told[:400]
-        if cause is not None and not isinstance(cause, SNNCompressError):
-            finding.detail += f" <- {_told(cause)}" if isinstance(cause, Exception) else ""
+        told = f"{type(error).__name__}: {error}"[:400]
+        if finding.status == "not run":
+            finding.status, finding.detail = "refused", told
+        else:
+            finding.more = told
     except (_TooSlow, _Untrue):
         raise
     except Exception as error:

@@ -158,7 +158,7 @@ class _Draw:
         return case
 
     def _start(self) -> Format:
-        kind = self.rng.choices(["2", "1", "3", "tokens", "vector"], [10, 3, 2, 8, 5])[0]
+        kind = self.rng.choices(["2", "1", "3", "tokens", "vector"], [10, 3, 2, 10, 4])[0]
         if type(self.style).__name__ == "Parallel":
             kind = "vector"
         channels = self.rng.choice([2, 3])
@@ -172,9 +172,9 @@ class _Draw:
         names: list[str] = []
         stages: list[nn.Module] = []
         first = "convolution" if fmt.kind == "maps" else "linear"
-        many = self.rng.choice([2, 2, 3, 3, 4])
+        many = self.rng.choice([2, 3, 3, 4])
         while len(stages) < many:
-            name = first if not stages and self.style.odds(0.8) else self._name(fmt)
+            name = first if not stages and self.style.odds(0.85) else self._name(fmt)
             try:
                 module, made = STAGES[name][0](self.style, fmt)
             except ValueError:
@@ -192,7 +192,7 @@ class _Draw:
         while fmt.kind != "vector":
             module, fmt = self._onwards(fmt)
             stages.append(module)
-        if self.style.odds(0.5):
+        if self.style.odds(0.7):
             after = self.rng.choice([8, 12])
             made = Format("vector", after)
             stages.append(nn.Sequential(self.style.linear(fmt.channels, after), self.style.fire(made)))
@@ -276,7 +276,7 @@ def _liven(case: Case) -> None:
             if module in done or not 1e-6 < spread < 1e12:
                 return None
             done.add(module)
-            factor = 1.2 / spread
+            factor = 2.0 / spread
             for m in (module, twins[name]):
                 m.weight.data *= factor
                 if m.bias is not None:
