@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -16,9 +17,7 @@ from . import attention, oddities  # noqa: F401 - they add stages
 from .formats import Format
 from .oddities import Noise
 from .stages import STAGES
-from .styles import STYLES, Own, Style
-
-SAMPLES = 2
+from .styles import SAMPLES, STYLES, Multi, Own, Style
 
 
 @dataclass
@@ -88,6 +87,8 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if self.how["writes"]:
             x.sub_(0.05)
+        if self.how["unbatched"]:
+            x = x.unsqueeze(1 - self.how["axis"])
         if self.loops:
             for restart in self._restart:
                 restart(self)
@@ -139,6 +140,7 @@ class _Draw:
             axis = style.first
         how = {
             "sequence": sequence, "axis": axis, "writes": style.odds(0.1),
+            "unbatched": sequence and not outside and style.odds(0.08),
             "kept": rng.randrange(len(stages)) if style.odds(0.05) else None,
             "output": rng.choices(["all", "mean", "tuple", "dict"], [5, 3, 1, 1])[0],
         }  # fmt: skip
@@ -148,6 +150,8 @@ class _Draw:
         shape = [SAMPLES, *start.shape]
         if sequence and not outside:
             shape.insert(axis, style.steps)
+        if how["unbatched"]:
+            del shape[1 - axis]
         data = torch.rand(shape, dtype=torch.float64)
         options: dict[str, Any] = {}
         if isinstance(style, Own):
@@ -225,7 +229,21 @@ class _Draw:
         parts = [self.style.linear(fmt.channels, 5)]
         if self.style.odds(0.25):
             parts.append(self.style.fire(made))
+        elif isinstance(self.style, Multi) and self.style.odds(0.15):
+            parts.append(Readout())
         return nn.Sequential(*parts)
+
+
+class Readout(nn.Module):
+    """Membranes of neurons that never fire, of which SpikingJelly gives back a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neurons = neuron.NonSpikingLIFNode()
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.neurons(x)
+        return torch.stack(v) if isinstance(v, list) else v
 
 
 class Averaged(nn.Module):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from .formats import Format
 from .stages import Built, block, need, stage, weighted, width
-from .styles import Style
+from .styles import Multi, Single, SpikingJelly, Style
 
 
 class Scaled(nn.Module):
@@ -62,9 +63,34 @@ def bare_weight(style: Style, fmt: Format) -> Built:
 @stage(2, "maps", "tokens", "vector")
 def reparametrized(style: Style, fmt: Format) -> Built:
     after = width(style)
-    layer = weighted(style, fmt, after)
     how = style.pick(parametrizations.weight_norm, parametrizations.spectral_norm)
-    return nn.Sequential(how(layer), style.fire(fmt.wide(after))), fmt.wide(after)
+    return nn.Sequential(how(weighted(style, fmt, after)), style.fire(fmt.wide(after))), fmt.wide(after)
+
+
+@stage(1, "maps", "vector")
+def standardized(style: Style, fmt: Format) -> Built:
+    """SpikingJelly's layers that compute their weight in forward."""
+    need(isinstance(style, (Multi, Single)) and fmt.dims in (0, 2))
+    after, mode = width(style), style.mode
+    if fmt.dims:
+        made = layer.WSConv2d(fmt.channels, after, 3, padding=1, step_mode=mode)
+    else:
+        made = layer.WSLinear(fmt.channels, after, step_mode=mode)
+    return nn.Sequential(made, style.fire(fmt.wide(after))), fmt.wide(after)
+
+
+@stage(2, "vector")
+def recurrent(style: Style, fmt: Format) -> Built:
+    """SpikingJelly's containers that feed spikes back."""
+    need(isinstance(style, (Multi, Single)))
+    assert isinstance(style, SpikingJelly)
+    after, mode = width(style), style.mode
+    inner = neuron.LIFNode(v_threshold=0.5)
+    if style.odds(0.5):
+        made = layer.ElementWiseRecurrentContainer(inner, lambda x, y: x + 0.5 * y, step_mode=mode)
+    else:
+        made = layer.LinearRecurrentContainer(inner, after, after, step_mode=mode)
+    return nn.Sequential(style.linear(fmt.channels, after), made), fmt.wide(after)
 
 
 class Twice(nn.Module):
@@ -129,11 +155,11 @@ def branch_not_taken(style: Style, fmt: Format) -> Built:
 class Reshaped(nn.Module):
     """Counts channels: by an attribute, by a number, by the shape of what comes, or not at all."""
 
-    def __init__(self, inner: nn.Module, fmt: Format, how: str, lead: int) -> None:
+    def __init__(self, inner: nn.Module, fmt: Format, how: str, lead: int, batch: int) -> None:
         super().__init__()
         self.inner, self.how, self.lead = inner, how, lead
         self.channels, self.places = fmt.channels, fmt.flat // fmt.channels
-        self.sizes = fmt.sizes
+        self.sizes, self.batch = fmt.sizes, batch
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inner(x)
@@ -145,6 +171,8 @@ class Reshaped(nn.Module):
             return x.view(*before, c, -1).relu().view(*before, c, *self.sizes)
         if self.how == "rest":
             return x.reshape(*before, -1, self.places).relu().reshape(*before, -1, *self.sizes)
+        if self.how == "batch":
+            return x.reshape(self.batch, self.channels, *self.sizes).relu().reshape(before + x.shape[self.lead :])
         if self.how == "flat":
             return x.reshape(-1, self.channels, *self.sizes).relu().reshape(x.shape)
         return x.flatten(self.lead).relu().unflatten(self.lead, (-1, *self.sizes))
@@ -154,8 +182,8 @@ class Reshaped(nn.Module):
 def width_in_forward(style: Style, fmt: Format) -> Built:
     after = width(style)
     made = fmt.wide(after)
-    how = style.pick("attribute", "attribute", "shape", "rest", "flat", "flatten")
-    return Reshaped(block(style, fmt, after), made, how, style.lead), made
+    how = style.pick("attribute", "attribute", "shape", "rest", "flat", "flatten", "batch")
+    return Reshaped(block(style, fmt, after), made, how, style.lead, style.batch), made
 
 
 class InPlace(nn.Module):

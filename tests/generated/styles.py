@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .formats import Format
 from .own import OwnFire, OwnFireFirst, OwnFireSoft, Spike
 
+SAMPLES = 2
+"""In a batch."""
 NORMS = ("batch", "batch", "batch", "plain", "group", "instance", "nostats")
 
 
@@ -99,6 +101,11 @@ class Style:
 
     def __init__(self, rng: random.Random, steps: int) -> None:
         self.rng, self.steps = rng, steps
+
+    @property
+    def batch(self) -> int:
+        """As many samples as stages see."""
+        return SAMPLES * (self.steps if self.whole else 1)
 
     def odds(self, chance: float) -> bool:
         return self.rng.random() < chance
@@ -226,7 +233,7 @@ class SpikingJelly(Style):
 
     def finish(self, model: nn.Module) -> None:
         for m in model.modules():
-            if isinstance(m, neuron.BaseNode | neuron.SlidingPSN | neuron.MaskedPSN | Theta) and self.mode == "m":
+            if isinstance(m, (neuron.BaseNode, neuron.NonSpikingBaseNode, neuron.SlidingPSN, neuron.MaskedPSN, Theta)) and self.mode == "m":
                 m.step_mode = "m"
 
     def reset(self, model: nn.Module) -> None:
@@ -310,6 +317,9 @@ class SnnTorch(Style):
                 options["linear_features"] = fmt.channels
             else:
                 options |= {"conv2d_channels": fmt.channels, "kernel_size": 3}
+        if self.odds(0.04) and fmt.dims == 2:
+            own = {key: options[key] for key in ("init_hidden", "spike_grad", "output")}
+            return snn.SConv2dLSTM(fmt.channels, fmt.channels, 3, threshold=0.1, **own)
         return getattr(snn, kind)(**options)
 
     def fire(self, fmt: Format) -> nn.Module:
