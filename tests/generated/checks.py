@@ -24,7 +24,7 @@ from snncompress import Plan, PluginError, SNNCompressError, plan_of
 from .networks import Case, generate
 from .oracle import LAYERS, TOLERANCE, difference, silenced
 
-CRITERIA = ("random", "random", "magnitude", "firing_rate", "svs", "sca")
+CRITERIA = ("random", "random", "random", "magnitude", "firing_rate", "svs", "sca")
 BAD = ("wrong", "crashed", "raw", "untrue", "slow", "not run")
 """What must not be: a wrong output, a network that doesn't run, an error that isn't the library's own, another of its
 truths that doesn't hold, no end within a minute, and a network of the generator's that doesn't run in the first place."""
