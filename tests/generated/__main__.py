@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import sys
 from collections import Counter
@@ -43,7 +44,8 @@ def main() -> int:
     known = [f for f in kept(asked.keep) if f.seed == asked.seed and f.index < asked.count]
     done = {f.index for f in known}
     todo = [index for index in range(asked.count) if index not in done]
-    with open(asked.keep or "/dev/null", "a") as file:
+    with open(asked.keep or os.devnull, "a") as file:
+        file.write("\n" if known else "")  # the last line may have been cut short
         for number, finding in enumerate(checked(asked.seed, todo, asked.workers), len(known) + 1):
             known.append(finding)
             file.write(finding.to_json() + "\n")
@@ -75,7 +77,7 @@ def checked(seed: int, indices: list[int], workers: int) -> Iterator[Finding]:
 
 
 def report(findings: list[Finding]) -> int:
-    """A table of what came out; 1 where anything is wrong."""
+    """A table of what came out; 1 where anything is wrong, or too few outputs react for that to say much."""
     count = Counter(f.status for f in findings)
     reacting = sum(f.reacts for f in findings)
     print(f"\n{len(findings)} networks, {sum(f.seconds for f in findings) / max(1, len(findings)):.2f} s each")
@@ -91,7 +93,8 @@ def report(findings: list[Finding]) -> int:
     _table("layers whole", (reason for f in findings if f.status == "shrunk" for reason in f.reasons))
     for finding in sorted((f for f in findings if f.status in BAD), key=lambda f: (f.status, f.index)):
         print(f"{finding.status} {finding.index}: {finding.detail} [{' '.join(finding.stages)}]")
-    return int(any(f.status in BAD for f in findings))
+    few = len(findings) >= 100 and reacting < 2 / 3 * len(findings)
+    return int(few or any(f.status in BAD for f in findings))
 
 
 def _table(title: str, texts: Iterable[Any]) -> None:

@@ -44,10 +44,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.how["fused"]:
             made = self.fire_qkv(self.qkv(x))
-            if self.how["fused"] == "chunk":
-                parts = made.chunk(3, -1)
-            else:
-                parts = made.unflatten(-1, (3, -1)).unbind(-2)
+            parts = made.chunk(3, -1) if self.how["fused"] == "chunk" else made.unflatten(-1, (3, -1)).unbind(-2)
         else:
             parts = tuple(
                 getattr(self, f"fire_{n}")(getattr(self, f"norm_{n}")(getattr(self, n)(x))) for n in "qkv"

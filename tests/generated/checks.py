@@ -27,8 +27,8 @@ from .oracle import LAYERS, TOLERANCE, difference, silenced
 
 CRITERIA = (*["random"] * 5, "magnitude", "firing_rate", "svs", "sca")  # the last three prefer to take what is silent
 BAD = ("wrong", "crashed", "raw", "untrue", "slow", "not run")
-"""What must not be: a wrong output, a network that doesn't run, an error that isn't the library's own, another of its
-truths that doesn't hold, no end within a minute, and a network of the generator's that doesn't run in the first place."""
+"""What must not be: a wrong output, a result that doesn't run, an error that isn't the library's own, another of its
+truths that doesn't hold, no end within a minute, and a network that didn't run in the first place."""
 _FOREIGN = re.compile(r"\w+Error\b|mat1|size of tensor|invalid for input|must match|expand\(|torch\.\w+\(|0x[0-9a-f]+")
 SECONDS = 60
 

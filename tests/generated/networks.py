@@ -283,7 +283,7 @@ class ToTokens(nn.Module):
 
 
 def _liven(case: Case) -> None:
-    """Scale each layer, at its first call that isn't silent, so that what it puts out is about as large as thresholds."""
+    """Scale each layer, at its first call that isn't silent: what it puts out is about as large as thresholds then."""
     model = copy.deepcopy(case.model)
     twins = dict(case.model.named_modules())
     done: set[nn.Module] = set()

@@ -1,4 +1,4 @@
-"""Stages as they are found in research code: weights that aren't what they seem, widths in attributes, dead branches."""
+"""Stages as in research code: weights that aren't what they seem, widths in attributes, branches that never run."""
 
 from __future__ import annotations
 

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import snntorch as snn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .networks import Case
+from .own import OwnFire
 
 LAYERS = (_ConvNd, nn.Linear)
 TOLERANCE = 1e-8
@@ -146,15 +148,14 @@ class _Replay:
 
 def neurons_of(model: nn.Module) -> list[str]:
     """Names of the neurons of all styles."""
-    from spikingjelly.activation_based import base, neuron
-
-    import snntorch as snn
-
-    from .own import OwnFire
-
-    kinds = (neuron.BaseNode, neuron.SimpleBaseNode, snn.SpikingNeuron, snn.LeakyParallel, OwnFire, neuron.PSN,
-             neuron.SlidingPSN, neuron.MaskedPSN, base.MemoryModule, neuron.DSRIFNode, neuron.DSRLIFNode)  # fmt: skip
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    found = []
+    for name, module in model.named_modules():
+        homes = [cls.__module__ for cls in type(module).__mro__]
+        if any(home.startswith("spikingjelly.activation_based.neuron") for home in homes) or isinstance(
+            module, (snn.SpikingNeuron, snn.LeakyParallel, OwnFire)
+        ):
+            found.append(name)
+    return found
 
 
 def difference(wanted: list[Tensor], got: list[Tensor]) -> float:

@@ -200,7 +200,9 @@ class SpikingJelly(Style):
             lambda: neuron.LIFNode(tau=self.pick(1.5, 2.0, 4.0), **decay, **common),
             lambda: neuron.LIFNode(tau=self.pick(1.5, 2.0), **decay, **common),
             lambda: neuron.ParametricLIFNode(init_tau=self.pick(1.5, 2.0), **decay, **common),
-            lambda: neuron.KLIFNode(scale_reset=self.odds(0.5), **decay, **(common | {"v_reset": self.pick(0.0, None)})),
+            lambda: neuron.KLIFNode(
+                scale_reset=self.odds(0.5), **decay, **(common | {"v_reset": self.pick(0.0, None)})
+            ),
             lambda: neuron.QIFNode(**common),
             lambda: neuron.EIFNode(**common),
             lambda: neuron.IzhikevichNode(a=0.1, b=0.1, **(common | {"v_reset": 0.0})),
@@ -232,8 +234,9 @@ class SpikingJelly(Style):
         return self.node(fmt)
 
     def finish(self, model: nn.Module) -> None:
+        kinds = (neuron.BaseNode, neuron.SimpleBaseNode, neuron.NonSpikingBaseNode, neuron.SlidingPSN, neuron.MaskedPSN)
         for m in model.modules():
-            if isinstance(m, (neuron.BaseNode, neuron.NonSpikingBaseNode, neuron.SlidingPSN, neuron.MaskedPSN, Theta)) and self.mode == "m":
+            if isinstance(m, kinds) and self.mode == "m":
                 m.step_mode = "m"
 
     def reset(self, model: nn.Module) -> None:
