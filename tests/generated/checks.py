@@ -132,7 +132,7 @@ def _check(case: Case, finding: Finding) -> None:
         return
     foreign = [reason for reason in finding.reasons if _FOREIGN.search(reason)]
     _hold(not foreign, f"a reason in another library's words: {foreign[:1]}")
-    _replays(case, made, exact=True)
+    _replays(case, made, got, exact=True)
     more: tuple[Callable[[Case, Finding], None], ...] = (_repaired, _masked, _again)
     if case.index % 16 < len(more):
         more[case.index % 16](case, finding)
@@ -185,15 +185,14 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _replays(case: Case, made: nn.Module, *, exact: bool) -> None:
-    """The plan, as text, on a network drawn again."""
-    fresh = generate(case.seed, case.index).model
-    replayed = Plan.from_json(plan_of(made).to_json()).apply(fresh, _adapter(case))
+def _replays(case: Case, made: nn.Module, got: list[Tensor], *, exact: bool) -> None:
+    """The plan, as text, on the original; ``got`` is what ``made`` puts out."""
+    replayed = Plan.from_json(plan_of(made).to_json()).apply(case.model, _adapter(case))
     wanted, got = made.state_dict(), replayed.state_dict()
     shapes = [{k: v.shape for k, v in state.items()} for state in (wanted, got)]
     _hold(shapes[0] == shapes[1], "the plan, replayed, gives other keys or shapes")
     replayed.load_state_dict(wanted)
-    off = difference(case.run(made), case.run(replayed))
+    off = difference(got, case.run(replayed))
     _hold(off <= (0.0 if exact else 1e-6), f"the plan, replayed, gives another output: off by {off:.2g}")
 
 
@@ -207,12 +206,13 @@ def _repaired(case: Case, finding: Finding) -> None:
     made = _tried(case, finding, criterion="random", ratio=0.5, bits=bits, quantizer=ReScaW(per_channel=False))
     if made is None:
         return
-    _hold(all(bool(t.isfinite().all()) for t in case.run(made)), "repaired, it puts out numbers that aren't finite")
+    got = case.run(made)
+    _hold(all(bool(t.isfinite().all()) for t in got), "repaired, it puts out numbers that aren't finite")
     for edit in plan_of(made).edits:
         if edit.kind == "quantize_weights" and isinstance(layer := made.get_submodule(edit.layer), LAYERS):
             values = len(layer.weight.detach().unique())
             _hold(values <= 2**bits, f"{edit.layer} has {values} values at {bits} bits")
-    _replays(case, made, exact=False)
+    _replays(case, made, got, exact=False)
 
 
 def _masked(case: Case, finding: Finding) -> None:
@@ -229,7 +229,7 @@ def _masked(case: Case, finding: Finding) -> None:
         zeros = sum(int((made.get_submodule(n).weight == 0).sum()) for n in snncompress_layers(made))
         every = sum(made.get_submodule(n).weight.numel() for n in snncompress_layers(made))
         _hold(zeros >= 0.5 * every, f"{zeros} of {every} weights are 0 at ratio 0.6")
-    _replays(case, made, exact=False)
+    _replays(case, made, case.run(made), exact=False)
 
 
 def snncompress_layers(model: nn.Module) -> list[str]:

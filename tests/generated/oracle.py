@@ -150,10 +150,11 @@ def neurons_of(model: nn.Module) -> list[str]:
     """Names of the neurons of all styles."""
     found = []
     for name, module in model.named_modules():
-        homes = [cls.__module__ for cls in type(module).__mro__]
-        if any(home.startswith("spikingjelly.activation_based.neuron") for home in homes) or isinstance(
-            module, (snn.SpikingNeuron, snn.LeakyParallel, OwnFire)
-        ):
+        kinds = [
+            cls for cls in type(module).__mro__ if cls.__module__.startswith("spikingjelly.activation_based.neuron")
+        ]
+        fires = bool(kinds) and not any("NonSpiking" in kind.__name__ for kind in kinds)
+        if fires or isinstance(module, (snn.SpikingNeuron, snn.LeakyParallel, OwnFire)):
             found.append(name)
     return found
 
