@@ -50,6 +50,8 @@ class Attention(nn.Module):
                 getattr(self, f"fire_{n}")(getattr(self, f"norm_{n}")(getattr(self, n)(x))) for n in "qkv"
             )  # fmt: skip
         q, k, v = map(self._apart, parts)
+        if self.how["counts"] == "rest":  # as most write it
+            q = q * q.shape[-1] ** -0.5
         if self.how["order"] == "left":
             y = (q @ k.transpose(-2, -1)) * self.scale @ v
         elif self.how["order"] == "softmax":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from . import attention, oddities  # noqa: F401 - they add stages
@@ -138,9 +139,10 @@ class _Draw:
         axis = style.first if outside else rng.choice([0, 1]) if not style.loops or fmt.kind else 0
         if not outside and style.whole and not sequence:
             axis = style.first
+        needs_batch = any(isinstance(m, _NormBase) and m.running_mean is None for s in stages for m in s.modules())
         how = {
             "sequence": sequence, "axis": axis, "writes": style.odds(0.1),
-            "unbatched": sequence and not outside and style.odds(0.08),
+            "unbatched": sequence and not outside and not needs_batch and style.odds(0.08),
             "kept": rng.randrange(len(stages)) if style.odds(0.05) else None,
             "output": rng.choices(["all", "mean", "tuple", "dict"], [5, 3, 1, 1])[0],
         }  # fmt: skip

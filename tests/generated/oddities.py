@@ -295,3 +295,147 @@ def two_scales(style: Style, fmt: Format) -> Built:
     coarse = nn.Sequential(down, block(style, small, after, fires=fires))
     whole: nn.Module = TwoScales(coarse, block(style, fmt, after, fires=fires))
     return (whole if fires else nn.Sequential(whole, style.fire(fmt))), fmt
+
+
+# -- what a gradient doesn't show, or a width gets into --
+
+
+class Hidden(nn.Module):
+    """A way past the body that no gradient shows."""
+
+    def __init__(self, body: nn.Module, axis: int, how: str) -> None:
+        super().__init__()
+        self.body, self.axis, self.how = body, axis, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        if self.how == "detached shortcut":
+            return y + x.detach()
+        if self.how == "detached gate":
+            return y * x.detach().mean(self.axis, keepdim=True)
+        if self.how == "largest channel":
+            return y + x.argmax(self.axis, keepdim=True).to(x.dtype)
+        if self.how == "rounded":
+            return y + (2 * x).round()
+        if self.how == "switched":
+            return torch.where(x.sum(self.axis, keepdim=True) > 1.0, y, -y)
+        if self.how == "top two":
+            return y * (y >= y.topk(2, self.axis).values.amin(self.axis, keepdim=True)).to(y.dtype)
+        with torch.no_grad():
+            share = x.sum(self.axis, keepdim=True)
+        return y - 0.1 * share
+
+
+@stage(3, "maps", "tokens", "vector")
+def hidden_way(style: Style, fmt: Format) -> Built:
+    how = style.pick(
+        "detached shortcut", "detached gate", "largest channel", "rounded", "switched", "top two", "no grad"
+    )
+    return Hidden(block(style, fmt, fmt.channels, fires=style.odds(0.7)), fmt.axis, how), fmt
+
+
+class Counted(nn.Module):
+    """Divides by how many channels there are."""
+
+    def __init__(self, inner: nn.Module, axis: int, how: str) -> None:
+        super().__init__()
+        self.inner, self.axis, self.how = inner, axis, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if self.how == "shape":
+            return y * 4 / y.shape[self.axis]
+        if self.how == "weight":
+            return y * len(self.inner[0].weight) ** -0.5
+        return y * torch.linspace(0.5, 1.5, y.shape[self.axis], dtype=y.dtype).view(-1, *[1] * (-1 - self.axis))
+
+
+@stage(2, "maps", "tokens", "vector")
+def width_in_numbers(style: Style, fmt: Format) -> Built:
+    after = width(style)
+    return Counted(block(style, fmt, after), fmt.axis, style.pick("shape", "weight", "ramp")), fmt.wide(after)
+
+
+class Neighbours(nn.Module):
+    """Channels as places: a convolution along them (ECA), or another that looks at those nearby."""
+
+    def __init__(self, axis: int, places: tuple[int, ...]) -> None:
+        super().__init__()
+        self.mixing, self.axis, self.places = nn.Conv1d(1, 1, 3, padding=1), axis, places
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.mean(self.places) if self.places else x
+        gates = self.mixing(means.reshape(-1, 1, means.shape[-1])).reshape(means.shape).sigmoid()
+        return x * gates.reshape(*gates.shape, *[1] * len(self.places))
+
+
+@stage(2, "maps", "vector")
+def neighbours(style: Style, fmt: Format) -> Built:
+    if fmt.kind == "maps" and style.odds(0.4):
+        return style.wrap(nn.LocalResponseNorm(3, alpha=0.5)), fmt
+    return Neighbours(fmt.axis, tuple(range(-fmt.dims, 0))), fmt
+
+
+class Patches(nn.Module):
+    """A convolution written as patches and a linear layer, whose columns are channels times places."""
+
+    def __init__(self, inner: nn.Module, after: int) -> None:
+        super().__init__()
+        self.inner, self.after = inner, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = nn.functional.unfold(x, 3, padding=1)
+        return self.inner(patches.transpose(1, 2)).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+
+
+@stage(2, "maps")
+def patches(style: Style, fmt: Format) -> Built:
+    need(fmt.dims == 2)
+    after = width(style)
+    made = fmt.wide(after)
+    return nn.Sequential(style.wrap(Patches(nn.Linear(9 * fmt.channels, after), after)), style.fire(made)), made
+
+
+@stage(2, "maps", "tokens", "vector")
+def hooked(style: Style, fmt: Format) -> Built:
+    """A hook of the user's own that changes what a layer puts out, or takes in."""
+    after = width(style)
+    made = fmt.wide(after)
+    inner = block(style, fmt, after)
+    if style.odds(0.5):
+        inner[0].register_forward_hook(_louder if style.odds(0.5) else Offset(fmt.axis))
+    else:
+        inner[0].register_forward_pre_hook(_halved)
+    return inner, made
+
+
+def _louder(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    return 1.5 * y
+
+
+def _halved(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (0.5 * args[0],)
+
+
+class Offset:
+    """A hook that adds to the first channel."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        ramp = torch.zeros(y.shape[self.axis], dtype=y.dtype)
+        ramp[0] = 0.5
+        return y + ramp.view(-1, *[1] * (-1 - self.axis))
+
+
+@stage(2, "maps")
+def padded_otherwise(style: Style, fmt: Format) -> Built:
+    """Circular and reflected padding, padding by name, a slope for each channel behind it."""
+    need(min(fmt.sizes) >= 2)
+    after = width(style)
+    made = fmt.wide(after)
+    mode = style.pick("circular", "reflect" if fmt.dims < 3 else "replicate", "zeros")
+    conv = style.conv(fmt, after, 3, padding=1 if mode != "zeros" else "same", padding_mode=mode)
+    slopes = [style.wrap(nn.PReLU(style.pick(1, after)))] if style.odds(0.5) else []
+    return nn.Sequential(conv, *slopes, style.fire(made)), made
