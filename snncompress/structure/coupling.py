@@ -107,6 +107,8 @@ class _Walk:
             yield from self.found.links.get(space[0], ())
 
     def _colour(self, space: Space, colours: Tensor) -> None:
+        if space[0] in self.found.uneven:
+            raise UnfitError(f"{space[0]} is used at several widths")
         before = self.colours.get(space)
         if before is None:
             merged = colours

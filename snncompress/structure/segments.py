@@ -51,6 +51,8 @@ class Segments:
     links: dict[str, list[Link]] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)
+    uneven: set[str] = field(default_factory=set)
+    """Modules that are called at several widths."""
     through: set[str] = field(default_factory=set)
     """Modules whose output channels are those of their input: norms, neurons, depthwise convolutions."""
 
@@ -68,7 +70,9 @@ def segments(model: nn.Module, adapter: Adapter, run: Run, axes: Mapping[str, in
         module = model.get_submodule(name)
         if leaf is not None and leaf.dim() >= -axis:
             found.axes[name] = axis if name in cut.through else channel_axis(module)
-            found.widths[name] = leaf.shape[found.axes[name]]
+            width = leaf.shape[found.axes[name]]
+            if found.widths.setdefault(name, width) != width:
+                found.uneven.add(name)
     return found
 
 

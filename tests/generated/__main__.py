@@ -38,8 +38,8 @@ def main() -> int:
     if asked.only is not None:
         findings = [check(asked.seed, index) for index in asked.only]
         for finding in findings:
-            print(finding.to_json())
             print(generate(finding.seed, finding.index).model)
+            print(finding.to_json())
         return report(findings)
     known = [f for f in kept(asked.keep) if f.seed == asked.seed and f.index < asked.count]
     done = {f.index for f in known}

@@ -92,6 +92,7 @@ def check(seed: int, index: int) -> Finding:
     except _Untrue as error:
         finding.status, finding.detail = "untrue", str(error)
     except Exception as error:
+        finding.status = finding.status if finding.status in BAD else "untrue"
         finding.detail = _told(error)
     finding.seconds = round(time.perf_counter() - start, 3)
     return finding
@@ -188,10 +189,9 @@ def _same(a: Any, b: Any) -> bool:
 def _replays(case: Case, made: nn.Module, got: list[Tensor], *, exact: bool) -> None:
     """The plan, as text, on the original; ``got`` is what ``made`` puts out."""
     replayed = Plan.from_json(plan_of(made).to_json()).apply(case.model, _adapter(case))
-    wanted, got = made.state_dict(), replayed.state_dict()
-    shapes = [{k: v.shape for k, v in state.items()} for state in (wanted, got)]
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (made, replayed)]
     _hold(shapes[0] == shapes[1], "the plan, replayed, gives other keys or shapes")
-    replayed.load_state_dict(wanted)
+    replayed.load_state_dict(made.state_dict())
     off = difference(got, case.run(replayed))
     _hold(off <= (0.0 if exact else 1e-6), f"the plan, replayed, gives another output: off by {off:.2g}")
 
