@@ -69,7 +69,8 @@ def silenced(case: Case, edits: list[dict[str, Any]]) -> nn.Module:
             silent.setdefault(name, set()).update(gone)
         reads = {name: gone for name, gone in one.ins.items() if isinstance(model.get_submodule(name), LAYERS)}
         for name, fed in direct.readers(one.outs, reads).items():
-            unread.setdefault(name, set()).update(fed & one.ins[name])
+            if fed & one.ins[name]:
+                unread.setdefault(name, set()).update(fed & one.ins[name])
     for name, gone in silent.items():
         model.get_submodule(name).register_forward_hook(_silence(sorted(gone), axes[name]))
     for name, gone in unread.items():
