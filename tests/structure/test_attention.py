@@ -220,3 +220,22 @@ def test_attention_of_its_own_width_shrinks_without_the_stream() -> None:
     assert (small.blocks[0].dim, small.blocks[1].dim) == (WIDTH // 2, WIDTH)
     assert small.head.in_features == WIDTH
     assert largest_difference(model, small, Feed(find_adapter(model), x)) < 1e-9
+
+
+class AtTwoWidths(nn.Module):
+    """One neuron behind layers of 8 and 6, with a sum over channels at which torch-pruning gives up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fire = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 4), neuron.PSN(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fire(self.a(x)).flip(-1)
+        return self.c(self.fire(self.b(x)).cumsum(-1))
+
+
+def test_a_neuron_at_several_widths_leaves_its_layers_whole() -> None:
+    options = {"data": torch.rand(3, 2, 6), "skip": [], "repair": None}
+    with pytest.warns(snncompress.NothingToDoWarning):
+        small = snncompress.apply(AtTwoWidths(), "random", 0.5, None, **options)
+    assert set(snncompress.plan_of(small).skipped) == {"a", "b", "c"}
