@@ -2,7 +2,7 @@
 
 Of the library only the plan's text is read. Spikes of removed channels are forced to 0. Where layers write into a
 stream that no neuron closes, what reads it takes in 0 instead: a reader's channel is fed so if it changes with what the
-layers put out while every neuron, and every other layer, puts out the same.
+layers put out while every neuron, and every other layer but depthwise convolutions, puts out the same.
 """
 
 from __future__ import annotations
@@ -141,10 +141,15 @@ class _Replay:
 
         for name, module in model.named_modules():
             inside = any(name.startswith(f"{n}.") for n in neurons)
-            if name in neurons or (isinstance(module, LAYERS) and not inside):
+            if name in neurons or (isinstance(module, LAYERS) and not inside and not passes_on(module)):
                 module.register_forward_hook(hook(name))
         self.case.run(model)
         return seen
+
+
+def passes_on(module: nn.Module) -> bool:
+    """Is it a depthwise convolution? What it puts out of a channel is made of that channel."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
 
 
 def neurons_of(model: nn.Module) -> list[str]:
