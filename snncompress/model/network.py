@@ -44,6 +44,9 @@ class Member:
     width: int = 0
     axis: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", self.index.contiguous())  # torch.isin takes no other
+
     def observed(self, activity: Tensor) -> Tensor:
         """[T', N, C, ...] of what an observer got of a neuron whose channels stand on ``axis``."""
         if activity.dim() + self.axis == 1:  # a single sample without an axis for it

@@ -69,6 +69,8 @@ def fits_runs(members: list[Member], runs: int, model: nn.Module) -> int | None:
 def tied(members: list[Member], runs: int, model: nn.Module) -> list[Member]:
     """The same with one row for all channels that grouped convolutions tie, besides those that ``runs`` tie already."""
     size = len(members[0].index)
+    if size % runs:
+        raise UnfitError(_UNEVEN)
     label = torch.arange(size) % (size // runs)  # the least row that a row is tied to, as far as known
     while True:
         before = label

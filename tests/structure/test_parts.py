@@ -16,6 +16,9 @@ from snncompress.contract.detection import find_adapter
 from snncompress.model.network import ChannelGroup, Member, by_layer
 from snncompress.pruning.recording import _columns
 from snncompress.running.data import Feed
+from snncompress.structure.reshaping import UnfitError
+from snncompress.structure.ties import tied
+from snncompress.structure.widths import merged
 from tests.equivalence import largest_difference
 
 X = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -252,3 +255,17 @@ def test_a_channel_is_scored_by_the_neurons_that_hear_it() -> None:
     assert table is not None
     assert table[:4].flatten().tolist() == [4, 5, 2, 3]
     assert heard.tolist() == [True, True, True, True, False, False]
+
+
+def test_parts_of_a_layer_merge_however_their_indices_lie_in_memory() -> None:
+    turned = torch.arange(8).view(2, 4).t()  # rows 0 4, 1 5, 2 6, 3 7
+    one, other = (ChannelGroup((Member("layer", "out", index),), 2) for index in (turned[:2], turned[2:]))
+    together = merged([one, other])
+    assert together is not None
+    assert together.members[0].index.tolist() == [[0, 4, 2, 6], [1, 5, 3, 7]]
+    assert merged([one, one]) is None
+
+
+def test_fewer_channels_than_heads_are_no_group() -> None:
+    with pytest.raises(UnfitError, match="evenly"):
+        tied([Member("0", "out", torch.arange(3)[:, None])], 6, nn.Sequential(nn.Linear(2, 3)))
