@@ -11,16 +11,22 @@ from torch import Tensor
 
 _TRIES = 4
 _ITERATIONS = 300
+_AT_ONCE = 1024
+"""Rows whose products are taken together: adding a matrix D × D up costs as much as the products of many rows."""
+_BLOCK, _BLOCKS = 512, 4
+"""H is symmetric, so it is taken in blocks of columns, at least so wide and at most so many."""
 
 
 class Sums:
     """H [G, D, D], B [G, D, R] and Σ y² [G, R] of what was read, u [n, G, D], and is wanted, y [n, G, R]."""
 
     def __init__(self, groups: int, reads: int, rows: int, device: torch.device) -> None:
-        self.gram = torch.zeros(groups, reads, reads, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(groups, reads, rows, dtype=torch.float64, device=device)
-        self.square = torch.zeros(groups, rows, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(groups, reads, reads, dtype=torch.float64, device=device)
+        self._cross = torch.zeros(groups, reads, rows, dtype=torch.float64, device=device)
+        self._square = torch.zeros(groups, rows, dtype=torch.float64, device=device)
         self.samples = 0
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._waiting = 0
 
     def add(self, read: Tensor, wanted: Tensor, *, first: bool = True) -> None:
         """More of it; products in float32 or better, sums in float64. Only what is ``first`` seen says anything new.
@@ -29,10 +35,43 @@ class Sums:
         """
         self.samples += len(read) if first else 0
         dtype = torch.promote_types(read.dtype, torch.float32)
-        u, y = read.to(dtype).transpose(0, 1), wanted.to(dtype).transpose(0, 1)
-        self.gram += u.transpose(1, 2) @ u
-        self.cross += u.transpose(1, 2) @ y
-        self.square += y.double().square().sum(1)
+        self._pending.append((read.to(dtype), wanted.to(dtype)))
+        self._waiting += len(read)
+        if self._waiting >= _AT_ONCE:
+            self._flush()
+
+    @property
+    def gram(self) -> Tensor:
+        """H."""
+        self._flush()
+        return self._gram
+
+    @property
+    def cross(self) -> Tensor:
+        """B."""
+        self._flush()
+        return self._cross
+
+    @property
+    def square(self) -> Tensor:
+        """Σ y²."""
+        self._flush()
+        return self._square
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        u, y = (torch.cat(parts).transpose(0, 1) for parts in zip(*self._pending, strict=True))
+        self._pending, self._waiting = [], 0
+        starts = range(0, u.shape[2], max(_BLOCK, -(-u.shape[2] // _BLOCKS)))
+        for start in starts:  # from the diagonal to the right; the rest mirrors it
+            rows = slice(start, start + starts.step)
+            self._gram[:, rows, start:] += u[..., rows].transpose(1, 2) @ u[..., start:]
+        for start in starts[1:]:
+            rows = slice(start, start + starts.step)
+            self._gram[:, rows, :start] = self._gram[:, :start, rows].transpose(1, 2)
+        self._cross += u.transpose(1, 2) @ y
+        self._square += y.double().square().sum(1)
 
     def scarcity(self) -> float:
         """1 where there are many more samples than unknowns; by how much more the sums must be damped with fewer."""
