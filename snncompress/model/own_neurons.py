@@ -110,11 +110,10 @@ class OwnNeurons(Adapter):
 
     @contextmanager
     def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
-        """One timestep stands for all; a neuron that holds layers computes as it does."""
+        """One timestep stands for all; a neuron that holds layers, other than over time, computes as it does."""
         with self.base.identities(model, stand_in), ExitStack() as stack:
             for neuron in self._own(model).values():
-                plain = through(neuron.forward) if _layers(neuron) else self._firing(neuron, stand_in)
-                stack.enter_context(patched(neuron, "forward", plain))
+                stack.enter_context(patched(neuron, "forward", self._firing(neuron, stand_in)))
             yield
         self.reset(model)
 
@@ -137,7 +136,7 @@ class OwnNeurons(Adapter):
         """What has an entry for each channel."""
         if not self.is_own(neuron):
             self.base.remove_channels(neuron, indices, width=width, axis=axis)
-        elif _layers(neuron):
+        elif any(width in t.shape for t in _inside(neuron)):
             raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
         else:
             remove_along(neuron, indices, width=width, axis=axis)
@@ -188,6 +187,9 @@ class OwnNeurons(Adapter):
 
         def call(*args: Any, **named: Any) -> Any:
             x: Tensor = next(iter((*args, *named.values())))
+            steps = 1 if self.time_dim is None else x.shape[self.time_dim]
+            if any(not {1, steps}.issuperset(t.shape) for t in _inside(neuron)):
+                return through(forward)(*args, **named)
             with torch.no_grad():
                 form = forward(*args, **named)
             if self.time_dim is None:
@@ -218,9 +220,9 @@ def named_neurons(adapter: Adapter | str | None, neurons: Neurons | None, time_d
     return OwnNeurons(neurons, time_dim)
 
 
-def _layers(neuron: nn.Module) -> bool:
-    """Does it hold modules with an entry for each channel, or more? A learnable number is none."""
-    return any(t.numel() > 1 for child in neuron.children() for t in (*child.parameters(), *child.buffers()))
+def _inside(neuron: nn.Module) -> list[Tensor]:
+    """What the modules hold that a neuron holds: where it isn't single numbers, an entry for each channel or step."""
+    return [t for child in neuron.children() for t in (*child.parameters(), *child.buffers()) if t.numel() > 1]
 
 
 def _wants_more(method: Callable[..., Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -233,6 +233,30 @@ def test_a_neuron_that_holds_layers_stays_whole() -> None:
     )
     assert [len(small.get_submodule(n).weight) for n in ("f1", "f2")] == [16, 6]
     run(small, CASES["[T, N, C]"])
+
+
+def test_a_neuron_that_holds_a_layer_over_time_is_cut() -> None:
+    """SpikingJelly's authors' parallel spiking neuron: spikes of a linear layer over the timesteps."""
+
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+            nn.init.constant_(self.fc.bias, -0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.addmm(self.fc.bias.unsqueeze(1), self.fc.weight, x.flatten(1))
+            return cast(Tensor, Step.apply(y)).view(x.shape)
+
+    case = Case(lambda: Line(lambda c: Parallel()), Parallel, 0, torch.rand(6, 5, 8))
+    model = case.build().eval()
+    small = snncompress.apply(model, "firing_rate", 0.5, None, data=case.x, skip=[], repair=None, **case.named)
+    assert [len(small.get_submodule(n).weight) for n in ("f1", "f2", "a.fc")] == [8, 6, 6]
+    gone = snncompress.plan_of(small).removed_channels()
+    with torch.no_grad():
+        model.f2.weight[:, gone["f1"]] = 0
+        model.f3.weight[:, gone["f2"]] = 0
+    assert torch.allclose(run(small, case), run(model, case), atol=1e-5)
 
 
 class Mixed(nn.Module):
