@@ -151,7 +151,7 @@ class _Cut:
                 for places in (torch.arange(n) // (n // count), torch.arange(n) % count):
                     if made is None:
                         made = _made(_labels(x, weights, axis, places, [(name, leaf, own)])[0], places)
-            if made is None and (one := _one_part(labels)) is not None:
+            if made is None and n > 1 and (one := _one_part(labels)) is not None:
                 parts = count // int((one >= 0).sum())
                 made = _made(one, torch.arange(n))
                 if bool((labels == -2).any()):  # as q and k are, beside v

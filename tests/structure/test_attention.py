@@ -239,3 +239,44 @@ def test_a_neuron_at_several_widths_leaves_its_layers_whole() -> None:
     with pytest.warns(snncompress.NothingToDoWarning):
         small = snncompress.apply(AtTwoWidths(), "random", 0.5, None, **options)
     assert set(snncompress.plan_of(small).skipped) == {"a", "b", "c"}
+
+
+class TokenMask(nn.Module):
+    """QKFormer as its authors write it: the sum over a head's channels of q drives a neuron, which gates those of k."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.attn_lif = number, fire(0.5)
+        self.layers = nn.ModuleDict({n: nn.Conv1d(WIDTH, WIDTH, 1) for n in ("q", "k", "proj")})
+        self.lifs = nn.ModuleDict({n: fire() for n in self.layers})
+        self.embed, self.lif, self.head = nn.Conv1d(6, WIDTH, 1), fire(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t, n = x.shape[:2]
+        x = self.lif(self.embed(x.flatten(0, 1)).unflatten(0, (t, n)))
+        t, n, width, length = x.shape
+        q, k = (
+            self.lifs[name](self.layers[name](x.flatten(0, 1)).reshape(x.shape)).reshape(
+                t, n, self.number, width // self.number, length
+            )
+            for name in "qk"
+        )
+        y = (self.attn_lif(q.sum(3, keepdim=True)) * k).flatten(2, 3)
+        y = self.lifs["proj"](self.layers["proj"](y.flatten(0, 1)).reshape(t, n, width, length))
+        return self.head((x + y).mean(3))
+
+
+@pytest.mark.parametrize("number", [1, HEADS])
+def test_what_gates_a_whole_head_stays_where_some_of_its_channels_go(number: int) -> None:
+    model = TokenMask(number).double().eval()
+    x = torch.rand(3, 2, 6, 5, dtype=torch.float64)
+    small = snncompress.apply(model, "firing_rate", 0.5, None, data=x, skip=[], repair=None)
+    plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x)
+    assert set(plan.skipped) == {"head"}
+    gone = plan.removed_channels()
+    assert {name: len(gone[name]) for name in gone} == dict.fromkeys(gone, WIDTH // 2)
+    assert "attn_lif" not in plan.removed_channels("neuron")
+    per_head = WIDTH // number
+    assert all(len([i for i in gone["layers.k"] if i // per_head == h]) == per_head // 2 for h in range(number))
+    assert largest_difference(model, small, feed) < 1e-9
+    assert not torch.allclose(outputs(model, feed)[0], outputs(small, feed)[0])
