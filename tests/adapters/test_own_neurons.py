@@ -245,8 +245,7 @@ def test_a_neuron_that_holds_a_layer_over_time_is_cut() -> None:
             nn.init.constant_(self.fc.bias, -0.2)
 
         def forward(self, x: Tensor) -> Tensor:
-            y = torch.addmm(self.fc.bias.unsqueeze(1), self.fc.weight, x.flatten(1))
-            return cast(Tensor, Step.apply(y)).view(x.shape)
+            return cast(Tensor, Step.apply(self.fc(x.movedim(0, -1)))).movedim(-1, 0)
 
     case = Case(lambda: Line(lambda c: Parallel()), Parallel, 0, torch.rand(6, 5, 8))
     model = case.build().eval()
