@@ -236,8 +236,6 @@ def test_a_neuron_that_holds_layers_stays_whole() -> None:
 
 
 def test_a_neuron_that_holds_a_layer_over_time_is_cut() -> None:
-    """SpikingJelly's authors' parallel spiking neuron: spikes of a linear layer over the timesteps."""
-
     class Parallel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
