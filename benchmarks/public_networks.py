@@ -92,6 +92,7 @@ def main() -> None:
         results.append({**network, **in_a_process(network, folder(options.checkouts, network), prepare)})
         print(row(results[-1]), flush=True)
         if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(results[-1], indent=1))
     if not options.only:
         (HERE / "results" / "public_networks.md").write_text("\n".join(report(results)) + "\n")
