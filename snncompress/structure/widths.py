@@ -55,7 +55,7 @@ def fewest(group: ChannelGroup, fits: Fits) -> ChannelGroup:
         half = len(some) // 2
         return without_some(without_some(group, some[:half]), some[half:]) if half else group
 
-    return without_some(group, group.widths) if len(group.widths) > 1 else group
+    return without_some(group, group.widths) if group.widths else group
 
 
 def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, int]]:
