@@ -170,7 +170,8 @@ class Network:
         """The weight layers that feed a classifier, channel by channel as far as their groups are known."""
         feeding = {p for c in self.classifiers for p in self.producers[c] if p not in self.classifiers}
         known = {name for group in self.groups for name in group.names("out")}
-        reaching = {n for g in self.groups if set(g.names("in")) & set(self.classifiers) for n in g.names("out")}
+        ends = {*self.classifiers, *(name.rpartition(".")[0] for name in self.classifiers)}  # a cell holds its weights
+        reaching = {n for g in self.groups if set(g.names("in")) & ends for n in g.names("out")}
         return tuple(name for name in self.layers if name in feeding and (name in reaching or name not in known))
 
     @property

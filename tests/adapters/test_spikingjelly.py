@@ -321,9 +321,9 @@ def test_what_cannot_be_followed_is_left_whole_and_named() -> None:
 
 
 def test_norm_after_the_neuron_is_left_whole() -> None:
-    """A batch norm adds its shift to silent channels, so removing them would change the output."""
+    """A batch norm adds its shift to silent channels, which no bias can make up for where zeros are padded."""
     model = nn.Sequential(
-        layer.Conv2d(1, 8, 3, padding=1), neuron.IFNode(), layer.BatchNorm2d(8), layer.Conv2d(8, 6, 1),
+        layer.Conv2d(1, 8, 3, padding=1), neuron.IFNode(), layer.BatchNorm2d(8), layer.Conv2d(8, 6, 3, padding=1),
         neuron.IFNode(), layer.Flatten(), layer.Linear(384, 10),
     )  # fmt: skip
     plan = compress(model)
