@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +23,7 @@ from snncompress.model.network import Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import quantize_weight
 from snncompress.model.plan import Plan
 from snncompress.running.data import Feed
-from snncompress.structure.tracing import trace
+from snncompress.structure.tracing import difference, trace
 from snncompress.structure.truncation import truncation
 
 from .block_pruning import BlockPruning
@@ -70,6 +71,7 @@ class Run(Generic[M]):
         self._network = network = trace(
             model, feed.adapter, feed.example(), timesteps=feed.telling_timesteps, groups=channels
         )
+        self._groups = list(network.groups)
         names = weight_layers(model)
         self.skips = resolve_skip(skip, network, names, settings.granularity).and_(decays(model))
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
@@ -155,7 +157,10 @@ class Run(Generic[M]):
             self.edits.append(cut)
 
     def try_out(self, original: nn.Module) -> None:
-        """Run the result once before it is handed out; raises ModelError where it fails and the original doesn't."""
+        """Run the result once before it is handed out, and try just the removals that made it.
+
+        Raises ModelError where it fails and the original doesn't, or where it computes something else.
+        """
 
         def run(model: nn.Module) -> None:
             copy = private_copy(model, self.feed.adapter).eval()
@@ -171,6 +176,14 @@ class Run(Generic[M]):
                 f"Likely cause: its forward counts on channels or timesteps in a way that no trial has shown. Name the "
                 f"layers concerned in skip=."
             ) from error
+        removed = Plan(tuple(self.edits)).removed_channels()
+        network = replace(self._network, groups=self._groups)
+        if why := difference(original, self.feed.adapter, self.feed.example(), network, removed):
+            raise ModelError(
+                f"Without the channels that were chosen the compressed {type(original).__name__} is not the original "
+                f"with these channels silent: {why}. Likely cause: its forward counts on which channels are left, as "
+                f"the trials before didn't show. Name the layers concerned in skip=."
+            )
 
     def resume(self, store: Checkpoint) -> int:
         """Come to where an earlier run was; how many steps it had done."""

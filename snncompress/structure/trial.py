@@ -1,9 +1,10 @@
 """A trial of removals: one network with channels silenced, one without them, compared layer by layer.
 
-Neurons are wires here, so no threshold can hide or exaggerate a difference. Every layer's output and every neuron's
-input is compared, not only what the model returns, since what comes behind may hide a difference: a normalization, an
-average. From each of them on both networks go on with the same tensor, scaled to at most 1: so nothing overflows and
-rounding doesn't add up, however deep the network is. That's as good as other weights: a factor for all channels.
+Neurons are bent wires here, so no threshold can hide or exaggerate a difference. Every layer's output and every
+neuron's input is compared, not only what the model returns, since what comes behind may hide a difference: a
+normalization, an average. From each of them on both networks go on with the same tensor, scaled to at most 1: so
+nothing overflows and rounding doesn't add up, however deep the network is. That's as good as other weights: a factor
+for all channels.
 """
 
 from __future__ import annotations
@@ -205,8 +206,9 @@ class _Notes:
         return call
 
     def neuron(self, name: str, x: Tensor) -> Tensor:
-        """Stands in for the neuron."""
-        return self._silenced(name, self._note(name, x))
+        """Stands in for the neuron: bent, so that what is normalized before doesn't cancel in an average behind it."""
+        x = self._note(name, x)
+        return self._silenced(name, x + x.square() / 2)
 
     def _silenced(self, name: str, x: Tensor) -> Tensor:
         if name not in self.silent:
