@@ -19,7 +19,10 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("classes", "early", "late", "params", "sizes"), ROWS)
+@pytest.mark.parametrize(
+    ("classes", "early", "late", "params", "sizes"),
+    [pytest.param(*row, marks=pytest.mark.slow if number % 2 else ()) for number, row in enumerate(ROWS)],
+)
 def test_parameters_and_sizes(classes: int, early: float, late: float, params: str, sizes: dict[int, str]) -> None:
     torch.manual_seed(0)
     x = torch.rand(1, 3, 32, 32)
