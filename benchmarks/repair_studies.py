@@ -236,6 +236,8 @@ def gamma_seeds(task: str) -> Sequence[int]:
 
 def gamma_cases() -> Iterator[Case]:
     for task in GAMMA_TASKS:
+        for seed in gamma_seeds(task):
+            yield Case(task, seed=seed)
         for bits in (8, 4, 3, 2):
             for quantizer in GAMMAS:
                 for repair, rounding in HOWS:
