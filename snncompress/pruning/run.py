@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -71,7 +70,6 @@ class Run(Generic[M]):
         self._network = network = trace(
             model, feed.adapter, feed.example(), timesteps=feed.telling_timesteps, groups=channels
         )
-        self._groups = list(network.groups)
         names = weight_layers(model)
         self.skips = resolve_skip(skip, network, names, settings.granularity).and_(decays(model))
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
@@ -177,8 +175,7 @@ class Run(Generic[M]):
                 f"layers concerned in skip=."
             ) from error
         removed = Plan(tuple(self.edits)).removed_channels()
-        network = replace(self._network, groups=self._groups)
-        if why := difference(original, self.feed.adapter, self.feed.example(), network, removed):
+        if why := difference(original, self.feed.adapter, self.feed.example(), self._network, removed):
             raise ModelError(
                 f"Without the channels that were chosen the compressed {type(original).__name__} is not the original "
                 f"with these channels silent: {why}. Likely cause: its forward counts on which channels are left, as "
