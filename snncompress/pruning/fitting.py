@@ -22,7 +22,7 @@ from .rounding import passed_on
 
 RepairKind = Literal["membrane", "current"]
 Rounding = Literal["gptq", "nearest"]
-_RIDGE, _DAMPING = 1e-3, 1e-2
+_RIDGE, _DAMPING = 1e-2, 1e-2
 _LEAST = 1e-6
 """Of the gain of a batch norm: with less, nothing passes it."""
 _SAMPLES = 2048

@@ -116,19 +116,28 @@ def solved(sums: Sums, start: Tensor, ridge: float, support: Tensor | None = Non
     scale = sums.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
     if not bool(torch.isfinite(residual).all()):
         return start
-    eye = torch.eye(start.shape[2], dtype=torch.float64, device=start.device)
     for attempt in range(_TRIES):
-        damped = sums.gram + (ridge * 10**attempt * scale)[:, None, None] * eye
+        damped = sums.gram.clone()
+        damped.diagonal(dim1=1, dim2=2).add_((ridge * 10**attempt * scale)[:, None])
         if support is not None:
             found = start + _conjugate_gradients(damped, residual.where(support, 0.0), support)
         else:
-            factor, info = torch.linalg.cholesky_ex(damped)
-            if bool(info.any()):
+            lower = factorized(damped)
+            if lower is None:
                 continue
-            found = start + torch.cholesky_solve(residual.transpose(1, 2), factor).transpose(1, 2)
+            half = torch.linalg.solve_triangular(lower, residual.mT, upper=False)
+            found = start + torch.linalg.solve_triangular(lower.mT, half, upper=True).mT
         if bool(torch.isfinite(found).all()):
             return found
     return start
+
+
+def factorized(matrix: Tensor) -> Tensor | None:
+    """L with L Lᵀ = ``matrix`` [G, D, D], in its place, since it may be the largest thing in memory; None for none."""
+    lower = matrix.mT  # what LAPACK works on without a copy
+    failed = torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    return None if bool(failed.any()) else lower
 
 
 def _conjugate_gradients(gram: Tensor, wanted: Tensor, support: Tensor) -> Tensor:

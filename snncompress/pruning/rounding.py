@@ -16,6 +16,8 @@ from torch import Tensor
 
 from snncompress.model.grids import Grid
 
+from .least_squares import factorized
+
 _BLOCK = 128
 
 
@@ -60,14 +62,16 @@ def _ordered(gram: Tensor, reads: int, damping: float) -> tuple[Tensor, Tensor |
     power = gram.diagonal(dim1=1, dim2=2)
     behind = torch.arange(reads, gram.shape[1], device=gram.device).expand(len(gram), -1)
     order = torch.cat([power[:, :reads].argsort(stable=True, dim=1, descending=True), behind], 1)
-    turned = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
+    group = torch.arange(len(gram), device=gram.device)[:, None, None]
+    turned = gram[group, order[:, :, None], order[:, None, :]]
     ridge = damping * power[:, :reads].mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
     turned.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    lower, failed = torch.linalg.cholesky_ex(turned)
-    if bool(failed.any()):
+    lower = factorized(turned)
+    if lower is None:
         return order, None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return order, None if bool(failed.any()) or not bool(torch.isfinite(upper).all()) else upper
+    inverse = torch.cholesky_inverse(lower, out=lower)
+    upper = factorized(inverse.mT)  # its own transpose
+    return order, None if upper is None or not bool(torch.isfinite(upper).all()) else upper.mT
 
 
 def _largest(weights: Tensor, scale: Tensor, grid: Grid, kept: Tensor | None) -> Tensor:
