@@ -90,11 +90,13 @@ class Feed:
             where = f"fed {how}" if self.forward is None else "in forward="
             raise DataError(
                 f"{type(model).__name__} failed on a batch of {what}, {where}: {type(error).__name__}: {error}. "
-                f"Likely cause: {self._cause(batch)}"
+                f"Likely cause: {self._cause(batch, error)}"
             ) from error
 
-    def _cause(self, batch: Batch) -> str:
+    def _cause(self, batch: Batch, error: Exception) -> str:
         """Why a model may have failed on a batch."""
+        if memory_ran_out(error):
+            return "the batch is too large for what is free of the device's memory. Pass the data in smaller batches."
         first, x = self.first(), batch.x
         whole = self.example_batch() is first  # and it went through
         if whole and isinstance(first.x, Tensor) and isinstance(x, Tensor) and first.x.dim() == x.dim():
@@ -216,4 +218,13 @@ def time_as_samples(timesteps: int) -> str:
     return (
         f"With timesteps={timesteps} the neurons saw {timesteps} rows, not one for each sample: time was taken for "
         f"samples. Likely cause: the model loops over time itself; leave timesteps=None."
+    )
+
+
+def memory_ran_out(error: BaseException | None) -> bool:
+    """Is it that, or was it raised for that? What a model does with less memory says nothing about its structure."""
+    if isinstance(error, DataError):
+        error = error.__cause__
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # on a CPU
     )

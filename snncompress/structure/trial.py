@@ -27,7 +27,7 @@ from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import in_mode, patched, tensors_in
 from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, Side, channel_axis, depthwise, without
 from snncompress.model.parametrizations import computed_weight
-from snncompress.running.data import Run
+from snncompress.running.data import Run, memory_ran_out
 from snncompress.running.sameness import same
 
 Removal = tuple[ChannelGroup, Tensor]
@@ -149,6 +149,8 @@ class Trial:
             try:
                 result = self.run(model)
             except Exception as error:  # the model is the user's: anything can come out of it
+                if memory_ran_out(error):
+                    raise
                 notes.fails(error, names)
                 return notes
         notes.returns([t for t in tensors_in(result) if t.is_floating_point()])

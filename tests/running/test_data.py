@@ -6,9 +6,10 @@ import pytest
 import snntorch as snn
 import torch
 from spikingjelly.activation_based import layer, neuron
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import snncompress
 from snncompress import DataError
 from snncompress.contract.detection import find_adapter
 from snncompress.running.data import Feed
@@ -73,3 +74,17 @@ def test_class_scores() -> None:
     for wrong in (torch.rand(3), torch.rand(1, 2, 3, 4), None, {}):
         with pytest.raises(DataError, match=r"\[T, N, K\], \[N, T, K\] or \[N, K\]"):
             class_scores(wrong)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_memory_that_runs_out_is_no_flaw_of_the_model(error: Exception) -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if self[2].in_features < 8:
+                raise error
+            out: Tensor = super().forward(x)
+            return out
+
+    net = Net(nn.Linear(4, 8), neuron.IFNode(), nn.Linear(8, 3))
+    with pytest.raises(DataError, match="smaller batches"):
+        snncompress.apply(net, "magnitude", 0.5, None, data=torch.rand(3, 4), timesteps=2, skip=[])
