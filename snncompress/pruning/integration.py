@@ -85,6 +85,10 @@ class InputRecorder:
 
     def __init__(self, layer: nn.Module, line: Timeline | None, decay: float) -> None:
         self._layer, self._line, self._decay = layer, line, decay
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the data."""
         self._batches = 0
         self._count = 0.0
         self._total: Any = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
-from snncompress.interfaces import Criterion, Inputs, Layer
+from snncompress.interfaces import Criterion, Inputs, Layer, Signal
 from snncompress.model.cells import layer_at
 from snncompress.model.modules import in_mode
 from snncompress.model.network import ChannelGroup, Member, Network, outputs_first
@@ -44,16 +44,18 @@ def record(
     One pass over the data in eval mode, with a backward pass per batch where the criterion needs gradients. Nothing
     but the criterion's own states is kept from one timestep to the next.
     """
-    return Recording(model, network, feed, criterion, layers, seed, progress, what).scores(criterion.score)
+    recording = Recording(model, network, criterion, layers, seed)
+    calibrate(model, network, feed, [recording], progress, what)
+    return recording.scores()
 
 
 class Recording:
-    """One pass over the data, folded up into a criterion's states; arguments as in :func:`record`."""
+    """A criterion's states of layers, into which :func:`calibrate` folds data; arguments as in :func:`record`."""
 
     def __init__(
-        self, model: nn.Module, network: Network, feed: Feed, criterion: Criterion,
-        layers: Mapping[str, Groups], seed: int, progress: Progress | None = None, what: str = "",
-    ) -> None:  # fmt: skip
+        self, model: nn.Module, network: Network, criterion: Criterion, layers: Mapping[str, Groups], seed: int
+    ) -> None:
+        self.criterion = criterion
         watching = bool(criterion.needs & {"spikes", "membrane"})
         self._scorers = {
             name: [
@@ -62,24 +64,97 @@ class Recording:
             ]
             for name, groups in layers.items()
         }
-        if criterion.needs:
-            scorers = [s for own in self._scorers.values() for s in own]
-            readers = _readers(model, network, feed, layers) if "inputs" in criterion.needs else {}
-            _run(model, feed, criterion, scorers, readers, progress, f"{what}calibrating {criterion.name}")
-            for scorer in scorers:
-                if scorer.layer_name in readers:
-                    scorer.inputs = readers[scorer.layer_name].inputs()
 
-    def scores(self, method: Callable[[Layer, Any], Tensor]) -> dict[str, Tensor]:
+    @property
+    def scorers(self) -> list[_Scorer]:
+        """Of all layers."""
+        return [scorer for own in self._scorers.values() for scorer in own]
+
+    def restart(self) -> None:
+        """Forget the data."""
+        for scorer in self.scorers:
+            scorer.restart()
+
+    def scores(self, method: Callable[[Layer, Any], Tensor] | None = None) -> dict[str, Tensor]:
         """What ``method(layer, state)``, the criterion's ``score`` or one like it, makes of every layer's state.
 
         It may be called more than once, and draws from the layers' generators as if each time were the first.
         """
+        method = method or self.criterion.score
         scores: dict[str, Tensor] = {}
         for name, scorers in self._scorers.items():
             own = [s.score(method) for s in scorers]
             scores[name] = own[0] if len(own) == 1 else _mean(own, [s.heard for s in scorers])
         return scores
+
+
+def calibrate(
+    model: nn.Module,
+    network: Network,
+    feed: Feed,
+    recordings: Sequence[Recording],
+    progress: Progress | None = None,
+    what: str = "",
+    each: Callable[[], None] | None = None,
+) -> None:
+    """One pass over the data in eval mode, for all recordings at once; none where no criterion needs one.
+
+    With ``each``, every batch is recorded alone: ``each()`` is called behind it, and then the recordings restart.
+    """
+    needs = frozenset[Signal]().union(*(recording.criterion.needs for recording in recordings))
+    if not needs and each is None:
+        return
+    reading = [s for r in recordings if "inputs" in r.criterion.needs for s in r.scorers]
+    readers = _readers(model, network, feed, dict.fromkeys(s.layer_name for s in reading)) if reading else {}
+    gradients = "gradients" in needs
+    learning = [s for r in recordings if "gradients" in r.criterion.needs for s in r.scorers]
+    listening: dict[str, list[_Scorer]] = {}
+    for scorer in (s for r in recordings for s in r.scorers if s.neuron is not None):
+        listening.setdefault(str(scorer.neuron), []).append(scorer)
+    fired: dict[str, bool] = {}
+
+    def settle() -> None:
+        for scorer in reading:
+            if scorer.layer_name in readers:
+                scorer.inputs = readers[scorer.layer_name].inputs()
+
+    with ExitStack() as stack:
+        stack.callback(feed.adapter.reset, model)
+        for neuron, scorers in listening.items():
+            observer = _observer(neuron, scorers, fired)
+            membrane = any(s.needs_membrane for s in scorers)
+            stack.callback(feed.adapter.observe(model.get_submodule(neuron), observer, membrane=membrane))
+        for name, reader in readers.items():
+            stack.callback(_listen(model.get_submodule(name), reader))
+        stack.enter_context(in_mode(model, training=False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for weight in {stored_weight(layer_at(model, s.layer_name)) for s in learning}:
+            stack.callback(weight.requires_grad_, weight.requires_grad)  # a frozen weight has a gradient too
+            weight.requires_grad_(True)
+        names = ", ".join(recording.criterion.name for recording in recordings)
+        for batch in tracked(feed, progress, f"{what}calibrating {names}"):
+            for reader in readers.values():
+                reader.begin_batch()
+            if needs:
+                output = feed(model, batch)
+                if gradients:
+                    model.zero_grad()
+                    loss_of(feed, output, batch).backward()  # type: ignore[no-untyped-call]
+                del output
+            for scorer in (s for r in recordings if r.criterion.needs for s in r.scorers):
+                scorer.end_batch()
+            if each is not None:
+                settle()
+                each()
+                for recording in recordings:
+                    recording.restart()
+                for reader in readers.values():
+                    reader.restart()
+        if gradients:
+            model.zero_grad()
+    if each is None:
+        settle()
+    _warn_of_silence(listening, fired, learning)
 
 
 def _readers(model: nn.Module, network: Network, feed: Feed, layers: Collection[str]) -> dict[str, InputRecorder]:
@@ -93,57 +168,34 @@ def _readers(model: nn.Module, network: Network, feed: Feed, layers: Collection[
     }
 
 
-def _run(
-    model: nn.Module, feed: Feed, criterion: Criterion, scorers: list[_Scorer], readers: dict[str, InputRecorder],
-    progress: Progress | None, what: str,
-) -> None:  # fmt: skip
-    gradients = "gradients" in criterion.needs
-    fired: dict[str, bool] = {}
-    with ExitStack() as stack:
-        stack.callback(feed.adapter.reset, model)
-        if criterion.needs & {"spikes", "membrane"}:
-            for neuron in dict.fromkeys(s.neuron for s in scorers if s.neuron is not None):
-                listening = [s for s in scorers if s.neuron == neuron]
-                observer = _observer(neuron, listening, fired)
-                module = model.get_submodule(neuron)
-                stack.callback(feed.adapter.observe(module, observer, membrane="membrane" in criterion.needs))
-        for name, reader in readers.items():
-            stack.callback(_listen(model.get_submodule(name), reader))
-        stack.enter_context(in_mode(model, training=False))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        if gradients:
-            for weight in {stored_weight(layer_at(model, s.layer_name)) for s in scorers}:
-                stack.callback(weight.requires_grad_, weight.requires_grad)  # a frozen weight has a gradient too
-                weight.requires_grad_(True)
-        for batch in tracked(feed, progress, what):
-            for reader in readers.values():
-                reader.begin_batch()
-            output = feed(model, batch)
-            if gradients:
-                model.zero_grad()
-                loss_of(feed, output, batch).backward()  # type: ignore[no-untyped-call]
-            del output
-            for scorer in scorers:
-                scorer.end_batch()
-        if gradients:
-            model.zero_grad()
+def _warn_of_silence(
+    listening: Mapping[str, list[_Scorer]], fired: Mapping[str, bool], learning: list[_Scorer]
+) -> None:
     for neuron, any_spike in fired.items():
         if not any_spike:
-            driven = ", ".join(repr(s.layer_name) for s in scorers if s.neuron == neuron)
+            names, driven = (
+                _named(s.criterion.name for s in listening[neuron]),
+                _named(s.layer_name for s in listening[neuron]),
+            )
             warnings.warn(
-                f"Neurons {neuron!r} never fired in calibration, so the {criterion.name!r} scores of {driven} carry no "
+                f"Neurons {neuron!r} never fired in calibration, so the {names} scores of {driven} carry no "
                 f"information. Check the scale of the data, the threshold and whether the model is trained.",
                 SilentNeuronsWarning,
                 stacklevel=2,
             )
-    if unreached := [s.layer_name for s in scorers if gradients and not s.any_gradient]:
+    if unreached := [s for s in learning if not s.any_gradient]:
+        names, layers = _named(s.criterion.name for s in unreached), _named(s.layer_name for s in unreached)
         warnings.warn(
-            f"No gradient but 0 reached {', '.join(map(repr, unreached))} in calibration, so the {criterion.name!r} "
+            f"No gradient but 0 reached {layers} in calibration, so the {names} "
             f"scores there carry no information. Likely cause: neurons behind them never fire. Check the scale of the "
             f"data, the threshold and whether the model is trained.",
             SilentNeuronsWarning,
             stacklevel=2,
         )
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, dict.fromkeys(names)))
 
 
 def _listen(layer: nn.Module, reader: InputRecorder) -> Callable[[], None]:
@@ -161,7 +213,7 @@ def _observer(neuron: str, scorers: list[_Scorer], fired: dict[str, bool]) -> Ca
         if not fired[neuron]:
             fired[neuron] = bool(spikes.any())
         for scorer in scorers:
-            scorer.observe(spikes, membrane)
+            scorer.observe(spikes.detach(), membrane if scorer.needs_membrane else None)
 
     return observe
 
@@ -187,12 +239,22 @@ class _Scorer:
             self._columns, self.heard = _columns(groups, name, neuron, len(self._weight))
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._chance = self._generator.get_state()
         self.any_gradient = False
+        """In any batch, whether or not the recording restarted behind it."""
+        self.restart()
+
+    @property
+    def needs_membrane(self) -> bool:
+        return "membrane" in self.criterion.needs
+
+    def restart(self) -> None:
         self.inputs: Inputs | None = None
-        self._state = self._guarded(criterion.begin, self.layer())
+        self._generator.set_state(self._chance)
+        self._state = self._guarded(self.criterion.begin, self.layer())
 
     def layer(self) -> Layer:
-        gradient = stored_weight(self._module).grad
+        gradient = stored_weight(self._module).grad if "gradients" in self.criterion.needs else None
         if gradient is not None:
             gradient = outputs_first(gradient, self._module)
         return Layer(

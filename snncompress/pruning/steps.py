@@ -56,6 +56,10 @@ class LayerPruning(Pruning):
     def scored(self) -> Mapping[str, Groups]:
         """The layers to score, each with the coupled groups that it stands in, where channels are scored."""
 
+    @abstractmethod
+    def going(self, scores: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """What a step would remove: bool, shaped like the layer's scores; True = goes."""
+
     def score(self, feed: Feed, seed: int, progress: Progress | None = None, what: str = "") -> dict[str, Tensor]:
         """{layer: scores}, see :func:`recording.record`."""
         layers = self.scored()
@@ -78,14 +82,25 @@ class ChannelPruning(LayerPruning):
     def step(self, scores: Mapping[str, Tensor], share: Share) -> list[Edit]:
         """One edit per group that has channels to lose."""
         edits: list[Edit] = []
-        counts = [(target, target.count(share(target.ratio))) for target in self._targets]
-        # all are chosen before any goes: groups may share a layer, whose scores keep their places
-        chosen = [(target, lowest(target.group, scores, count)) for target, count in counts if count]
-        for target, removed in chosen:
+        for target, removed in self._chosen(scores, share):
             edit = RemoveChannels.of(self.model, target.group, removed)
             self.redo(edit)
             edits.append(edit)
         return edits
+
+    def going(self, scores: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """Of all layers of the groups; the same positions where they are coupled."""
+        masks = {name: torch.zeros(len(scores[name]), dtype=torch.bool) for name in self.scored()}
+        for target, removed in self._chosen(scores, share):
+            for member in target.group.members:
+                if member.side == "out" and member.module in masks:
+                    masks[member.module][member.index[removed].flatten()] = True
+        return masks
+
+    def _chosen(self, scores: Mapping[str, Tensor], share: Share) -> list[tuple[Target, Tensor]]:
+        """All are chosen before any goes: groups may share a layer, whose scores keep their places."""
+        counts = [(target, target.count(share(target.ratio))) for target in self._targets]
+        return [(target, lowest(target.group, scores, count)) for target, count in counts if count]
 
     def redo(self, edit: Edit) -> None:
         """The groups are renumbered after their channels."""
@@ -125,21 +140,29 @@ class WeightPruning(LayerPruning):
     def step(self, scores: Mapping[str, Tensor], share: Share) -> list[Edit]:
         """One edit per layer that loses weights."""
         edits: list[Edit] = []
+        for name, gone in self.going(scores, share).items():
+            if gone.any():
+                kept = self._mask(name) & ~gone
+                edits.append(MaskWeights.of(name, kept))
+                self.redo(edits[-1])
+                if not kept.any():
+                    _warn_of_empty(name, self.criterion)
+        return edits
+
+    def going(self, scores: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+        """Of all layers that have a ratio; what was removed before doesn't go again."""
+        found: dict[str, Tensor] = {}
         for pool in self._pools:
             masks = {name: self._mask(name) for name in pool}
             flat = torch.cat([scores[n].masked_fill(~masks[n], -math.inf).flatten() for n in pool])
             wanted = sum(share(self._ratios[n]) * masks[n].numel() for n in pool)
             count = math.floor(round(wanted, 6))
             if count <= sum(int((~mask).sum()) for mask in masks.values()):
+                found.update({name: torch.zeros_like(mask) for name, mask in masks.items()})
                 continue
             for name, gone in zip(pool, self._select(flat, count, masks), strict=True):
-                kept = masks[name] & ~gone
-                if not torch.equal(kept, masks[name]):
-                    edits.append(MaskWeights.of(name, kept))
-                    self.redo(edits[-1])
-                    if not kept.any():
-                        _warn_of_empty(name, self.criterion)
-        return edits
+                found[name] = gone & masks[name]
+        return found
 
     def _mask(self, name: str) -> Tensor:
         module = layer_at(self.model, name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, cast
 
@@ -14,35 +13,30 @@ from torch import nn
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
-from snncompress.contract.registry import registry
 from snncompress.errors import DataError, ModelError, OptionError
 from snncompress.interfaces import Adapter, Criterion, CriticalityCriterion, Forward, Loss
 from snncompress.measuring.evaluation import accuracy
 from snncompress.model.cells import layer_at
 from snncompress.model.edits import Edit
-from snncompress.model.network import ChannelGroup, Network, by_layer, computed_or_shared, weight_layers
+from snncompress.model.network import Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import stored_weight, weight_mask
 from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.fitting import RepairKind
-from snncompress.pruning.recording import Recording, record
+from snncompress.pruning.recording import Recording, calibrate, record
 from snncompress.pruning.repair import fit
 from snncompress.pruning.selection import (
-    Target,
     check_ratio,
     overruled,
-    per_layer,
     resolve_skip,
-    targets,
     weight_ratios,
 )
 from snncompress.pruning.settings import RepairChoice, fitting, resolve_repair
-from snncompress.pruning.steps import ChannelPruning, Pruning, WeightPruning
+from snncompress.pruning.steps import WeightPruning
 from snncompress.running.bench import Bench, bench
 from snncompress.structure.tracing import trace
 
 from .curves import Sensitivity, ThresholdSweep
-
-_ANY = 1e-12  # a ratio that every layer can bear: which layers could be pruned, not by how much
+from .units import Unit, criterion_of, fully, listed, pruning, reasons, refuse, scored, units
 
 
 def sensitivity(
@@ -105,28 +99,28 @@ def sensitivity(
         >>> result.dense, result.accuracy
         (1.0, {'0': (1.0, 0.5)})
     """
-    chosen = _resolved(criterion, seed)
-    shares = tuple(check_ratio(ratio, "ratios") for ratio in _listed(ratios, "ratios"))
+    chosen = criterion_of(criterion, seed)
+    shares = tuple(check_ratio(ratio, "ratios") for ratio in listed(ratios, "ratios"))
     kind = fitting(resolve_repair(repair, chosen))
     with _traced(model, data, test, timesteps, forward, loss, adapter, seed) as (table, network):
-        units, skipped = _units(table.model, network, chosen, layers)
-        scored = {name: by_layer(unit.groups, unit.layers).get(name, ()) for unit in units for name in unit.layers}
-        scores = record(table.model, network, table.feed, chosen, scored, seed + 1, progress)
+        found, skipped = units(table.model, network, chosen, layers, None if layers is None else [])
+        layered = scored(found)
+        scores = record(table.model, network, table.feed, chosen, layered, seed + 1, progress)
         dense = _accuracy(table, table.model)
 
-        def measured(unit: _Unit, ratio: float) -> float | None:
+        def measured(unit: Unit, ratio: float) -> float | None:
             if not unit.bears(ratio):
                 return None
             copy = table.copy()
-            edits = unit.pruning(copy, table.adapter, network, chosen, ratio).step(scores, _fully)
+            edits = pruning([unit], copy, table.adapter, network, chosen, ratio).step(scores, fully)
             _repair(table, copy, network, edits, kind)
             return _accuracy(table, copy)
 
-        rows: dict[str, list[float | None]] = {name: [] for name in weight_layers(table.model) if name in scored}
-        for unit, ratio in tracked([(u, r) for u in units for r in shares], progress, "measuring accuracy"):
-            found = measured(unit, ratio)
+        rows: dict[str, list[float | None]] = {name: [] for name in weight_layers(table.model) if name in layered}
+        for unit, ratio in tracked([(u, r) for u in found for r in shares], progress, "measuring accuracy"):
+            point = measured(unit, ratio)
             for name in unit.layers:
-                rows[name].append(found)
+                rows[name].append(point)
     accuracies = {name: tuple(row) for name, row in rows.items()}
     return Sensitivity(dense, accuracies, shares, chosen.name, skipped, type(model).__name__, kind)
 
@@ -180,27 +174,28 @@ def threshold_sweep(
         >>> result.sparsity, result.protected[-1]
         ((0.5, 0.5), 0.0)
     """
-    chosen = _resolved(criterion, seed)
+    chosen = criterion_of(criterion, seed)
     protecting = _protecting(chosen)
-    thresholds = tuple(_check_tau(tau) for tau in _listed(taus, "taus"))
+    thresholds = tuple(_check_tau(tau) for tau in listed(taus, "taus"))
     kind = fitting(resolve_repair(repair, chosen))
     variants: list[Criterion] = [dataclasses.replace(cast(Any, protecting), tau=tau) for tau in thresholds]
     with _traced(model, data, test, timesteps, forward, loss, adapter, seed) as (table, network):
         names = weight_layers(table.model)
         skips = resolve_skip(None, network, names, "weight")
         shares, skipped = weight_ratios(names, ratio, skips, computed_or_shared(table.model))
-        _refuse("ratio", overruled(ratio, skipped))
+        refuse("ratio", overruled(ratio, skipped))
         if not shares:
-            raise OptionError(f"No layer is left to prune. {_reasons(skipped)}.")
+            raise OptionError(f"No layer is left to prune. {reasons(skipped)}.")
         layers = dict.fromkeys(shares, ())
-        recording = Recording(table.model, network, table.feed, chosen, layers, seed + 1, progress)
+        recording = Recording(table.model, network, chosen, layers, seed + 1)
+        calibrate(table.model, network, table.feed, [recording], progress)
         critical = torch.cat([c.flatten() for c in recording.scores(protecting.criticality).values()])
         dense = _accuracy(table, table.model)
 
         def measured(variant: Criterion) -> tuple[float, float]:
             copy = table.copy()
-            pruning = WeightPruning(copy, table.adapter, variant, network, shares)
-            _repair(table, copy, network, pruning.step(recording.scores(variant.score), _fully), kind)
+            masking = WeightPruning(copy, table.adapter, variant, network, shares)
+            _repair(table, copy, network, masking.step(recording.scores(variant.score), fully), kind)
             return _accuracy(table, copy), _sparsity(copy, shares)
 
         found = [measured(variant) for variant in tracked(variants, progress, "measuring accuracy")]
@@ -246,78 +241,6 @@ def _accuracy(table: Bench[nn.Module], model: nn.Module) -> float:
         return accuracy(model, table.test)
 
 
-@dataclass(frozen=True, eq=False)
-class _Unit:
-    """What is pruned at once: one layer's weights, or the channels of coupled layers."""
-
-    layers: tuple[str, ...]
-    parts: tuple[Target, ...] = ()
-    """One, or those that the layers' channels fall into, or that must stay in proportion."""
-
-    @property
-    def groups(self) -> tuple[ChannelGroup, ...]:
-        return tuple(part.group for part in self.parts)
-
-    def bears(self, ratio: float) -> bool:
-        """Is something left?"""
-        return all(target.count(ratio) < target.group.size for target in self.targets(ratio))
-
-    def targets(self, ratio: float) -> list[Target]:
-        """To be pruned down to the ratio."""
-        return [replace(part, ratio=ratio) for part in self.parts]
-
-    def pruning(
-        self, model: nn.Module, adapter: Adapter, network: Network, criterion: Criterion, ratio: float
-    ) -> Pruning:
-        if not self.parts:
-            return WeightPruning(model, adapter, criterion, network, dict.fromkeys(self.layers, ratio))
-        return ChannelPruning(model, adapter, criterion, network, self.targets(ratio))
-
-
-def _units(
-    model: nn.Module, network: Network, criterion: Criterion, layers: str | Iterable[str] | None
-) -> tuple[list[_Unit], dict[str, str]]:
-    """What to prune, and why other layers that were asked for are left out."""
-    names = weight_layers(model)
-    skips = resolve_skip(None if layers is None else [], network, names, criterion.granularity)
-    if criterion.granularity == "channel":
-        names = list(network.layers)
-        todo, skipped = targets(network, _ANY, skips)
-        units: list[_Unit] = []
-        for target in todo:
-            unit = _Unit(tuple(n for n in target.group.names("out") if n in names), (target,))
-            with_it = {id(g) for groups in network.tied if any(g is target.group for g in groups) for g in groups}
-            for other in [
-                u for u in units if set(u.layers) & set(unit.layers) or any(id(g) in with_it for g in u.groups)
-            ]:  # another part of the same layers, or one that must stay in proportion
-                units.remove(other)
-                unit = _Unit(tuple(dict.fromkeys(other.layers + unit.layers)), other.parts + unit.parts)
-            units.append(unit)
-    else:
-        prunable, skipped = weight_ratios(names, _ANY, skips, computed_or_shared(model))
-        units = [_Unit((name,)) for name in prunable]
-    if layers is not None:
-        asked = dict.fromkeys(_listed([layers] if isinstance(layers, str) else layers, "layers"), True)
-        _refuse("layers", overruled(asked, skipped))
-        wanted = per_layer(asked, names, "layers", lambda value, _: value)
-        units = [unit for unit in units if wanted.keys() & set(unit.layers)]
-        skipped = {name: why for name, why in skipped.items() if name in wanted}
-    if not units:
-        raise OptionError(f"No layer is left to prune. {_reasons(skipped)}.")
-    return units, skipped
-
-
-def _resolved(criterion: str | Criterion, seed: int) -> Criterion:
-    chosen: Criterion = registry().resolve("criterion", criterion, Criterion)
-    if chosen.granularity not in ("channel", "weight"):
-        raise OptionError(
-            f"Criterion {chosen.name!r} scores {chosen.granularity}s; only channels and weights are pruned."
-        )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise OptionError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
-    return chosen
-
-
 def _protecting(criterion: Criterion) -> CriticalityCriterion:
     """The criterion, where it has a threshold to vary."""
     fields: list[str] = (
@@ -333,30 +256,10 @@ def _protecting(criterion: Criterion) -> CriticalityCriterion:
     )
 
 
-def _listed(values: Any, what: str) -> list[Any]:
-    found = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
-    if not found:
-        raise OptionError(f"{what} must be a list with at least one entry, not {values!r}.")
-    return found
-
-
 def _check_tau(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise OptionError(f"taus must be numbers from 0 to 1, not {value!r}.")
     return float(value)
-
-
-def _refuse(what: str, layers: Mapping[str, str]) -> None:
-    for name, why in layers.items():
-        raise OptionError(f"{what} names {name!r}, which can't be pruned: {why}. Leave it out.")
-
-
-def _reasons(skipped: Mapping[str, str]) -> str:
-    return "; ".join(f"{name!r}: {why}" for name, why in skipped.items()) or "The model has none"
-
-
-def _fully(target: float) -> float:
-    return target
 
 
 def _sparsity(model: nn.Module, layers: Iterable[str]) -> float:
