@@ -44,6 +44,8 @@ from .pruning.training import finetune
 from .running.scores import cross_entropy
 from .saving.storage import load, save
 from .studies.curves import Sensitivity, ThresholdSweep
+from .studies.heat_maps import Robustness, Scores
+from .studies.scoring import robustness, scores
 from .studies.searching import BlockSearch, Candidate, block_search
 from .studies.sweeps import sensitivity, threshold_sweep
 from .version import __version__
@@ -76,7 +78,9 @@ __all__ = [
     "RemoveBlock",
     "RemoveChannels",
     "Resized",
+    "Robustness",
     "SNNCompressError",
+    "Scores",
     "Sensitivity",
     "SilentNeuronsWarning",
     "StorageError",
@@ -107,8 +111,10 @@ __all__ = [
     "quantizers",
     "refresh",
     "repair",
+    "robustness",
     "save",
     "schedulers",
+    "scores",
     "sensitivity",
     "temporal_analysis",
     "threshold_sweep",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snncompress.errors import OptionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def number(value: float | None) -> str:
@@ -45,11 +46,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[
 
 def new_axes() -> Axes:
     """Axes of a new matplotlib figure; raises OptionError where matplotlib isn't installed."""
+    axes: Axes = _pyplot().subplots()[1]
+    return axes
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A new, empty matplotlib figure of this size in inches; raises OptionError where matplotlib isn't installed."""
+    figure: Figure = _pyplot().figure(figsize=(width, height), layout="constrained")
+    return figure
+
+
+def _pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise OptionError(
             'plot() needs matplotlib, which isn\'t installed: pip install "snncompress[plots]".'
         ) from error
-    axes: Axes = pyplot.subplots()[1]
-    return axes
+    return pyplot

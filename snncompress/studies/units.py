@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError
-from snncompress.interfaces import Adapter, Criterion
+from snncompress.interfaces import Adapter, Criterion, Quantizer
+from snncompress.model.cells import decays
 from snncompress.model.network import ChannelGroup, Network, by_layer, computed_or_shared, weight_layers
 from snncompress.pruning.recording import Groups
 from snncompress.pruning.selection import Target, overruled, per_layer, resolve_skip, targets, weight_ratios
 from snncompress.pruning.steps import ChannelPruning, LayerPruning, WeightPruning
 
+P = TypeVar("P", Criterion, Quantizer)
 ANY = 1e-12
 """A ratio that every layer can bear: which layers could be pruned, not by how much."""
 
@@ -81,7 +83,7 @@ def units(
                 unit = Unit(tuple(dict.fromkeys(other.layers + unit.layers)), other.parts + unit.parts)
             found.append(unit)
     else:
-        prunable, skipped = weight_ratios(names, ANY, skips, computed_or_shared(model))
+        prunable, skipped = weight_ratios(names, ANY, skips, {**computed_or_shared(model), **decays(model)})
         found = [Unit((name,)) for name in prunable]
     if layers is not None:
         asked = dict.fromkeys(listed([layers] if isinstance(layers, str) else layers, "layers"), True)
@@ -104,6 +106,27 @@ def criterion_of(criterion: str | Criterion, seed: int) -> Criterion:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise OptionError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}.")
     return chosen
+
+
+def label(plugin: Criterion | Quantizer) -> str:
+    """Its name, and the options that aren't the defaults."""
+    options = plugin.options()
+    try:
+        usual = type(plugin)().options()
+    except TypeError:  # it has options that must be given
+        usual = {}
+    own = ", ".join(f"{key}={value!r}" for key, value in options.items() if key not in usual or usual[key] != value)
+    return f"{plugin.name}({own})" if own else plugin.name
+
+
+def labelled(what: str, values: Any, resolve: Callable[[Any], P]) -> dict[str, P]:
+    """One plugin or several, by name or as instances, under their labels; none twice."""
+    several = values if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    found = [resolve(value) for value in listed(several, f"The names of a {what}")]
+    names = [label(plugin) for plugin in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OptionError(f"The {what} {twice} stands there twice. Leave one out, or give them other options.")
+    return dict(zip(names, found, strict=True))
 
 
 def listed(values: Any, what: str) -> list[Any]:
