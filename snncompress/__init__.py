@@ -48,6 +48,7 @@ from .studies.heat_maps import Robustness, Scores
 from .studies.scoring import robustness, scores
 from .studies.searching import BlockSearch, Candidate, block_search
 from .studies.sweeps import sensitivity, threshold_sweep
+from .studies.utilization import GridUse, Utilization, WeightRange, utilization
 from .version import __version__
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "Evaluation",
     "GradientAwareLoss",
     "GradientFlow",
+    "GridUse",
     "KeptStateWarning",
     "LayerProfile",
     "MaskWeights",
@@ -90,6 +92,8 @@ __all__ = [
     "TruncateTimesteps",
     "UnknownNameError",
     "UnknownNeuronsWarning",
+    "Utilization",
+    "WeightRange",
     "__version__",
     "apply",
     "block_search",
@@ -118,4 +122,5 @@ __all__ = [
     "sensitivity",
     "temporal_analysis",
     "threshold_sweep",
+    "utilization",
 ]

@@ -30,7 +30,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[
 
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
     for position, title in enumerate(header):
-        text = position == 0 or title == "kind"
+        text = position == 0 or title in ("kind", "quantizer")
         drawn.add_column(title, justify="left" if text else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)

@@ -137,10 +137,10 @@ def listed(values: Any, what: str) -> list[Any]:
     return found
 
 
-def refuse(what: str, layers: Mapping[str, str]) -> None:
-    """Raise OptionError where a layer was named that can't be pruned, layer → reason."""
+def refuse(what: str, layers: Mapping[str, str], done: str = "pruned") -> None:
+    """Raise OptionError where a layer was named that can't be, layer → reason."""
     for name, why in layers.items():
-        raise OptionError(f"{what} names {name!r}, which can't be pruned: {why}. Leave it out.")
+        raise OptionError(f"{what} names {name!r}, which can't be {done}: {why}. Leave it out.")
 
 
 def reasons(skipped: Mapping[str, str]) -> str:

@@ -88,6 +88,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "sensitivity": (Noisy, lambda m, p: snncompress.sensitivity(m[0], m[1], "svs", (0.5,), **T)),
     "temporal_analysis": (Noisy, lambda m, p: snncompress.temporal_analysis(m[0], m[1], **T)),
     "threshold_sweep": (plain, lambda m, p: snncompress.threshold_sweep(m[0], m[1], (0.5,), 0.5, **T)),
+    "utilization": (Noisy, lambda m, p: snncompress.utilization(m[0], bits=2)),
 }  # fmt: skip
 QUIET = {"plan_of", "criteria", "quantizers", "schedulers", "energy_models", "plugins", "cross_entropy", "finetune"}
 
