@@ -12,12 +12,11 @@ import argparse
 import datetime
 import importlib.util
 import itertools
-import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,17 +28,11 @@ from rich.console import Console
 from rich.progress import track
 from snncompress_rescaw import ReScaW
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import snncompress
-from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.measuring.profiling import Profile, profile
-from snncompress.model.network import by_layer
-from snncompress.pruning.recording import record
-from snncompress.running.data import Feed
-from snncompress.structure.tracing import trace
 
 HERE = Path(__file__).resolve().parent
 CACHE, RESULT = HERE / ".cache", HERE / "results" / "mnist.md"
@@ -170,27 +163,11 @@ def job_ste(framework: str, bits: int, case: tuple[float, float], ste: str, seed
 
 
 def job_robustness(framework: str, criterion: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Per layer, over all pairs of batches: cosine of the scores, overlap of the channels removed."""
-    model = dense(framework)
-    adapter = find_adapter(model, None)
-    chosen = registry().resolve("criterion", criterion, snncompress.extend.Criterion)
+    """Per layer, over all pairs of batches: cosine of the scores, share of the channels removed in common."""
     x, y = some(DATA["train"], PAIR_BATCHES * PAIR_SIZE, 0)
     batches = list(zip(x.split(PAIR_SIZE), y.split(PAIR_SIZE), strict=True))
-    network = trace(model, adapter, Feed(adapter, batches, T).example())
-    layers = by_layer(network.groups, network.layers)
-    runs = [record(model, network, Feed(adapter, [batch], T), chosen, layers, seed=0) for batch in batches]
-    cosine, overlap = {}, {}
-    for layer in runs[0]:
-        scores = [run[layer] for run in runs]
-        count = math.ceil(round(len(scores[0]) * HEADLINE["ratio"], 9))
-        gone = [set(s.argsort(stable=True)[:count].tolist()) for s in scores]
-        cosine[layer] = mean(F.cosine_similarity(a, b, dim=0).item() for a, b in pairs(scores))
-        overlap[layer] = mean(len(a & b) / count for a, b in pairs(gone))
-    return cosine, overlap
-
-
-def pairs(items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    return itertools.combinations(items, 2)
+    found = snncompress.robustness(dense(framework), criterion, batches, ratio=HEADLINE["ratio"], timesteps=T)
+    return found.cosine[criterion], found.agreement[criterion]
 
 
 class Jobs:
