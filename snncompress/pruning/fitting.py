@@ -23,8 +23,6 @@ from .rounding import passed_on
 RepairKind = Literal["membrane", "current"]
 Rounding = Literal["gptq", "nearest"]
 _RIDGE, _DAMPING = 1e-2, 1e-2
-_CLEAR, _SMALL = 0.05, 1e-4
-"""Where this share of what is wanted stays unexplained, or less, there is hardly noise to fit: a small ridge does."""
 _LEAST = 1e-6
 """Of the gain of a batch norm: with less, nothing passes it."""
 _SAMPLES = 2048
@@ -146,8 +144,6 @@ class LayerFit:
         errors = sums.errors(self._theta(self._effective(), offset))
         start = _Answer(old, offset, errors, torch.full_like(errors, torch.inf))
         theta = solved(sums, self._theta(old, offset), _RIDGE * sums.scarcity(), support)
-        if float(sums.errors(theta).sum()) < _CLEAR * float(sums.spread(about_mean=self._offset).sum()):
-            theta = solved(sums, theta, _SMALL * sums.scarcity(), support)
         if self._offset and self.network.drives.get(self.name):
             wide = stretched(sums, theta)
             theta = wide.where((sums.errors(wide) < start.errors).unsqueeze(2), theta)

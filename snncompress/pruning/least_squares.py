@@ -77,12 +77,6 @@ class Sums:
         """1 where there are many more samples than unknowns; by how much more the sums must be damped with fewer."""
         return 1 + self.gram.shape[1] / max(1, self.samples)
 
-    def spread(self, *, about_mean: bool) -> Tensor:
-        """Σ y² of every row [G, R], or Σ (y − ȳ)², where the last of D is the constant."""
-        if not about_mean:
-            return self.square
-        return self.square - self.cross[:, -1] ** 2 / self.gram[:, None, -1, -1]
-
     def errors(self, theta: Tensor) -> Tensor:
         """Σ (y − θ u)² of every row [G, R] of θ [G, R, D]; never below 0."""
         quadratic = ((theta @ self.gram) * theta).sum(2)
@@ -104,7 +98,7 @@ def stretched(sums: Sums, theta: Tensor, most: float = 2.0) -> Tensor:
     """
     ones, count = sums.gram[:, None, -1, :-1], sums.gram[:, None, -1, -1]
     weights = theta[..., :-1]
-    spread = sums.spread(about_mean=True)
+    spread = sums.square - sums.cross[:, -1] ** 2 / count
     found = ((weights @ sums.gram[:, :-1, :-1]) * weights).sum(2) - (weights * ones).sum(2) ** 2 / count
     factor = (spread / found.clamp_min(torch.finfo(found.dtype).tiny)).clamp(1, most**2).sqrt()
     weights = weights * factor.unsqueeze(2)
