@@ -82,7 +82,8 @@ class Layer:
 
     ``weight`` is the float weight with the output channels first, [C, ...], also for a transposed convolution or a
     quantized layer, and 0 where a weight was removed; ``weight_grad`` its gradient, None unless the criterion asked
-    for gradients. ``norm`` is the batch normalization between the layer and its neurons. ``generator`` is seeded from
+    for gradients. ``norm`` is the batch normalization between the layer and its neurons, whose parameters have theirs
+    then too. ``generator`` is seeded from
     the seed of ``apply`` and the layer's name: the only source of chance a criterion may use. ``inputs`` is None unless
     the criterion asked for inputs, or where the layer wasn't called.
     """
@@ -231,13 +232,27 @@ class Quantizer(_Plugin):
 
 
 class Scheduler(_Plugin):
-    """A pure function that spreads a target over pruning steps."""
+    """A pure function that spreads a target over pruning steps.
+
+    Where it names criteria by which something ``grows``, what goes is only masked until the last step: in every step
+    before, what scores lowest is masked beyond the step's share, and of all that is masked, what this other criterion
+    scores highest comes back, until the share is met exactly. Gradients reach what is masked as if it were there.
+    """
 
     default_steps: ClassVar[int] = 1
+    grows: ClassVar[Mapping[Granularity, str]] = MappingProxyType({})
+    """The criterion by which masked channels or weights come back, by its name; without any, what goes is gone."""
 
     @abstractmethod
     def ratio(self, target: float, step: int, steps: int) -> float:
         """The share removed in all after ``step`` = 1 … ``steps``; non-decreasing, and ``target`` at the last."""
+
+    def regrown(self, step: int, steps: int) -> float:
+        """The share of what is masked (of what is left, where that is less) that comes back in ``step``, in [0, 1].
+
+        It isn't asked for the last step, after which what is masked is cut out.
+        """
+        return 0.0
 
     @property
     def n_steps(self) -> int:

@@ -121,7 +121,7 @@ class SpikingJellyAdapter(Adapter):
         threshold = _threshold(neuron)
         original = neuron.surrogate_function
         neuron.surrogate_function = tap = _Tap(original, threshold, observer)
-        hook_handle = neuron.register_forward_hook(tap.hand_over)
+        hook_handle = neuron.register_forward_hook(tap.hand_over, prepend=True)  # before others change the spikes
 
         def stop() -> None:
             hook_handle.remove()

@@ -6,16 +6,17 @@ from collections.abc import Callable
 
 from snncompress.extend import Criterion, hookimpl
 
-from .baselines import BNScale, FiringRate, Magnitude, Random, Taylor
+from .baselines import BNScale, BNScaleGradient, FiringRate, Magnitude, Random, Taylor
 from .weights import LAMP, SNIP, WeightGradient, WeightMagnitude, WeightRandom
 
-CHANNELS = (Magnitude, Random, BNScale, FiringRate, Taylor)
+CHANNELS = (Magnitude, Random, BNScale, BNScaleGradient, FiringRate, Taylor)
 WEIGHTS = (WeightMagnitude, LAMP, WeightRandom, WeightGradient, SNIP)
 
 __all__ = [
     "LAMP",
     "SNIP",
     "BNScale",
+    "BNScaleGradient",
     "FiringRate",
     "Magnitude",
     "Random",

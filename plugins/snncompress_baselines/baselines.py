@@ -251,6 +251,71 @@ class Taylor(Criterion):
         return torch.div(state.total, state.count)
 
 
+class BNScaleGradient(Criterion):
+    """How much the loss wants a channel's scale to change: score(f) = |mean over batches of ∂L/∂γ_f|.
+
+    γ is the scale of the batch norm behind the layer; the gradient goes through the surrogate gradient of the spikes.
+    It is what ``prune_regrow`` brings channels back by: a channel that is masked gets the gradient that it would get if
+    it spoke, with the weights that it has.
+
+    Where no batch norm with a scale stands behind the layer, a scale of 1 on what its weights make stands in, and its
+    gradient is known without it::
+
+        y = s · (W x) + b, s = 1        ∂L/∂s_f = Σ over outputs (W x)_f · ∂L/∂y_f = Σ over weights w_f · ∂L/∂w_f
+
+    that is the ∂L/∂γ of a batch norm with mean 0, variance 1 and γ = 1. Channels are compared within a layer, and
+    layers that are coupled are put on one scale, so the two needn't share theirs.
+
+    Shapes:
+        norm.weight.grad [C], else weight, weight_grad [C, ...] → score [C], in units of the loss.
+
+    Raises:
+        PluginError: a batch was closed without a gradient, or no batch was.
+
+    Source: Li et al., "Towards efficient deep spiking neural networks construction with spiking activity based
+    pruning", ICML 2024, which regrows channels by it.
+
+    Example:
+        >>> import torch
+        >>> from snncompress.extend import Layer
+        >>> weight, gradient = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[1.0, -1.0], [0.5, 9.0]])
+        >>> norm, by = torch.nn.BatchNorm1d(2), BNScaleGradient()
+        >>> norm.weight.grad = torch.tensor([-0.5, 0.25])
+        >>> for layer in (Layer("fc", torch.nn.Identity(), weight, gradient, n, (), None) for n in (norm, None)):
+        ...     by.score(layer, by.end_batch(layer, by.begin(layer))).tolist()
+        [0.5, 0.25]
+        [1.0, 1.5]
+    """
+
+    name: ClassVar[str] = "bn_scale_gradient"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"gradients"})
+
+    def begin(self, layer: Layer) -> _Sum:
+        """No batches yet."""
+        return _Sum(torch.zeros(layer.channels, dtype=torch.float64, device=layer.weight.device))
+
+    def end_batch(self, layer: Layer, state: _Sum) -> _Sum:
+        """Add this batch's ∂L/∂γ, or ∂L/∂s."""
+        scale = getattr(layer.norm, "weight", None)
+        if isinstance(scale, Tensor) and scale.grad is not None and scale.numel() == layer.channels:
+            state.total += scale.grad.detach().flatten()
+        elif layer.weight_grad is not None:
+            state.total += (layer.weight * layer.weight_grad.detach()).flatten(1).sum(1)
+        else:
+            raise PluginError(
+                f"{self.name}: layer {layer.name!r} has no gradient: the loss doesn't depend on its weight. Leave the "
+                f"layer out with skip, or give it a ratio of 0."
+            )
+        state.count += 1
+        return state
+
+    def score(self, layer: Layer, state: _Sum) -> Tensor:
+        """The size of the mean over batches, [C]."""
+        if state.count == 0:
+            raise PluginError(f"{self.name}: no gradient was recorded for layer {layer.name!r}.")
+        return torch.div(state.total, state.count).abs()
+
+
 def _linear(weight: Tensor) -> nn.Linear:
     """A linear layer with this weight, [C, ...] → [C, K], in float32 as torch-pruning computes."""
     flat = weight.detach().flatten(1).float()

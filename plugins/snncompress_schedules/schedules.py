@@ -13,7 +13,8 @@ def _check_steps(name: str, steps: int) -> None:
         raise OptionError(f"{name}: steps must be a whole number, at least 1, not {steps!r}.")
 
 
-def _check_step(name: str, step: int, steps: int) -> None:
+def check_step(name: str, step: int, steps: int) -> None:
+    """Raise OptionError for a step that there isn't."""
     if not 1 <= step <= steps:
         raise OptionError(f"{name}: step must be 1 … {steps}, not {step!r}; the steps are counted from 1.")
 
@@ -34,7 +35,7 @@ class OneShot(Scheduler):
 
     def ratio(self, target: float, step: int, steps: int) -> float:
         """The share removed after ``step``: all of ``target``."""
-        _check_step(self.name, step, steps)
+        check_step(self.name, step, steps)
         return target
 
 
@@ -66,7 +67,7 @@ class Iterative(Scheduler):
 
     def ratio(self, target: float, step: int, steps: int) -> float:
         """The share removed after ``step`` = 1 … ``steps``."""
-        _check_step(self.name, step, steps)
+        check_step(self.name, step, steps)
         return target * (step / steps)
 
 
@@ -98,5 +99,5 @@ class Gradual(Scheduler):
 
     def ratio(self, target: float, step: int, steps: int) -> float:
         """The share removed after ``step`` = 1 … ``steps``."""
-        _check_step(self.name, step, steps)
+        check_step(self.name, step, steps)
         return target * (1.0 - (1.0 - step / steps) ** 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd, lcm
@@ -226,6 +226,20 @@ def outputs_first(weight: Tensor, module: nn.Module) -> Tensor:
     if not isinstance(module, _ConvTransposeNd):
         return weight
     return weight.reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
+def silent_members(group: ChannelGroup, model: nn.Module, direct: Mapping[str, Collection[str]]) -> Iterator[Member]:
+    """What is 0 where channels of the group are silent: on side "neuron" spikes, on side "in" what a layer reads.
+
+    The latter is said of a layer that the group's layers feed without a neuron between (:attr:`Network.direct`), as
+    from a residual stream.
+    """
+    writers = {n for n in group.names("out") if not depthwise(model.get_submodule(n))}  # which pass on
+    for member in group.members:
+        module = model.get_submodule(member.module)
+        reads = member.side == "in" and isinstance(module, (*WEIGHT_LAYERS, ChannelMap))
+        if member.side == "neuron" or (reads and writers & set(direct.get(member.module, ()))):
+            yield member
 
 
 def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None:

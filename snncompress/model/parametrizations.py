@@ -30,10 +30,11 @@ class CompressedWeight(nn.Module):
     ``mask`` has the weight's shape, True = the weight exists. It stands behind the quantizer, whose grid may have no
     zero, so a removed weight is exactly 0.0 whatever an optimizer does to what is stored; and before it, so that the
     grid is a statistic of the weights that exist. ``tensor_quant`` is a Brevitas tensor quantizer with a
-    straight-through gradient. Removed weights get the gradient 0.
+    straight-through gradient. Removed weights get the gradient 0, or, while it is ``passing``, that of a weight there.
     """
 
     mask: Tensor | None
+    passing = False
 
     def __init__(self, *, transposed: bool) -> None:
         super().__init__()
@@ -57,13 +58,21 @@ class CompressedWeight(nn.Module):
 
     def masked(self, weight: Tensor) -> Tensor:
         """The weights that exist, 0 elsewhere."""
-        return weight if self.mask is None else torch.where(self.mask, weight, 0.0)  # exact also for NaN and inf
+        if self.mask is None:
+            return weight
+        masked = torch.where(self.mask, weight, 0.0)  # exact also for NaN and inf
+        return passing_gradients(weight, masked) if self.passing else masked
 
     def __repr__(self) -> str:  # Brevitas' insides would fill the screen when a model is printed
         parts = [] if self.mask is None else [f"{int(self.mask.sum())} of {self.mask.numel()} weights"]
         if self.quantizer is not None:
             parts.append(f"{self.quantizer!r}, bits={self.bits}")
         return f"CompressedWeight({'; '.join(parts)})"
+
+
+def passing_gradients(x: Tensor, masked: Tensor) -> Tensor:
+    """The values of ``masked``, which is x or 0, bit by bit; the gradient is handed to all of x."""
+    return x + (masked - x).detach()
 
 
 def quantize_weight(module: nn.Module, quantizer: Quantizer, bits: int) -> None:
@@ -82,6 +91,18 @@ def mask_weight(module: nn.Module, kept: Tensor) -> None:
     compression.mask = kept if compression.mask is None else compression.mask & kept
     with torch.no_grad():
         stored.copy_(torch.where(compression.mask, stored, 0.0))
+
+
+def restore_weights(module: nn.Module, kept: Tensor) -> None:
+    """Let removed weights exist again where ``kept`` (bool, the weight's shape) is True; they start from zero."""
+    compression = compression_of(module)
+    if compression is None or compression.mask is None:
+        return
+    grown = kept.to(compression.mask.device) & ~compression.mask
+    if bool(grown.any()):
+        compression.mask = compression.mask | grown
+        with torch.no_grad():
+            stored_weight(module).masked_fill_(grown, 0.0)  # whatever an optimizer did to it meanwhile
 
 
 def weight_mask(module: nn.Module) -> Tensor | None:

@@ -72,7 +72,8 @@ def apply(
             on the time-averaged output.
         quantizer: name or instance. "rescaw" takes the range of least error of every output channel; to train as QP-SNN
             does, ``ReScaW(gamma="l1_mean", per_channel=False)``.
-        scheduler: name or instance: in how many steps they go; each step scores what the one before has left.
+        scheduler: name or instance: in how many steps they go; each step scores what the one before has left. With
+            "prune_regrow" some come back in between.
         order: "qp" quantizes first, then prunes (QP-SNN); "pq" the reverse.
         finetune: None, a number of epochs for the built-in trainer (labels from ``data``, learning rate 1e-3), or
             ``callable(model)``, which trains in place. Called after quantization and after each pruning step.

@@ -23,7 +23,7 @@ from snncompress.running.scores import loss_of
 from snncompress.structure.blocks import Block, find_blocks
 from snncompress.structure.tracing import trace
 
-from .steps import Pruning, Share
+from .steps import Pruning, Regrowth, Share
 
 
 class BlockPruning(Pruning):
@@ -108,7 +108,7 @@ class BlockPruning(Pruning):
             )
         return dict(zip(blocks, scores, strict=True))
 
-    def step(self, scores: Mapping[str, Tensor], share: Share) -> list[Edit]:
+    def step(self, scores: Mapping[str, Tensor], share: Share, regrowth: Regrowth | None = None) -> list[Edit]:
         """One edit per block, the first in the network first."""
         gone = len(self._all or ()) - len(scores)
         count = max(0, math.floor(round(share(self._ratio) * len(self._all or ()), 9)) - gone)

@@ -128,9 +128,9 @@ def calibrate(
             stack.callback(_listen(model.get_submodule(name), reader))
         stack.enter_context(in_mode(model, training=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        for weight in {stored_weight(layer_at(model, s.layer_name)) for s in learning}:
-            stack.callback(weight.requires_grad_, weight.requires_grad)  # a frozen weight has a gradient too
-            weight.requires_grad_(True)
+        for parameter in {parameter for s in learning for parameter in s.parameters()}:
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)  # a frozen one has a gradient too
+            parameter.requires_grad_(True)
         names = ", ".join(recording.criterion.name for recording in recordings)
         for batch in tracked(feed, progress, f"{what}calibrating {names}"):
             for reader in readers.values():
@@ -252,6 +252,9 @@ class _Scorer:
         self.inputs: Inputs | None = None
         self._generator.set_state(self._chance)
         self._state = self._guarded(self.criterion.begin, self.layer())
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [stored_weight(self._module), *(() if self._norm is None else self._norm.parameters())]
 
     def layer(self) -> Layer:
         gradient = stored_weight(self._module).grad if "gradients" in self.criterion.needs else None

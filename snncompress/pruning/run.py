@@ -42,7 +42,7 @@ from .selection import (
 )
 from .settings import Finetune, Settings
 from .shares import Shares
-from .steps import ChannelPruning, Pruning, WeightPruning
+from .steps import ChannelPruning, LayerPruning, Pruning, Regrowth, WeightPruning
 from .training import train
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,10 +103,20 @@ class Run(Generic[M]):
         seed = self.settings.seed + step
         if self._pruning is None or not (scores := self._pruning.score(self.feed, seed, self.progress, what)):
             return []
-        return self._keep(self._pruning.step(scores, partial(self._shares.after, step)))
+        regrowth = self._regrowth(step, seed, what)
+        return self._keep(self._pruning.step(scores, partial(self._shares.after, step), regrowth))
+
+    def _regrowth(self, step: int, seed: int, what: str) -> Regrowth | None:
+        """What may come back of what is masked; None in the last step, and where what goes is gone."""
+        growth = self.settings.growth
+        if growth is None or step == self._shares.steps or not isinstance(self._pruning, LayerPruning):
+            return None
+        return self._pruning.growth(self._shares.back(step), growth, self.feed, seed, self.progress, what)
 
     def repair(self, new: list[Edit], what: str, *, last: bool) -> None:
         """Fit what is left to what the network did before, or did when it was trained last.
+
+        What reads channels that are silent for a while keeps its weights for them: the data say nothing about those.
 
         Rounding errors are passed on in the ``last`` step only: what is pruned after it is scored by weights of their
         own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -126,13 +126,14 @@ def overruled(value: Any, protected: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass
 class Target:
-    """A group to prune down to ``ratio`` of its ``original`` channels."""
+    """A group to prune down to ``ratio`` of its ``original`` channels; those ``silent`` are out already."""
 
     group: ChannelGroup
     original: int
     ratio: float
     portion: int = 0
     """How many channels go at a time; 0 for one from every run."""
+    silent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def count(self, ratio: float) -> int:
         """How many more channels must go to reach ``ratio`` of the original ones: ⌈ratio · c⌉ in all."""
@@ -141,6 +142,11 @@ class Target:
         most = local - 1 if self.group.part else local  # a layer that loses enough may have parts that can't
         wanted = min(math.ceil(round(ratio * local, 9)), most) * portion
         return max(0, wanted - (self.original - self.group.size))
+
+    def exchanged(self, count: int, share: float) -> int:
+        """How many of ``count`` silent channels come back for as many others: the share of them, or of those left."""
+        portion = self.portion or self.group.runs
+        return math.floor(round(share * min(count, self.group.size - count) / portion, 9)) * portion
 
 
 def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], dict[str, str]]:
@@ -212,11 +218,26 @@ def weight_ratios(
     return {n: r for n, r in ratios.items() if n not in skipped}, skipped
 
 
-def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int) -> Tensor:
+def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int, first: Tensor | None = None) -> Tensor:
     """Positions of the ``count`` channels with the lowest combined score, ascending; ties by index.
 
-    Scores of coupled layers are divided by their mean first, so that none outweighs the others, and added.
+    Scores of coupled layers are divided by their mean first, so that none outweighs the others, and added. Positions
+    ``first`` are taken to be lower than all others.
     """
+    combined = _combined(group, scores)
+    if first is not None:
+        combined[first] = -math.inf
+    return _chosen(group, combined, count)
+
+
+def highest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int, among: Tensor) -> Tensor:
+    """Of positions ``among`` the ``count`` with the highest combined score, as in :func:`lowest`."""
+    combined = torch.full((group.size,), math.inf, dtype=torch.float64)
+    combined[among] = -_combined(group, scores)[among]
+    return _chosen(group, combined, count)
+
+
+def _combined(group: ChannelGroup, scores: Mapping[str, Tensor]) -> Tensor:
     combined = torch.zeros(group.size, dtype=torch.float64)
     involved = [(scores[n], m) for n in group.names("out") if n in scores and (m := group.member(n, "out")) is not None]
     for score, member in involved:
@@ -224,6 +245,11 @@ def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int) -> Ten
         if len(involved) > 1:
             mine = mine / mine.abs().mean().clamp_min(1e-300)
         combined += mine
+    return combined
+
+
+def _chosen(group: ChannelGroup, combined: Tensor, count: int) -> Tensor:
+    """Positions of the lowest, the same in every run."""
     local = group.size // group.runs
     order = torch.argsort(combined.view(group.runs, local).mean(0), stable=True)
     chosen = order[: count // group.runs].sort().values

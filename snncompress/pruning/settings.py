@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from snncompress.contract.registry import registry
-from snncompress.errors import OptionError
+from snncompress.errors import OptionError, PluginError
 from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope, Signal
 from snncompress.version import __version__
 
@@ -44,6 +44,8 @@ class Settings:
     rounding: Rounding
     refresh: bool
     synthetic: bool
+    growth: Criterion | None = None
+    """By what that which is masked comes back, where the scheduler has it come back."""
 
     @classmethod
     def of(
@@ -56,9 +58,11 @@ class Settings:
         chosen = None if criterion is None else find("criterion", criterion, Criterion)
         codec, schedule = find("quantizer", quantizer, Quantizer), find("scheduler", scheduler, Scheduler)
         word = resolve_repair(repair, chosen, synthetic=synthetic)
+        growth = None if chosen is None else _growth(schedule, chosen, finetune)
         return cls(
-            chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, word, rounding, refresh, synthetic
-        )
+            chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, word, rounding, refresh, synthetic,
+            growth,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         _check_run(self.order, self.finetune, self.seed, self.truncate)
@@ -88,6 +92,8 @@ class Settings:
         """Why labels are needed; empty where they aren't."""
         if self.criterion is not None and "gradients" in self.criterion.needs:
             return f"criterion {self.criterion.name!r} needs labels"
+        if self.growth is not None and "gradients" in self.growth.needs:
+            return f"scheduler {self.scheduler.name!r}, which brings back by gradients, needs labels"
         return "finetune needs labels" if isinstance(self.finetune, int) and self.finetune > 0 else ""
 
     def origin(self, framework: str) -> dict[str, Any]:
@@ -111,6 +117,32 @@ class Settings:
             **({"rounding": self.rounding} if self.fits and self.bits is not None else {}),
             **({"refresh": True} if self.refresh else {}),
         }
+
+
+def _growth(scheduler: Scheduler, criterion: Criterion, finetune: Finetune) -> Criterion | None:
+    """The criterion by which the scheduler brings back what this one lets go; None where it doesn't."""
+    if not scheduler.grows:
+        return None
+    name = scheduler.grows.get(criterion.granularity)
+    if name is None:
+        grown = " or ".join(f"single {kind}s" if kind == "weight" else f"{kind}s" for kind in scheduler.grows)
+        raise OptionError(
+            f"Scheduler {scheduler.name!r} brings back {grown}, and criterion {criterion.name!r} removes "
+            f"{criterion.granularity}s. Take another schedule, such as 'gradual'."
+        )
+    if not finetune:
+        raise OptionError(
+            f"Scheduler {scheduler.name!r} lets what it brings back prove itself in training between its steps, and "
+            f"there is none: pass finetune=, a number of epochs or a callable, or take 'gradual', which brings back "
+            f"nothing."
+        )
+    found: Criterion = registry().resolve("criterion", name, Criterion)
+    if found.granularity != criterion.granularity:
+        raise PluginError(
+            f"Scheduler {scheduler.name!r} brings back {criterion.granularity}s by {name!r}, which scores a "
+            f"{found.granularity!r}."
+        )
+    return found
 
 
 def resolve_repair(repair: RepairChoice, criterion: Criterion | None, *, synthetic: bool = False) -> Repair:

@@ -40,6 +40,27 @@ class Shares:
             self._known[target] = self._checked(target)
         return self._known[target][step - 1]
 
+    def back(self, step: int) -> float:
+        """The share of what is masked that comes back in this step; nothing does in the last."""
+        if step == self.steps:
+            return 0.0
+        name = self._scheduler.name
+        try:
+            share = self._scheduler.regrown(step, self.steps)
+        except SNNCompressError:
+            raise
+        except Exception as error:  # it is a plugin's: anything can come out of it
+            raise PluginError(
+                f"Scheduler {name!r} failed in regrown() at step {step} of {self.steps}: {type(error).__name__}: "
+                f"{error}"
+            ) from error
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
+            raise PluginError(
+                f"Scheduler {name!r} says that {share!r} comes back in step {step} of {self.steps}. Shares are numbers "
+                f"in [0, 1]."
+            )
+        return float(share)
+
     def _checked(self, target: float) -> list[float]:
         name = self._scheduler.name
         shares: list[float] = []

@@ -25,7 +25,16 @@ from snncompress.model.channel_map import ChannelMap
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import in_mode, patched, tensors_in
-from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, Side, channel_axis, depthwise, without
+from snncompress.model.network import (
+    NORMS,
+    WEIGHT_LAYERS,
+    ChannelGroup,
+    Side,
+    channel_axis,
+    depthwise,
+    silent_members,
+    without,
+)
 from snncompress.model.parametrizations import computed_weight
 from snncompress.running.data import Run, memory_ran_out
 from snncompress.running.sameness import same
@@ -113,18 +122,15 @@ class Trial:
         silent: _Gone = {}
         lost: _Gone = {}
         for group, removed in removals:
-            writers = {n for n in group.names("out") if not depthwise(self.model.get_submodule(n))}  # which pass on
+            for member in silent_members(group, self.model, self._direct):
+                axis = member.axis or channel_axis(self.model.get_submodule(member.module))
+                _add(silent, member.module, member.index[removed].flatten(), axis)
             for member in group.members:
-                name, module = member.module, self.model.get_submodule(member.module)
-                gone = member.index[removed].flatten()
+                module = self.model.get_submodule(member.module)
                 if member.side == "neuron":
-                    _add(silent, name, gone, member.axis)
-                    _add(lost, name, gone, member.axis)
-                elif isinstance(module, (*WEIGHT_LAYERS, ChannelMap)):
-                    if member.side == "out":
-                        _add(lost, name, gone, channel_axis(module))
-                    elif writers & set(self._direct.get(name, ())):
-                        _add(silent, name, gone, channel_axis(module))
+                    _add(lost, member.module, member.index[removed].flatten(), member.axis)
+                elif member.side == "out" and isinstance(module, (*WEIGHT_LAYERS, ChannelMap)):
+                    _add(lost, member.module, member.index[removed].flatten(), channel_axis(module))
         return silent, lost
 
     def _again(self, model: nn.Module, first: _Notes) -> str:

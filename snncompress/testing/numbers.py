@@ -17,7 +17,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
     """Asks a scheduler for every step of several targets and numbers of steps.
 
     Checked: the ratio never decreases, lies between 0 and the target, and is exactly the target at the last
-    step; it depends on its arguments alone; ``n_steps`` is at least 1; the options are JSON.
+    step; what comes back is a share; both depend on their arguments alone; ``n_steps`` is at least 1; the options
+    are JSON.
 
     Raises:
         PluginError: the first of these that fails, or an exception in the scheduler.
@@ -48,6 +49,16 @@ def check_scheduler(scheduler: Scheduler) -> None:
         if ratios[-1] != target:
             last = f"the last step must give exactly the target, not {ratios[-1]!r}"
             raise broken(scheduler, f"{last} ({where}).")
+    for steps in (2, 3, 7):
+        with calling(scheduler, f"regrown() for steps {steps}"):
+            shares = [scheduler.regrown(step, steps) for step in range(1, steps)]
+            backwards = [scheduler.regrown(step, steps) for step in range(steps - 1, 0, -1)]
+        if not all(_is_number(share) and 0 <= share <= 1 for share in shares) or shares != backwards[::-1]:
+            raise broken(
+                scheduler, f"regrown() must return shares in [0, 1] that depend on its arguments alone, not {shares}."
+            )
+    if unknown := set(scheduler.grows) - {"channel", "weight"}:
+        raise broken(scheduler, f"grows can name criteria for 'channel' and 'weight', not {sorted(unknown)}.")
 
 
 def check_energy_model(model: EnergyModel) -> None:

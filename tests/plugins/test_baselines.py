@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from snncompress_baselines import BNScale, FiringRate, Magnitude, Random, Taylor
+from snncompress_baselines import BNScale, BNScaleGradient, FiringRate, Magnitude, Random, Taylor
 from torch import Tensor, nn
 
 from snncompress import OptionError, PluginError
@@ -131,3 +131,51 @@ def test_firing_rate_counts_graded_and_negative_spikes_once() -> None:
     assert criterion.score(layer, state).tolist() == [0.5]
     with pytest.raises(PluginError, match=r"'conv'.*didn't run"):
         criterion.score(layer, criterion.begin(layer))
+
+
+def gradients_of(by: BNScaleGradient, layer: nn.Module, norm: nn.Module | None, batches: Tensor) -> Tensor:
+    state = None
+    for x in batches:
+        layer.zero_grad()
+        y = layer(x)
+        if norm is not None:
+            norm.zero_grad()
+            y = norm(y)
+        y.sigmoid().square().sum().backward()
+        seen = Layer("conv", layer, layer.weight.detach(), layer.weight.grad, norm, (), torch.Generator())
+        state = by.end_batch(seen, by.begin(seen) if state is None else state)
+    return by.score(seen, state)
+
+
+def test_a_scale_of_one_stands_in_for_the_batch_norm() -> None:
+    """A batch norm with mean 0, variance 1 and γ = 1 does nothing, and its ∂L/∂γ is what is said without it."""
+    conv, norm = nn.Conv2d(2, 5, 3, bias=False).double(), nn.BatchNorm2d(5, eps=0.0).double().eval()
+    batches = torch.randn(3, 4, 2, 6, 6, dtype=torch.float64)
+    by = BNScaleGradient()
+    scores = gradients_of(by, conv, norm, batches)
+    assert float(scores.min()) > 0.1
+    torch.testing.assert_close(scores, gradients_of(by, conv, None, batches))
+    plain = nn.BatchNorm2d(5, eps=0.0, affine=False).double().eval()  # no scale of its own
+    torch.testing.assert_close(scores, gradients_of(by, conv, plain, batches))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31))
+def test_what_stands_in_tells_the_scales_gradient_of_any_batch_norm(seed: int) -> None:
+    """y = γ (W x - μ)/σ + β: γ ∂L/∂γ = Σ w ∂L/∂w - γ μ/σ ∂L/∂β, so the two differ by the mean and by γ alone."""
+    torch.manual_seed(seed)
+    conv, norm = nn.Conv2d(2, 5, 3, bias=False).double(), nn.BatchNorm2d(5).double().eval()
+    for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+        tensor.data.uniform_(0.5, 1.5)
+    norm(conv(torch.randn(4, 2, 6, 6, dtype=torch.float64))).sigmoid().square().sum().backward()
+    slope, mean = norm.weight / (norm.running_var + norm.eps).sqrt(), norm.running_mean
+    stand_in = (conv.weight * conv.weight.grad).flatten(1).sum(1)
+    torch.testing.assert_close(norm.weight * norm.weight.grad, stand_in - slope * mean * norm.bias.grad)
+
+
+def test_no_gradient_for_a_scale() -> None:
+    layer, by = make_layer(torch.ones(2, 2), norm=nn.BatchNorm1d(2)), BNScaleGradient()
+    with pytest.raises(PluginError, match="'conv' has no gradient"):
+        by.end_batch(layer, by.begin(layer))
+    with pytest.raises(PluginError, match="no gradient was recorded for layer 'conv'"):
+        by.score(layer, by.begin(layer))

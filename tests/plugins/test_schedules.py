@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from snncompress_schedules import Gradual, Iterative, OneShot
+from snncompress_schedules import Gradual, Iterative, OneShot, PruneRegrow
 
 from snncompress import OptionError
 from snncompress.extend import Scheduler
@@ -23,7 +23,7 @@ def test_numbers_of_steps() -> None:
     assert OneShot().options() == {}
 
 
-@given(st.sampled_from([OneShot, Iterative, Gradual]), st.floats(0, 1), st.integers(1, 30))
+@given(st.sampled_from([OneShot, Iterative, Gradual, PruneRegrow]), st.floats(0, 1), st.integers(1, 30))
 def test_non_decreasing_and_exact_at_the_end(kind: type[Scheduler], target: float, steps: int) -> None:
     ratios = [kind().ratio(target, step, steps) for step in range(1, steps + 1)]
     assert ratios == sorted(ratios)
@@ -31,15 +31,31 @@ def test_non_decreasing_and_exact_at_the_end(kind: type[Scheduler], target: floa
     assert ratios[0] >= 0
 
 
-@pytest.mark.parametrize("kind", [Iterative, Gradual])
+@pytest.mark.parametrize("kind", [Iterative, Gradual, PruneRegrow])
 @pytest.mark.parametrize("steps", [0, -1, 1.5, "3", True])
 def test_steps_that_cannot_be(kind: type[Scheduler], steps: object) -> None:
     with pytest.raises(OptionError, match="steps must be a whole number"):
         kind(steps=steps)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("kind", [OneShot, Iterative, Gradual])
+@pytest.mark.parametrize("kind", [OneShot, Iterative, Gradual, PruneRegrow])
 @pytest.mark.parametrize("step", [0, 4])
 def test_step_outside(kind: type[Scheduler], step: int) -> None:
     with pytest.raises(OptionError, match="counted from 1"):
         kind().ratio(0.5, step, 3)
+
+
+def test_golden_regrowth() -> None:
+    # 0.3/2 · (1 + cos(π/3)) = 0.15 · 1.5, 0.3/2 · (1 + cos(2π/3)) = 0.15 · 0.5, and nothing in the last step
+    assert [PruneRegrow().regrown(t, 3) for t in (1, 2, 3)] == pytest.approx([0.225, 0.075, 0.0])
+    assert [PruneRegrow(decay="constant").regrown(t, 3) for t in (1, 2, 3)] == [0.3, 0.3, 0.0]
+    assert PruneRegrow().options() == {"steps": 3, "regrow": 0.3, "decay": "cosine"}
+    assert Gradual().regrown(1, 3) == 0.0
+    with pytest.raises(OptionError, match="counted from 1"):
+        PruneRegrow().regrown(0, 3)
+
+
+@pytest.mark.parametrize("options", [{"regrow": 1.1}, {"regrow": True}, {"regrow": None}, {"decay": "linear"}])
+def test_regrowth_that_cannot_be(options: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match=rf"prune_regrow: {next(iter(options))} must be"):
+        PruneRegrow(**options)  # type: ignore[arg-type]

@@ -35,12 +35,14 @@ def network(framework: str) -> nn.Module:
     return nn.Sequential(nn.Linear(16, 12), fire(), nn.Dropout(0.2), nn.Linear(12, 8), fire(), nn.Linear(8, 4))
 
 
-def run(framework: str, folder: str | None, criterion: str, progress: object = False) -> nn.Module:
+def run(
+    framework: str, folder: str | None, criterion: str, progress: object = False, scheduler: str = "iterative"
+) -> nn.Module:
     x, y = torch.rand(48, 16, generator=torch.Generator().manual_seed(1)), torch.arange(48) % 4
     order = torch.Generator().manual_seed(2)  # the loader's own: resuming must find its place, too
     data = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=order)
     return snncompress.apply(
-        network(framework), criterion, 0.6, 4, data=data, timesteps=3, scheduler="iterative", finetune=1, skip=[],
+        network(framework), criterion, 0.6, 4, data=data, timesteps=3, scheduler=scheduler, finetune=1, skip=[],
         seed=5, progress=progress, checkpoint=folder,
     )  # fmt: skip
 

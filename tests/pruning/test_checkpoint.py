@@ -44,9 +44,14 @@ def test_killed_again_and_again_it_ends_with_the_same_plan_and_weights(
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]  # nothing is left of the write that was cut off
 
 
-@pytest.mark.parametrize("criterion", ["cqp", "svs"])
-@pytest.mark.parametrize("framework", ["spikingjelly", "snntorch"])
-def test_resumed_after_every_step(tmp_path: Path, framework: str, criterion: str) -> None:
+@pytest.mark.parametrize(
+    ("framework", "criterion", "scheduler"),
+    [
+        ("spikingjelly", "cqp", "iterative"), ("snntorch", "svs", "iterative"),
+        ("spikingjelly", "sca", "prune_regrow"), ("snntorch", "weight_magnitude", "prune_regrow"),
+    ],
+)  # fmt: skip
+def test_resumed_after_every_step(tmp_path: Path, framework: str, criterion: str, scheduler: str) -> None:
     class StopError(Exception):
         pass
 
@@ -59,8 +64,9 @@ def test_resumed_after_every_step(tmp_path: Path, framework: str, criterion: str
 
     for step in (2, 3, 4):
         with pytest.raises(StopError):
-            run(framework, str(tmp_path), criterion, stop_at(step))
-    assert result(run(framework, str(tmp_path), criterion)) == result(run(framework, None, criterion))
+            run(framework, str(tmp_path), criterion, stop_at(step), scheduler)
+    resumed = run(framework, str(tmp_path), criterion, scheduler=scheduler)
+    assert result(resumed) == result(run(framework, None, criterion, scheduler=scheduler))
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ _calls = iter(range(1, 10**9))
         (scheduler(lambda target, step, steps: target * (1 - 0.5 * ((steps - step) % 2))), "decrease"),
         (scheduler(lambda target, step, steps: target * step / (steps + 1)), "must give exactly the target"),
         (scheduler(lambda target, step, steps: target * added([1 / steps] * step)), "must give exactly the target"),
+        (scheduler(lambda target, step, steps: target, regrown=lambda self, step, steps: 2.0), "regrown() must return"),
+        (scheduler(lambda target, step, steps: target, regrown=lambda *_: next(_calls) / 10**9), "arguments alone"),
+        (scheduler(lambda target, step, steps: target, regrown=lambda *_: 1 / 0), "regrown() for steps 2"),
+        (scheduler(lambda target, step, steps: target, grows={"block": "fire"}), "not ['block']"),
     ],
 )  # fmt: skip
 def test_a_broken_scheduler(made: Scheduler, said: str) -> None:

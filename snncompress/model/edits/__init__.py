@@ -6,9 +6,11 @@ module isn't there or has another width, PlanError is raised before anything is 
 
 from .base import Budget, Edit, edit_from_dict
 from .blocks import RemoveBlock, Resized
-from .channels import RemoveChannels, Slice
+from .channels import RemoveChannels
 from .masks import MaskWeights
 from .quantization import QuantizeWeights
+from .silence import SilenceChannels
+from .slices import Slice
 from .timesteps import TruncateTimesteps
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "RemoveBlock",
     "RemoveChannels",
     "Resized",
+    "SilenceChannels",
     "Slice",
     "TruncateTimesteps",
     "edit_from_dict",

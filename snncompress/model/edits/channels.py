@@ -14,24 +14,12 @@ from snncompress.base.packing import pack_indices, unpack_indices
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
 from snncompress.model.modules import number_at, set_number
-from snncompress.model.network import ChannelGroup, Side, prunable_type, remove_from_layer, width
+from snncompress.model.network import ChannelGroup, prunable_type, remove_from_layer, width
 
 from .base import Budget, Edit, find, integers
 from .shifts import Shift, shifts
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Indices that one module loses on one side, of ``width`` channels.
-
-    ``axis`` is where a neuron's channels stand (-1 in [N, C], -3 in [N, C, H, W]); 0 for a layer.
-    """
-
-    module: str
-    side: Side
-    indices: tuple[int, ...]
-    width: int
-    axis: int
+from .silence import SilenceChannels
+from .slices import Slice, slice_from_dict
 
 
 @dataclass(frozen=True)
@@ -134,6 +122,10 @@ class RemoveChannels(Edit):
         for new in self.widths:
             set_number(model.get_submodule(new.module), new.attribute, new.after)
 
+    def supersedes(self, earlier: Edit) -> bool:
+        """What was silent for a while is cut out."""
+        return isinstance(earlier, SilenceChannels)
+
     def _gone(self) -> dict[tuple[str, str], tuple[int, ...]]:
         return {(piece.module, piece.side): piece.indices for piece in self.slices}
 
@@ -202,19 +194,6 @@ class RemoveChannels(Edit):
         """Layer and numbers."""
         gone = np.unpackbits(np.frombuffer(base64.b64decode(data["indices"]), np.uint8)).sum()
         return f"{data['layer']}: {gone} of {data['width']} channels removed"
-
-
-def slice_from_dict(data: dict[str, Any]) -> Slice:
-    """A slice from its fields; raises KeyError, TypeError or ValueError for anything else."""
-    if data["side"] not in ("out", "in", "neuron"):
-        raise ValueError(f"side {data['side']!r}")
-    width_, axis = integers([data["width"], data["axis"]])
-    if not (-8 <= axis < 0 if data["side"] == "neuron" else axis == 0):
-        raise ValueError(f"axis {axis} of a slice on side {data['side']!r}")
-    indices = integers(data["indices"])
-    if not all(0 <= i < width_ for i in indices):
-        raise ValueError(f"a channel that isn't one of {width_}")
-    return Slice(str(data["module"]), data["side"], indices, width_, axis)
 
 
 def width_from_dict(data: dict[str, Any]) -> Width:
