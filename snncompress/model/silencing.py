@@ -38,6 +38,16 @@ class _Spikes(Silencer):
         return (silent, *output[1:]) if isinstance(output, (tuple, list)) else silent
 
 
+class _Ends(Silencer):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+        if not (self.passing and output.requires_grad):
+            return output
+        self.indices = self.indices.to(output.device)
+        x = [value.detach() if isinstance(value, Tensor) else value for value in args]
+        alone = module.forward(*x, **{k: v.detach() if isinstance(v, Tensor) else v for k, v in named.items()})
+        return output.index_copy(self.axis, self.indices, alone.index_select(self.axis, self.indices))
+
+
 class _Inputs(Silencer):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if args:
@@ -56,6 +66,14 @@ def silence_inputs(layer: nn.Module, indices: Tensor, axis: int) -> None:
     layer.register_forward_pre_hook(_Inputs(indices, axis), with_kwargs=True)
 
 
+def end_gradients(layer: nn.Module, indices: Tensor, axis: int) -> None:
+    """Let gradients that pass a mask end at the layer's weights for these channels.
+
+    What comes before would else get gradients through channels that it doesn't reach the output by.
+    """
+    layer.register_forward_hook(_Ends(indices, axis), with_kwargs=True)
+
+
 def give_voice(model: nn.Module) -> None:
     """Let all channels speak again."""
     for module in model.modules():
@@ -70,7 +88,10 @@ def give_voice(model: nn.Module) -> None:
 
 @contextmanager
 def gradients_through_masks(model: nn.Module) -> Iterator[None]:
-    """Inside, what is masked still contributes nothing, but gets the gradient that it would get otherwise."""
+    """Inside, what is masked still contributes nothing, but gets the gradient that it would get otherwise.
+
+    Nothing else gets another gradient than before.
+    """
     with ExitStack() as stack:
         for module in model.modules():
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

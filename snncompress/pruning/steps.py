@@ -164,10 +164,11 @@ class ChannelPruning(LayerPruning):
 
 def _positions(edit: RemoveChannels | SilenceChannels, group: ChannelGroup) -> Tensor:
     """Which of the group's channels the edit is about: none where it is of another layer, or of another part of it."""
-    own = next(member for member in group.members if member.side == "out")
-    whose = next((piece for piece in edit.slices if (piece.module, piece.side) == (own.module, own.side)), None)
-    indices = () if whose is None else whose.indices
-    return torch.isin(own.index, torch.tensor(indices, dtype=torch.long)).all(1).nonzero().flatten()
+    told = {piece.module: piece.indices for piece in edit.slices if piece.side == "out"}
+    own = next((member for member in group.members if member.side == "out" and member.module in told), None)
+    if own is None:
+        return torch.zeros(0, dtype=torch.long)
+    return torch.isin(own.index, torch.tensor(told[own.module], dtype=torch.long)).all(1).nonzero().flatten()
 
 
 class WeightPruning(LayerPruning):
@@ -205,9 +206,7 @@ class WeightPruning(LayerPruning):
         """Of all layers that have a ratio; what was removed before doesn't go again."""
         return {name: out & self._mask(name) for name, out in self._out(scores, share).items()}
 
-    def _out(
-        self, scores: Mapping[str, Tensor], share: Share, regrowth: Regrowth | None = None
-    ) -> dict[str, Tensor]:
+    def _out(self, scores: Mapping[str, Tensor], share: Share, regrowth: Regrowth | None = None) -> dict[str, Tensor]:
         """The weights that must be out after this step."""
         found: dict[str, Tensor] = {}
         for pool in self._pools:

@@ -80,35 +80,42 @@ def test_silent_is_removed_and_speaking_again_is_as_before(build: Callable[[], n
 
 
 def test_gradients_reach_what_is_masked_only_where_they_pass() -> None:
-    """Spikes s = (1, 1) of currents (1, 1); out = Σ v s. ∂out/∂s = v = (2, 3), and a bent wire hands it on."""
-    torch.manual_seed(0)
-    fire = neuron.IFNode(v_threshold=1.0, surrogate_function=lambda x: (x >= 0).to(x) + x - x.detach())
-    net = nn.Sequential(nn.Linear(1, 2, bias=False), fire, nn.Linear(2, 1, bias=False))
+    """One neuron, two, one output, all fire: s = 1, out = Σ v s with v = (2, 3), and every neuron is a bent wire.
+
+    So ∂out/∂v = s = (1, 1); ∂out/∂w = v for the two weights w = (1, 1), and Σ v w for the first, over those who speak.
+    """
+
+    def wire() -> nn.Module:
+        return neuron.IFNode(v_threshold=1.0, surrogate_function=lambda x: (x >= 0).to(x) + x - x.detach())
+
+    net = nn.Sequential(
+        nn.Linear(1, 1, bias=False), wire(), nn.Linear(1, 2, bias=False), wire(), nn.Linear(2, 1, bias=False)
+    )
     with torch.no_grad():
-        net[0].weight.fill_(1.0)
-        net[2].weight.copy_(torch.tensor([[2.0, 3.0]]))
+        for number, weight in ((0, [[1.0]]), (2, [[1.0], [1.0]]), (4, [[2.0, 3.0]])):
+            net[number].weight.copy_(torch.tensor(weight))
     adapter = find_adapter(net)
     network = trace(net, adapter, Case(net, torch.ones(1, 1), 1).feed.example())
+    group = next(group for group in network.groups if group.size == 2)
 
-    def gradients() -> tuple[float, list[float], list[float]]:
+    def gradients() -> tuple[float, list[float], list[float], list[float]]:
         net.zero_grad()
         adapter.reset(net)
         value = net(torch.ones(1, 1))
         value.sum().backward()
-        stored = [p for p in net.parameters() if p.requires_grad]
-        return float(value.detach()), *(p.grad.flatten().tolist() for p in stored)
+        return float(value.detach()), *(p.grad.flatten().tolist() for p in net.parameters())
 
-    assert gradients() == (5.0, [2.0, 3.0], [1.0, 1.0])
-    SilenceChannels.of(net, [(network.groups[0], torch.tensor([1]))], network.direct).apply(net, adapter)
-    assert gradients() == (2.0, [2.0, 0.0], [1.0, 0.0])
+    assert gradients() == (5.0, [5.0], [2.0, 3.0], [1.0, 1.0])
+    SilenceChannels.of(net, [(group, torch.tensor([1]))], network.direct).apply(net, adapter)
+    assert gradients() == (2.0, [2.0], [2.0, 0.0], [1.0, 0.0])
     with gradients_through_masks(net):
-        assert gradients() == (2.0, [2.0, 3.0], [1.0, 0.0])
+        assert gradients() == (2.0, [2.0], [2.0, 3.0], [1.0, 0.0])
     give_voice(net)
-    mask_weight(net[2], torch.tensor([[True, False]]))  # as RigL has it: the weight is 0, its gradient the spike's
-    assert gradients() == (2.0, [2.0, 0.0], [1.0, 0.0])
+    mask_weight(net[4], torch.tensor([[True, False]]))  # as RigL has it: the weight is 0, its gradient the spike's
+    assert gradients() == (2.0, [2.0], [2.0, 0.0], [1.0, 0.0])
     with gradients_through_masks(net):
-        assert gradients() == (2.0, [2.0, 0.0], [1.0, 1.0])
-    assert gradients() == (2.0, [2.0, 0.0], [1.0, 0.0])
+        assert gradients() == (2.0, [2.0], [2.0, 0.0], [1.0, 1.0])
+    assert gradients() == (2.0, [2.0], [2.0, 0.0], [1.0, 0.0])
 
 
 def test_another_architecture_is_refused() -> None:
@@ -116,7 +123,7 @@ def test_another_architecture_is_refused() -> None:
     adapter = find_adapter(net)
     network = trace(net, adapter, Case(net, torch.rand(1, 1, 8, 8), 1).feed.example())
     edit = SilenceChannels.of(net, [(network.groups[0], torch.tensor([1]))], network.direct)
-    assert edit.describe() == "channels silent: 0.0: 1 of 6"
+    assert edit.describe() == "channels silent: 0.0: 1 of 6, 1.body.3.0: 1 of 6"
     wider = SilenceChannels(tuple(replace(piece, width=9) for piece in edit.slices))
     with pytest.raises(PlanError, match=r"0\.0 is a Conv2d without 9 output channels"):
         wider.apply(net, adapter)

@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
-from snncompress.model.network import ChannelGroup, Side, channel_axis, prunable_type, silent_members, width
-from snncompress.model.silencing import give_voice, silence_inputs, silence_spikes
+from snncompress.model.network import (
+    WEIGHT_LAYERS,
+    ChannelGroup,
+    Side,
+    channel_axis,
+    depthwise,
+    prunable_type,
+    silent_members,
+    width,
+)
+from snncompress.model.silencing import end_gradients, give_voice, silence_inputs, silence_spikes
 
 from .base import Edit, find
 from .slices import Slice, slice_from_dict
@@ -23,8 +32,7 @@ class SilenceChannels(Edit):
     """Let these channels of the whole network be silent, and all others speak; their weights stay as they are.
 
     The network computes what it will without them. ``slices`` on side "neuron" are spikes that become 0, on side "in"
-    what a layer reads of a stream that no neuron closes; on side "out" they tell whose channels these are, by the first
-    layer of each group. Only an
+    what a layer reads of a stream that no neuron closes; on side "out" they tell whose channels these are. Only an
     unfinished run has such an edit: in the end what is silent is removed.
     """
 
@@ -38,8 +46,9 @@ class SilenceChannels(Edit):
         """The edit that silences positions of coupled groups; ``direct`` is that of their network."""
         found: dict[tuple[str, Side], tuple[list[Tensor], int, int]] = {}
         for group, positions in silent:
-            own = next(member for member in group.members if member.side == "out")
-            for member in (own, *silent_members(group, model, direct)):
+            outs = (member for member in group.members if member.side == "out")
+            layers = [m for m in outs if isinstance(model.get_submodule(m.module), WEIGHT_LAYERS)]
+            for member in (*layers, *silent_members(group, model, direct)):
                 size = member.width or width(model.get_submodule(member.module), member.side)
                 parts, *_ = found.setdefault((member.module, member.side), ([], size, member.axis))
                 parts.append(member.index[positions].flatten())
@@ -72,6 +81,8 @@ class SilenceChannels(Edit):
                 silence_spikes(module, indices, piece.axis)
             elif piece.side == "in":
                 silence_inputs(module, indices, channel_axis(module))
+            elif not depthwise(module):  # which passes on what is silent itself
+                end_gradients(module, indices, channel_axis(module))
 
     def supersedes(self, earlier: Edit) -> bool:
         """It says of all channels whether they are silent."""
