@@ -137,16 +137,7 @@ def apply(
     with bench(model, data, timesteps, forward, loss, found, **needs, unknown=True) as table:
         run = Run(table.model, table.feed, settings, skip, progress)
         store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run), model)
-        steps = run.steps()
-        done = run.resume(store) if store else 0
-        for number, step in enumerate(steps[done:], done + 1):
-            what = f"step {number}/{len(steps)}: "
-            if new := step(what):
-                run.repair(new, what, last=number == len(steps) or not settings.prunes)
-                run.tune(what)
-            if store:
-                store.save(number, run.edits, run.repaired, run.model, run.feed)
-        run.truncate()
+        run.carry_out(store)
         run.try_out(model)
     if why := run.why_nothing():
         warnings.warn(why, NothingToDoWarning, stacklevel=2)

@@ -82,6 +82,19 @@ class Run(Generic[M]):
         if settings.criterion is not None:
             _warn_of_overruled("ratio", overruled(settings.ratio, self.skipped))
 
+    def carry_out(self, store: Checkpoint | None = None) -> None:
+        """Take all steps, those that ``store`` doesn't know yet: quantize and prune, repair, train; then truncate."""
+        steps = self.steps()
+        done = self.resume(store) if store else 0
+        for number, step in enumerate(steps[done:], done + 1):
+            what = f"step {number}/{len(steps)}: "
+            if new := step(what):
+                self.repair(new, what, last=number == len(steps) or not self.settings.prunes)
+                self.tune(what)
+            if store:
+                store.save(number, self.edits, self.repaired, self.model, self.feed)
+        self.truncate()
+
     def steps(self) -> list[Step]:
         """Quantization and the pruning steps, in the order that was asked for."""
         steps: list[Step] = [partial(self.prune, n + 1) for n in range(self._shares.steps)]

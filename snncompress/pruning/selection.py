@@ -221,36 +221,36 @@ def weight_ratios(
 def lowest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int, first: Tensor | None = None) -> Tensor:
     """Positions of the ``count`` channels with the lowest combined score, ascending; ties by index.
 
-    Scores of coupled layers are divided by their mean first, so that none outweighs the others, and added. Positions
-    ``first`` are taken to be lower than all others.
+    Positions ``first`` are taken to be lower than all others.
     """
-    combined = _combined(group, scores)
+    found = combined(group, scores)
     if first is not None:
-        combined[first] = -math.inf
-    return _chosen(group, combined, count)
+        found[first] = -math.inf
+    return _chosen(group, found, count)
 
 
 def highest(group: ChannelGroup, scores: Mapping[str, Tensor], count: int, among: Tensor) -> Tensor:
     """Of positions ``among`` the ``count`` with the highest combined score, as in :func:`lowest`."""
-    combined = torch.full((group.size,), math.inf, dtype=torch.float64)
-    combined[among] = -_combined(group, scores)[among]
-    return _chosen(group, combined, count)
+    found = torch.full((group.size,), math.inf, dtype=torch.float64)
+    found[among] = -combined(group, scores)[among]
+    return _chosen(group, found, count)
 
 
-def _combined(group: ChannelGroup, scores: Mapping[str, Tensor]) -> Tensor:
-    combined = torch.zeros(group.size, dtype=torch.float64)
+def combined(group: ChannelGroup, scores: Mapping[str, Tensor]) -> Tensor:
+    """One score for each channel [size]: of coupled layers each divided by its mean, so that none outweighs others."""
+    total = torch.zeros(group.size, dtype=torch.float64)
     involved = [(scores[n], m) for n in group.names("out") if n in scores and (m := group.member(n, "out")) is not None]
     for score, member in involved:
         mine = score[member.index.flatten()].view(group.size, -1).mean(1)
         if len(involved) > 1:
             mine = mine / mine.abs().mean().clamp_min(1e-300)
-        combined += mine
-    return combined
+        total += mine
+    return total
 
 
-def _chosen(group: ChannelGroup, combined: Tensor, count: int) -> Tensor:
+def _chosen(group: ChannelGroup, scores: Tensor, count: int) -> Tensor:
     """Positions of the lowest, the same in every run."""
     local = group.size // group.runs
-    order = torch.argsort(combined.view(group.runs, local).mean(0), stable=True)
+    order = torch.argsort(scores.view(group.runs, local).mean(0), stable=True)
     chosen = order[: count // group.runs].sort().values
     return (chosen + torch.arange(group.runs)[:, None] * local).flatten()
