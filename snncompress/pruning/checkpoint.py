@@ -45,10 +45,12 @@ class Checkpoint:
         except (OSError, TypeError) as error:
             raise StorageError(f"checkpoint={folder!r} can't be used as a folder: {error}.") from error
 
-    def resume(self, model: nn.Module, feed: Feed, redo: Callable[[Edit], None]) -> tuple[int, list[Edit], list[str]]:
-        """Bring ``model`` and the random state to the last finished step: (steps done, edits, layers repaired)."""
+    def resume(
+        self, model: nn.Module, feed: Feed, redo: Callable[[Edit], None]
+    ) -> tuple[int, list[Edit], list[str], dict[str, str]]:
+        """Bring ``model`` and the random state to the last finished step: what :meth:`save` was handed."""
         if not self.path.exists():
-            return 0, [], []
+            return 0, [], [], {}
         try:
             kept = torch.load(self.path, map_location="cpu", weights_only=True)
             if kept["format"] != FORMAT:
@@ -56,6 +58,7 @@ class Checkpoint:
             run, edits = json.loads(kept["run"]), [edit_from_dict(e) for e in json.loads(kept["edits"])]
             step, state, generators = int(kept["step"]), kept["state"], kept["generators"]
             repaired = [str(name) for name in kept["repaired"]]
+            left = {str(name): str(why) for name, why in dict(kept.get("left", {})).items()}
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             what = type(error).__name__  # torch's own advice, to load it with code and all, is not ours
             raise StorageError(f"{self.path} is damaged ({what}). Delete it to start the run anew.") from error
@@ -76,16 +79,22 @@ class Checkpoint:
         model.load_state_dict(state)
         for generator, saved in zip(drawn_from, generators, strict=True):
             generator.set_state(saved)
-        return step, edits, repaired
+        return step, edits, repaired, left
 
-    def save(self, step: int, edits: list[Edit], repaired: list[str], model: nn.Module, feed: Feed) -> None:
-        """Keep the state after ``step``; a run that is killed meanwhile finds the one before."""
+    def save(
+        self, step: int, edits: list[Edit], repaired: list[str], left: dict[str, str], model: nn.Module, feed: Feed
+    ) -> None:
+        """Keep the state after ``step``; a run that is killed meanwhile finds the one before.
+
+        ``repaired`` are layers; ``left`` those that stay so far, with the reason.
+        """
         kept = {
             "format": FORMAT,
             "run": json.dumps(self._run),
             "step": step,
             "edits": json.dumps([edit.to_dict() for edit in edits]),
             "repaired": repaired,
+            "left": left,
             "state": model.state_dict(),
             "generators": [generator.get_state() for generator in _generators(model, feed)],
         }

@@ -22,7 +22,8 @@ from snncompress.model.network import Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import quantize_weight
 from snncompress.model.plan import Plan
 from snncompress.running.data import Feed
-from snncompress.structure.tracing import difference, trace
+from snncompress.structure.confirming import confirming
+from snncompress.structure.tracing import trace
 from snncompress.structure.truncation import truncation
 
 from .block_pruning import BlockPruning
@@ -82,6 +83,11 @@ class Run(Generic[M]):
         if settings.criterion is not None:
             _warn_of_overruled("ratio", overruled(settings.ratio, self.skipped))
 
+    @property
+    def left(self) -> dict[str, str]:
+        """Layers of which the channels that were chosen can't go, and why."""
+        return self._pruning.left if isinstance(self._pruning, ChannelPruning) else {}
+
     def carry_out(self, store: Checkpoint | None = None) -> None:
         """Take all steps, those that ``store`` doesn't know yet: quantize and prune, repair, train; then truncate."""
         steps = self.steps()
@@ -92,7 +98,7 @@ class Run(Generic[M]):
                 self.repair(new, what, last=number == len(steps) or not self.settings.prunes)
                 self.tune(what)
             if store:
-                store.save(number, self.edits, self.repaired, self.model, self.feed)
+                store.save(number, self.edits, self.repaired, self.left, self.model, self.feed)
         self.truncate()
 
     def steps(self) -> list[Step]:
@@ -178,10 +184,7 @@ class Run(Generic[M]):
             self.edits.append(cut)
 
     def try_out(self, original: nn.Module) -> None:
-        """Run the result once before it is handed out, and try just the removals that made it.
-
-        Raises ModelError where it fails and the original doesn't, or where it computes something else.
-        """
+        """Run the result once before it is handed out; raises ModelError where it fails and the original doesn't."""
 
         def run(model: nn.Module) -> None:
             copy = private_copy(model, self.feed.adapter).eval()
@@ -197,17 +200,11 @@ class Run(Generic[M]):
                 f"Likely cause: its forward counts on channels or timesteps in a way that no trial has shown. Name the "
                 f"layers concerned in skip=."
             ) from error
-        removed = Plan(tuple(self.edits)).removed_channels()
-        if why := difference(original, self.feed.adapter, self.feed.example(), self._network, removed):
-            raise ModelError(
-                f"Without the channels that were chosen the compressed {type(original).__name__} is not the original "
-                f"with these channels silent: {why}. Likely cause: its forward counts on which channels are left, as "
-                f"the trials before didn't show. Name the layers concerned in skip=."
-            )
 
     def resume(self, store: Checkpoint) -> int:
         """Come to where an earlier run was; how many steps it had done."""
-        done, self.edits, self.repaired = store.resume(self.model, self.feed, self.redo)
+        done, self.edits, self.repaired, left = store.resume(self.model, self.feed, self.redo)
+        self.left.update(left)
         if self._before is not None and done:
             if self.settings.finetune:
                 self._before = private_copy(self.model, self.feed.adapter)
@@ -227,14 +224,19 @@ class Run(Generic[M]):
         origin = self.settings.origin(self.feed.adapter.framework)
         if self.repaired:
             origin["repaired"] = self.repaired
-        return Plan(tuple(self.edits), self.skipped, origin)
+        return Plan(tuple(self.edits), self.whole(), origin)
+
+    def whole(self) -> dict[str, str]:
+        """Layers that stay whole, and why."""
+        cut = Plan(tuple(self.edits)).removed_channels()
+        return {**self.skipped, **{name: why for name, why in self.left.items() if name not in cut}}
 
     def why_nothing(self) -> str:
         """The text of a warning where something was asked for and nothing was done; else empty."""
         quantizes = any(self._widths.values())
         if self.edits or not (quantizes or self.settings.prunes):
             return ""
-        left = {**(self.skips.quantize if quantizes else {}), **self.skipped}
+        left = {**(self.skips.quantize if quantizes else {}), **self.whole()}
         if not left:
             return "Nothing was compressed: no layer has that much left to lose."
         reasons = "; ".join(f"{name!r}: {why}" for name, why in left.items())
@@ -262,7 +264,8 @@ class Run(Generic[M]):
             todo, skipped = targets(network, ratio, self.skips)
             cells = (weight for name, module in model.named_modules() for weight in cell_weights(name, module))
             skipped |= dict.fromkeys(cells, "each of its outputs comes back to all in the next timestep, so they stay")
-            return ChannelPruning(model, adapter, criterion, network, todo), skipped
+            confirm = confirming(adapter, self.feed.example(), network)
+            return ChannelPruning(model, adapter, criterion, network, todo, confirm), skipped
         unused = {name: why for name, why in network.skipped.items() if name not in network.layers}
         ratios, skipped = weight_ratios(weight_layers(model), ratio, self.skips, unused | computed_or_shared(model))
         return WeightPruning(model, adapter, criterion, network, ratios), skipped

@@ -20,6 +20,7 @@ from snncompress.model.network import ChannelGroup, Network, by_layer, without
 from snncompress.model.parametrizations import restore_weights, stored_weight, weight_mask
 from snncompress.model.silencing import give_voice, gradients_through_masks
 from snncompress.running.data import Feed
+from snncompress.structure.confirming import Confirm
 
 from .recording import Groups, record
 from .selection import Target, highest, lowest
@@ -90,13 +91,22 @@ class LayerPruning(Pruning):
 
 
 class ChannelPruning(LayerPruning):
-    """Removes coupled output channels, group by group; where some may come back, they are silent until the end."""
+    """Removes coupled output channels, group by group, with ``confirm`` those that bear it.
+
+    Where some may come back, they are silent until the end.
+    """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, criterion: Criterion, network: Network, targets: list[Target]
-    ) -> None:
+        self, model: nn.Module, adapter: Adapter, criterion: Criterion, network: Network, targets: list[Target],
+        confirm: Confirm | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(model, adapter, criterion, network)
-        self._targets = targets
+        self._targets, self._confirm = targets, confirm
+        self._tied = [
+            [target for target in targets if any(target.group is group for group in groups)] for groups in network.tied
+        ]
+        self.left: dict[str, str] = {}
+        """Layers that lost nothing in some step, since just the channels chosen can't go, with the reason."""
 
     def scored(self) -> dict[str, Groups]:
         """Every weight layer of every group, in the group's present size."""
@@ -109,10 +119,9 @@ class ChannelPruning(LayerPruning):
             return self._silenced(chosen)
         edits: list[Edit] = []
         give_voice(self.model)
-        for target, removed in chosen:
-            if len(removed):
-                edits.append(RemoveChannels.of(self.model, target.group, removed))
-                self.redo(edits[-1])
+        for target, removed in self._confirmed([(target, removed) for target, removed in chosen if len(removed)]):
+            edits.append(RemoveChannels.of(self.model, target.group, removed))
+            self.redo(edits[-1])
         return edits
 
     def going(self, scores: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
@@ -146,6 +155,22 @@ class ChannelPruning(LayerPruning):
         edit = SilenceChannels.of(self.model, ((target.group, out) for target, out in chosen), self.network.direct)
         self.redo(edit)
         return [edit]
+
+    def _confirmed(self, chosen: list[tuple[Target, Tensor]]) -> list[tuple[Target, Tensor]]:
+        """Those that can go together; of groups that stay in proportion all or none."""
+        while self._confirm and (whys := self._confirm(self.model, [(t.group, removed) for t, removed in chosen])):
+            refused = {id(target): whys[id(target.group)] for target, _ in chosen if id(target.group) in whys}
+            for tied in self._tied:
+                at_fault = next((target for target in tied if id(target) in refused), None)
+                if at_fault is not None:
+                    name, why = at_fault.group.names("out")[0], refused[id(at_fault)]
+                    why = f"forward counts on as many channels in {name}, which stays whole: {why}"
+                    refused = {**{id(target): why for target in tied}, **refused}
+            for target, _ in chosen:
+                if why := refused.get(id(target), ""):
+                    self.left.update((n, why) for n in target.group.names("out") if n in self.network.layers)
+            chosen = [(target, removed) for target, removed in chosen if id(target) not in refused]
+        return chosen
 
     def redo(self, edit: Edit) -> None:
         """The groups are renumbered after channels that are gone; they know which are silent."""

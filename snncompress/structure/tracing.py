@@ -6,8 +6,7 @@ What torch-pruning concludes is not believed but tested: see :mod:`snncompress.s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +35,7 @@ from snncompress.running.data import Run, time_as_samples
 from .calls import Calls, upstream
 from .grouping import LOST, Graph, MapPruner, NeuronPruner, Site, add_groups, add_lost_groups
 from .recurrent import CellPruner, in_one_node
-from .trial import Trial
+from .trial import full_precision
 from .verifying import leave_out_what_breaks
 
 
@@ -49,29 +48,8 @@ def trace(
     neurons took those steps for samples; ModelError where no weight layer drives a neuron. Without ``groups``
     nothing is found out, and tried, about channels that go together.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _full_precision():
+    with torch.inference_mode(False), torch.enable_grad(), full_precision():
         return _trace(plain_copy(model, adapter), adapter, run, timesteps, groups)
-
-
-def difference(
-    model: nn.Module, adapter: Adapter, run: Run, network: Network, removed: Mapping[str, Collection[int]]
-) -> str | None:
-    """Where removing just these channels, layer → indices, isn't the same as silencing them; None where it is.
-
-    Halves and other shares were tried while tracing; code that names single channels may have borne those by chance.
-    """
-    removals = []
-    for group in network.groups:
-        own = next(member for member in group.members if member.side == "out")
-        gone = torch.isin(own.index, torch.tensor(sorted(removed.get(own.module, ())))).all(1).nonzero().flatten()
-        if len(gone):
-            removals.append((group, gone))
-    if not removals:
-        return None
-    with torch.inference_mode(False), torch.enable_grad(), _full_precision():
-        trial = Trial(plain_copy(model, adapter), adapter, run, network.direct, torch.Generator().manual_seed(1))
-        flaw = None if trial.flaw else trial.difference(removals)
-    return None if flaw is None else flaw.why
 
 
 def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, groups: bool) -> Network:
@@ -141,12 +119,6 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     network.groups = [replace(group, shifted=tuple(_shifted(group, network, taken, copy))) for group in network.groups]
     leave_out_what_breaks(network, copy, adapter, run)
     return network
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
 
 
 def _norms(calls: Calls, norms: dict[str, nn.Module], stops: dict[Any, str]) -> dict[str, str]:
