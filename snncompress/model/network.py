@@ -70,11 +70,11 @@ class Member:
 class ChannelGroup:
     """Channels that can only be removed together: ``size`` of them, in ``runs`` equal runs (grouped convolutions).
 
-    From each run the same positions are removed. ``widths`` are the whole numbers, (module, attribute), from which
-    forward reads how many there are: they shrink in proportion. ``shifted`` are ways (modules, reader) from what is
-    silenced, through batch norms and depthwise convolutions, to a layer that silent channels reach as constants so.
-    With ``part`` they are some, not all of the channels of a layer, as where zeros pad a narrower layer to its width;
-    the others stand in groups of their own, or stay.
+    From each run the same positions are removed, a multiple of ``step`` of them. ``widths`` are the whole numbers,
+    (module, attribute), from which forward reads how many there are: they shrink in proportion. ``shifted`` are ways
+    (modules, reader) from what is silenced, through batch norms and depthwise convolutions, to a layer that silent
+    channels reach as constants so. With ``part`` they are some, not all of the channels of a layer, as where zeros pad
+    a narrower layer to its width; the others stand in groups of their own, or stay.
     """
 
     members: tuple[Member, ...]
@@ -83,6 +83,12 @@ class ChannelGroup:
     widths: tuple[tuple[str, str], ...] = ()
     shifted: tuple[tuple[tuple[str, ...], str], ...] = ()
     part: bool = False
+    step: int = 1
+
+    @property
+    def portion(self) -> int:
+        """How many channels go at a time."""
+        return self.runs * self.step
 
     def names(self, side: Side) -> tuple[str, ...]:
         """Modules in the group on this side."""
@@ -94,7 +100,7 @@ class ChannelGroup:
 
 
 def portions(groups: Sequence[ChannelGroup]) -> dict[int, int]:
-    """Of groups of each size how many channels go at a time, so that all stay in proportion, and runs alike.
+    """Of groups of each size how many channels go at a time, so that all stay in proportion, and fit their portions.
 
     >>> stream, heads, hidden = (ChannelGroup((), size, runs) for size, runs in ((240, 1), (240, 8), (960, 1)))
     >>> portions([stream, heads, hidden])
@@ -102,7 +108,7 @@ def portions(groups: Sequence[ChannelGroup]) -> dict[int, int]:
     """
     base = gcd(*(group.size for group in groups))
     times = {group.size: group.size // base for group in groups}
-    least = lcm(*(group.runs // gcd(group.runs, times[group.size]) for group in groups))
+    least = lcm(*(group.portion // gcd(group.portion, times[group.size]) for group in groups))
     return {size: least * number for size, number in times.items()}
 
 

@@ -214,9 +214,10 @@ def _in_all_neurons(group: ChannelGroup, silent: dict[str, Tensor]) -> Tensor:
 
 
 def _removable(group: ChannelGroup, dead: Tensor) -> Tensor:
-    """Positions to remove, the same in each block; one stays where all are dead."""
+    """Positions to remove, the same in each run, a multiple of the group's step; some stay where all are dead."""
     in_all = dead.view(group.runs, -1).all(0)
     in_all[0] &= not in_all.all()
+    in_all[in_all.nonzero()[: int(in_all.sum()) % group.step]] = False
     return in_all.repeat(group.runs).nonzero().flatten()
 
 

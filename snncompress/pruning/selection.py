@@ -132,12 +132,12 @@ class Target:
     original: int
     ratio: float
     portion: int = 0
-    """How many channels go at a time; 0 for one from every run."""
+    """How many channels go at a time; 0 for the group's portion."""
     silent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def count(self, ratio: float) -> int:
         """How many more channels must go to reach ``ratio`` of the original ones: ⌈ratio · c⌉ in all."""
-        portion = self.portion or self.group.runs
+        portion = self.portion or self.group.portion
         local = self.original // portion
         most = local - 1 if self.group.part else local  # a layer that loses enough may have parts that can't
         wanted = min(math.ceil(round(ratio * local, 9)), most) * portion
@@ -181,7 +181,7 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
             names = [n for n in group.names("out") if n in network.layers]
             raise OptionError(
                 f"ratio {target.ratio} would remove all {group.size} channels of {', '.join(map(repr, names))} "
-                f"(⌈{target.ratio}·{group.size // (target.portion or group.runs)}⌉). Give the layer a smaller ratio, "
+                f"(⌈{target.ratio}·{group.size // (target.portion or group.portion)}⌉). Give the layer a smaller ratio, "
                 f"or name it in skip."
             )
     cut = {name for target in found for name in target.group.names("out")}  # if only in part

@@ -26,12 +26,12 @@ class Mending:
     def __init__(self, groups: list[ChannelGroup], model: nn.Module, trial: Trial, halves: Halves) -> None:
         self.model, self.trial, self._halves = model, trial, halves
         self.broken: dict[int, str] = {}
-        """By the group's id."""
+        """By the id of the group's members, which stay when widths or steps are added."""
         self.mended: list[ChannelGroup] = []
         everything = self._removals(groups)
         self._kept, doubts = set_aside(everything, trial.difference, lambda g: widths_of_classes(g, model))
         self._settle(doubts)
-        self._merge([group for group in groups if id(group) in self.broken])
+        self._merge([group for group in groups if id(group.members) in self.broken])
         self._drop_widths()
 
     @property
@@ -49,7 +49,7 @@ class Mending:
 
         left = [*widen([d for d in doubts if d.sure]), *(d for d in doubts if not d.sure)]
         self._kept += resolved(self._settled(), left, self.trial.difference, self.refuse)
-        widen([d for d in left if not d.sure and id(d.removal[0]) in self.broken])
+        widen([d for d in left if not d.sure and id(d.removal[0].members) in self.broken])
 
     def _merge(self, broken: list[ChannelGroup]) -> None:
         """Try groups that meet in a module's code together, and attributes one by one."""
@@ -60,7 +60,7 @@ class Mending:
                 for alike in sizes.values() if len(sizes) > 1 else ():
                     self._keep_merged(alike)
         for group in left:
-            if id(group) in self.broken and not self._is_mended(group):
+            if id(group.members) in self.broken and not self._is_mended(group):
                 any(self._keep_sound([wide]) for wide in islice(widened(group, self.model), 1, None))
 
     def _is_mended(self, group: ChannelGroup) -> bool:
@@ -76,7 +76,7 @@ class Mending:
             return False
         self._kept += self._removals(groups)
         for group in groups:
-            del self.broken[id(group)]
+            del self.broken[id(group.members)]
         return True
 
     def _keep_merged(self, groups: list[ChannelGroup]) -> bool:
@@ -122,4 +122,4 @@ class Mending:
 
     def refuse(self, group: ChannelGroup, why: str) -> None:
         """Note why a group doesn't stand a trial."""
-        self.broken[id(group)] = why
+        self.broken[id(group.members)] = why

@@ -1,12 +1,14 @@
-"""Groups that must lose channels in proportion: forward shapes what one puts out by the width of another.
+"""How many channels groups may lose: some of them in proportion, some only so many at a time.
 
-As ``q.reshape(n, tokens, heads, width // heads)`` does, where width is that of the residual stream. Their channels
-differ, their numbers don't.
+Forward shapes what one puts out by the width of another, as ``q.reshape(n, tokens, heads, width // heads)`` does where
+width is that of the residual stream: their channels differ, their numbers don't. Where width is their own, it is still
+a multiple of heads.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 import torch
@@ -22,17 +24,23 @@ from .trial import Flaw, Removal, Trial
 class Proportions:
     """Finds out which of the groups are ``tied``, by a trial in which each loses another share.
 
-    Where that fails, those at fault are tied to what they are made of, and so in other modules of the same class; if
-    need be all that meet in the code that failed, in the end all. ``some`` and ``others`` are the removals of the last
-    trial, and their complements; ``flaw`` is how it ended.
+    What a share leaves has no divisor in common with the whole, so that no number in forward fits it by chance. Where
+    that fails, those at fault lose a multiple of a number that the code that failed can read, or are tied to what they
+    are made of, and so in other modules of the same class; if need be all that meet in that code, in the end all.
+    ``some`` and ``others`` are the removals of the last trial, and their complements; ``flaw`` is how it ended.
     """
 
     def __init__(self, groups: list[ChannelGroup], model: nn.Module, trial: Trial, generator: torch.Generator) -> None:
         self._model, self._generator = model, generator
         self.tied = [[group] for group in groups]
         self.flaw = self._tried(trial)
-        while self.flaw is not None and self._tie(self.flaw):
+        while self.flaw is not None and (self._in_steps(self.flaw, trial) or self._tie(self.flaw)):
             self.flaw = self._tried(trial)
+
+    @property
+    def groups(self) -> list[ChannelGroup]:
+        """All of them, some in steps now."""
+        return [group for tied in self.tied for group in tied]
 
     def _tried(self, trial: Trial) -> Flaw | None:
         removals = list[tuple[ChannelGroup, Tensor, Tensor]]()
@@ -41,7 +49,7 @@ class Proportions:
             share = 0.15 + 0.7 * (number + 0.5) / len(order)
             for group in groups:
                 local, portion = group.size // group.runs, portions(groups)[group.size] // group.runs
-                count = min(max(1, round(share * local / portion)), max(1, local // portion - 1)) * portion
+                count = _uneven(local // portion, share) * portion
                 removals.append((group, *_chosen(group, count, self._generator)))
         self.some: list[Removal] = [(group, some) for group, some, _ in removals]
         self.others: list[Removal] = [(group, others) for group, _, others in removals]
@@ -50,14 +58,35 @@ class Proportions:
         flaw = trial.difference(self.some)
         return trial.difference(self.others) if flaw is None else flaw
 
+    def _code(self, flaw: Flaw) -> tuple[str | None, list[str]]:
+        """The module whose code failed, and what names of modules below it, and below those alike, begin with."""
+        code = flaw.code if flaw.code is not None or not flaw.module else owner(self._model, flaw.module)[0]
+        if not code:
+            return code, [""]
+        kind = type(self._model.get_submodule(code))
+        return code, [f"{name}." for name, module in self._model.named_modules() if type(module) is kind]
+
+    def _in_steps(self, flaw: Flaw, trial: Trial) -> bool:
+        """Let groups in the code that failed lose multiples of a number there, if it doesn't fail then."""
+        code, wheres = self._code(flaw)
+        if code is None:
+            return False
+        numbers = {v for v in vars(self._model.get_submodule(code)).values() if type(v) is int and v > 1}
+        before, tried = self.tied, (self.some, self.others)
+        for step in sorted(numbers):
+            self.tied = [[_stepped(group, step, wheres) for group in tied] for tied in before]
+            if all(a is b for old, new in zip(before, self.tied, strict=True) for a, b in zip(old, new, strict=True)):
+                continue
+            after = self._tried(trial)
+            if after is None or self._code(after)[0] != code:
+                return True
+        self.tied, (self.some, self.others) = before, tried
+        return False
+
     def _tie(self, flaw: Flaw) -> bool:
         """Tie groups that were not so before, if there are any: those at fault and what they are made of, or more."""
-        code = flaw.code if flaw.code is not None or not flaw.module else owner(self._model, flaw.module)[0]
-        wheres = [""]
-        if code:
-            kind = type(self._model.get_submodule(code))
-            wheres = [f"{name}." for name, module in self._model.named_modules() if type(module) is kind]
-        groups, before = [group for tied in self.tied for group in tied], len(self.tied)
+        code, wheres = self._code(flaw)
+        groups, before = self.groups, len(self.tied)
         within = f"{code}." if code else ""
         if flaw.module.startswith(within):
             for where in wheres:
@@ -80,6 +109,23 @@ class Proportions:
             self.tied = [*rest, met]
 
 
+def _stepped(group: ChannelGroup, step: int, wheres: list[str]) -> ChannelGroup:
+    """The group in steps, if it has a layer there and three steps or more."""
+    local = group.size // group.runs
+    here = any(m.side == "out" and m.module.startswith(where) for m in group.members for where in wheres)
+    return replace(group, step=step) if here and group.step == 1 and local % step == 0 and local // step > 2 else group
+
+
+def _uneven(parts: int, share: float) -> int:
+    """About a share of so many parts, at least one and not all, which has no divisor in common with them.
+
+    >>> [_uneven(parts, 0.5) for parts in (2, 3, 4, 8, 12)]
+    [1, 1, 1, 3, 5]
+    """
+    fitting = [count for count in range(1, max(2, parts)) if gcd(count, parts) == 1]
+    return min(fitting, key=lambda count: abs(count - share * parts))
+
+
 class Halves:
     """Of each group positions of a random half, and of all others.
 
@@ -93,7 +139,7 @@ class Halves:
     def of(self, group: ChannelGroup) -> tuple[Tensor, Tensor]:
         """The same for a group that attributes shrink with, too."""
         if _key(group) not in self._drawn:
-            self._draw(group, group.runs)
+            self._draw(group, group.portion)
         return self._drawn[_key(group)]
 
     def in_proportion(self, groups: list[ChannelGroup]) -> bool:
@@ -112,7 +158,7 @@ class Halves:
 
 def _key(group: ChannelGroup) -> Any:
     first = group.members[0]
-    return first.module, first.side, int(first.index[0, 0]), group.size, group.runs
+    return first.module, first.side, int(first.index[0, 0]), group.size, group.portion
 
 
 def _chosen(group: ChannelGroup, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

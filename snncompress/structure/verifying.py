@@ -45,7 +45,7 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
     kept = rounds.kept
     network.tied = [groups for groups in rounds.tied if len(groups) > 1]
     for group in network.groups:
-        why = refused.get(id(group)) or mending.broken.get(id(group)) or _TIED
+        why = refused.get(id(group)) or mending.broken.get(id(group.members)) or _TIED
         whole = (n for n in group.names("out") if not any(n in other.names("out") for other in kept))
         network.skipped.update((name, why) for name in whole if name in network.layers)
     network.groups = kept
@@ -85,6 +85,7 @@ class _Rounds:
         while True:
             proportions = Proportions(self.kept, model, trial, halves.generator)
             before, self.tied = len(self.kept), proportions.tied
+            self._take(proportions.groups)
             if proportions.flaw is not None:
                 self._try(proportions.some)
                 self._try(proportions.others)
@@ -92,6 +93,11 @@ class _Rounds:
                 return
             for number in (0, 1):
                 self._try([(group, halves.of(group)[number]) for group in self.kept])
+
+    def _take(self, groups: list[ChannelGroup]) -> None:
+        """These, some of which lose several channels at a time now, in the order of before."""
+        now = {id(group.members): group for group in groups}
+        self.kept = [now[id(group.members)] for group in self.kept]
 
     def _try(self, removals: list[Removal]) -> None:
         left = {id(group) for group in self.kept}

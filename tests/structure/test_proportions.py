@@ -78,3 +78,33 @@ def test_sensitivity_prunes_what_is_tied_at_once() -> None:
     labelled = (X, torch.tensor([0, 1]))
     found = snncompress.sensitivity(model, labelled, "random", [0.5], layers="*", repair=None, progress=False)
     assert found.accuracy["embed"] == found.accuracy["q"] == found.accuracy["up"] != (None,)
+
+
+class InHeads(nn.Module):
+    """Halves of 12 channels fit ``reshape``, by ``width`` in three heads as by the number 12 on an even batch."""
+
+    def __init__(self, width: int | None) -> None:
+        super().__init__()
+        self.width, self.heads = width, 3
+        self.a, self.fire_a, self.b, self.fire_b = nn.Linear(6, 12), fire(), nn.Linear(12, 12), fire()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fire_a(self.a(x))
+        if self.width is None:
+            y = x.reshape(-1, 12).relu().reshape(x.shape)
+        else:
+            y = x.reshape(*x.shape[:-1], self.heads, self.width // self.heads).relu().flatten(-2)
+        return self.head(self.fire_b(self.b(y)))
+
+
+@pytest.mark.parametrize(("width", "left"), [(12, 9), (None, 12)])
+def test_a_number_in_forward_does_not_fit_by_chance(width: int | None, left: int) -> None:
+    model = InHeads(width).double().eval()
+    small = snncompress.apply(model, "random", 0.2, None, data=X, repair=None, skip=[])
+    assert small.a.out_features == left  # ⌈0.2 · 4⌉ of the positions in a head
+    assert small.b.out_features == 9
+    assert largest_difference(model, small, Feed(find_adapter(model), X)) < 1e-9
+    whole = snncompress.plan_of(small).skipped
+    assert ("a" in whole) == (width is None)
+    assert width or "forward, behind fire_a, counts on how many there are" in whole["a"]
