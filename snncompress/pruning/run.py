@@ -19,7 +19,7 @@ from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit, QuantizeWeights
 from snncompress.model.network import Network, computed_or_shared, weight_layers
-from snncompress.model.parametrizations import quantize_weight
+from snncompress.model.parametrizations import computed_weight, quantize_weight
 from snncompress.model.plan import Plan
 from snncompress.running.data import Feed
 from snncompress.structure.confirming import confirming
@@ -32,6 +32,7 @@ from .fitting import Rounding
 from .refresh import refresh_statistics
 from .repair import fit
 from .selection import (
+    Skips,
     check_bits,
     check_ratio,
     left_by_default,
@@ -74,12 +75,16 @@ class Run(Generic[M]):
         names = weight_layers(model)
         self.skips = resolve_skip(skip, network, names, settings.granularity).and_(decays(model))
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
+        computed = {n: why for n in self._quantized() if (why := computed_weight(layer_at(model, n)))}
+        self.skips = Skips(self.skips.prune, {**self.skips.quantize, **computed})
         self._pruning, self.skipped = self._what_goes(network)
         for name, bits in self._quantized().items():
             QuantizeWeights(name, "", bits, {}).check(model)  # before anything takes time
         if channels and (skip is None or (isinstance(skip, Mapping) and "prune" not in skip)):
             _warn_of_defaults(left_by_default(model, network, self.skips))
-        _warn_of_overruled("bits", overruled(settings.bits, self.skips.quantize))
+        named = overruled(settings.bits, self.skips.quantize)
+        _warn_of_overruled("bits", named)
+        _warn_of_computed({name: why for name, why in computed.items() if name not in named})
         if settings.criterion is not None:
             _warn_of_overruled("ratio", overruled(settings.ratio, self.skipped))
 
@@ -278,6 +283,17 @@ def _warn_of_defaults(left: Mapping[str, float]) -> None:
             f"{sum(left.values()):.0%} of the parameters that could be pruned. skip=[] leaves out nothing; to keep it "
             f"and say so, skip={{'prune': {list(left)}}}.",
             DefaultSkipWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_computed(layers: Mapping[str, str]) -> None:
+    if layers:
+        reasons = "; ".join(f"{name!r}: {why}" for name, why in layers.items())
+        warnings.warn(
+            f"bits leaves some weights as they are. {reasons}. Make them plain parameters first "
+            f"(remove_parametrizations, remove_weight_norm), or name these layers in skip.",
+            NothingToDoWarning,
             stacklevel=4,
         )
 

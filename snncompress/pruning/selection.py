@@ -181,8 +181,8 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
             names = [n for n in group.names("out") if n in network.layers]
             raise OptionError(
                 f"ratio {target.ratio} would remove all {group.size} channels of {', '.join(map(repr, names))} "
-                f"(⌈{target.ratio}·{group.size // (target.portion or group.portion)}⌉). Give the layer a smaller ratio, "
-                f"or name it in skip."
+                f"(⌈{target.ratio}·{group.size // (target.portion or group.portion)}⌉). Give the layer a smaller "
+                f"ratio, or name it in skip."
             )
     cut = {name for target in found for name in target.group.names("out")}  # if only in part
     return found, {name: why for name, why in skipped.items() if name not in cut}

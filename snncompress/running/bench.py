@@ -110,7 +110,7 @@ def bench(
                     f"The data have no labels, and {labels}. Pass (x, y) batches, y being class indices [N]."
                 )
             rehearse(private_copy(work, found), feed, unknown=unknown)
-            measured.batch_first, measured.few = feed.batch_first, feed.few
+            measured.batch_first, measured.few, measured.samples_on = feed.batch_first, feed.few, feed.samples_on
             yield Bench(work, feed, measured, seed)
 
 

@@ -38,6 +38,8 @@ class Feed:
     """Whether an output [n, n, K] is [N, T, K] and not [T, N, K], as a rehearsal found."""
     few: int | None = 1
     """Samples in an example, as a rehearsal found; None for as many as the first batch holds."""
+    samples_on: int | None = None
+    """The axis of the input on which samples stand, as a rehearsal found where labels don't tell."""
 
     def __init__(
         self,
@@ -164,7 +166,7 @@ class Feed:
         if self.timesteps is not None:
             return 0
         axes = [axis for axis, size in enumerate(x.shape[:2]) if size == batch.samples]
-        return axes[0] if len(axes) == 1 else None  # where T = N, either may be time
+        return axes[0] if len(axes) == 1 else self.samples_on  # where T = N, either may be time
 
     @property
     def telling_timesteps(self) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +51,22 @@ def _first_run(model: nn.Module, feed: Feed) -> tuple[Any, set[int], dict[str, s
 
     One, as a rule. Two where a normalization over the batch would have a single value per channel, which torch refuses
     in training. As many as the first batch has where the model counts on them: it fails on fewer, or its neurons see as
-    many rows as before.
+    many rows as before. Where nothing says on which axis samples stand, those that the neurons see do.
     """
     batch = feed.first()
+    if feed.samples_axis(batch) is None:  # its neurons may tell
+        output, rows, strangers, _ = _watched(model, feed)
+        sizes = batch.x.shape[:2] if isinstance(batch.x, Tensor) and feed.forward is None else ()
+        places = [axis for axis, size in enumerate(sizes) if rows == {size}]
+        if len(places) != 1:
+            return output, rows, strangers
+        feed.samples_on = places[0]
     axis = feed.samples_axis(batch)
     whole = None if axis is None else batch.x.shape[axis]
     for feed.few in (1, 2, None):
         last = feed.few is None or feed.example_batch() is batch
         try:
-            with _rows(model, feed) as rows, unknown_neurons(model, feed.adapter) as strangers, _lone(model) as lone:
-                output = feed.example()(model)
+            output, rows, strangers, lone = _watched(model, feed)
         except SNNCompressError:
             if last:
                 raise
@@ -71,14 +77,25 @@ def _first_run(model: nn.Module, feed: Feed) -> tuple[Any, set[int], dict[str, s
     return output, rows, strangers
 
 
+def _watched(model: nn.Module, feed: Feed) -> tuple[Any, set[int], dict[str, str], bool]:
+    """The same for an example, and whether a normalization has a single value per channel in each timestep."""
+    steps: list[int] = []
+    with (
+        _rows(model, feed, steps) as rows, unknown_neurons(model, feed.adapter) as strangers,
+        _values(model) as values,
+    ):  # fmt: skip
+        output = feed.example()(model)
+    return output, rows, strangers, bool(values) and min(values) <= max(steps, default=1)
+
+
 @contextmanager
-def _lone(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """Inside, notes normalizations over the batch that got a single value per channel."""
-    found: list[nn.Module] = []
+def _values(model: nn.Module) -> Iterator[list[int]]:
+    """Inside, notes how many values per channel normalizations over the batch get."""
+    found: list[int] = []
 
     def look(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].numel() == norm.num_features:
-            found.append(norm)
+        if args and isinstance(args[0], Tensor):
+            found.append(args[0].numel() // int(cast(Any, norm).num_features))
 
     with ExitStack() as stack:
         for norm in model.modules():
@@ -88,14 +105,19 @@ def _lone(model: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 @contextmanager
-def _rows(model: nn.Module, feed: Feed) -> Iterator[set[int]]:
-    """Inside, notes for how many samples at a time the neurons fire."""
+def _rows(model: nn.Module, feed: Feed, steps: list[int] | None = None) -> Iterator[set[int]]:
+    """Inside, notes for how many samples at a time the neurons fire, and in how many ``steps``."""
     rows: set[int] = set()
+
+    def listen(spikes: Tensor, _: Tensor | None) -> None:
+        rows.add(spikes.shape[1])
+        if steps is not None:
+            steps.append(len(spikes))
+
     with ExitStack() as stack:
         for neuron in feed.adapter.neurons(model).values():
             with suppress(ModelError):  # which can't be watched, and says so where it must be
-                stop = feed.adapter.observe(neuron, lambda spikes, _: rows.add(spikes.shape[1]), membrane=False)
-                stack.callback(stop)
+                stack.callback(feed.adapter.observe(neuron, listen, membrane=False))
         yield rows
 
 

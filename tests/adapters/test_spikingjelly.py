@@ -13,6 +13,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
+from snncompress import NothingToDoWarning
 from snncompress.contract.detection import find_adapter
 from snncompress.model.edits.channels import Width
 from tests.end_to_end.test_truths import prune
@@ -261,8 +262,11 @@ def test_computed_weights_are_left_whole(how: str) -> None:
     plan = snncompress.plan_of(compressed)
     assert "its weight is computed" in plan.skipped["4"]
     assert compressed(X).shape == (3, 10)
+    with pytest.warns(NothingToDoWarning, match="'4': its weight is computed"):
+        quantized = prune(Case(model, X, 2), None, bits=4)
+    assert "4" not in [edit.layer for edit in snncompress.plan_of(quantized).edits] != []
     with pytest.raises(snncompress.PlanError, match="4 can't be quantized: its weight is computed"):
-        prune(Case(model, X, 2), None, bits=4)
+        snncompress.QuantizeWeights("4", "uniform", 4, {}).check(model)
 
 
 def test_multi_step_neurons_outside_base_node() -> None:

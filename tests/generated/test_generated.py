@@ -127,7 +127,7 @@ def test_a_run_goes_on_where_it_was(
     assert "wrong 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("index", [3089, 3237, 7645])
+@pytest.mark.parametrize("index", [3089, 5283, 7645])
 def test_networks_that_went_wrong_once(index: int) -> None:
-    """Found by hand among ten thousand: halves that fitted by chance, averages of what is normalized."""
-    assert check(0, index).status not in BAD
+    """Found by hand among ten thousand: halves that fit by chance, averages and rounding of what is normalized."""
+    assert check(0, index).status == "shrunk"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import snncompress
-from snncompress import PlanError
+from snncompress import NothingToDoWarning
 from snncompress.model.parametrizations import computed_weight
 from snncompress.model.weights_in_use import computes_its_weight, weight_in_use
 
@@ -179,9 +179,9 @@ def test_computed_weights_are_counted_as_they_are_used_and_left_alone(kind: type
         assert "another weight" in snncompress.plan_of(small).skipped["2"]
         assert torch.equal(small[2].weight, model[2].weight)
         assert small[4].weight.shape[0] == 3 or bool((small[4].weight == 0).any())
-    with pytest.raises(PlanError, match=rf"2 can't be quantized: its forward computes another weight.*{kind.__name__}"):
-        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[], repair=None)
-    few = snncompress.apply(model, None, bits=2, data=X, timesteps=3, skip=["2"])
+    with pytest.warns(NothingToDoWarning, match=rf"'2': its forward computes another weight.*{kind.__name__}"):
+        few = snncompress.apply(model, None, bits=2, data=X, timesteps=3, skip=[], repair=None)
+    assert few[2].state_dict().keys() == model[2].state_dict().keys()
     assert all(len(channel.unique()) <= 4 for channel in few[4].weight)
 
 
@@ -194,8 +194,10 @@ def test_weight_norm_of_both_kinds(norm: Any) -> None:
     for criterion in ("magnitude", "weight_magnitude"):
         small = snncompress.apply(model, criterion, 0.5, None, data=X, timesteps=3, skip=[], repair=None)
         assert "its weight is computed" in snncompress.plan_of(small).skipped["2"]
-    with pytest.raises(PlanError, match="its weight is computed"):
-        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[], repair=None)
+    with pytest.warns(NothingToDoWarning, match="'2': its weight is computed"):
+        few = snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[], repair=None)
+    assert torch.equal(few[2].weight, model[2].weight)
+    assert all(len(channel.unique()) <= 16 for channel in few[4].weight)
 
 
 # -- Brevitas --
@@ -262,8 +264,9 @@ def test_brevitas_layers_keep_their_single_weights_and_their_bits() -> None:
     model = net(qnn.QuantConv2d(8, 8, 3, padding=1, weight_bit_width=4))
     small = snncompress.apply(model, "weight_magnitude", 0.5, None, data=X, timesteps=3, skip=[], repair=None)
     assert "Brevitas quantizes its weight already" in snncompress.plan_of(small).skipped["2"]
-    with pytest.raises(PlanError, match=r"2 can't be quantized: Brevitas quantizes its weight already \(QuantConv2d\)"):
-        snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[], repair=None)
+    with pytest.warns(NothingToDoWarning, match=r"'2': Brevitas quantizes its weight already \(QuantConv2d\)"):
+        few = snncompress.apply(model, None, bits=2, data=X, timesteps=3, skip=[], repair=None)
+    assert [e.layer for e in snncompress.plan_of(few).edits] == ["0", "4"]
 
 
 # -- products outside layers --

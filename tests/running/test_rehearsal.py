@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -76,6 +76,31 @@ def test_an_example_holds_as_few_samples_as_the_model_takes(
     assert feed.few == few
     assert len(feed.example_batch().x) == (few or BATCH)
     assert feed.batch_first is (build is Summed)
+
+
+def multi(*middle: nn.Module) -> nn.Module:
+    net = nn.Sequential(layer.Linear(5, 8), *middle, neuron.LIFNode(), layer.Linear(8, 3))
+    functional.set_step_mode(net, "m")
+    return net
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "example"),
+    [
+        (multi, [3, 6, 5], [3, 1, 5]),
+        (multi, [6, 6, 5], [6, 6, 5]),  # where T = N, either may be time
+        (lambda: multi(layer.BatchNorm1d(8)), [3, 6, 5], [3, 2, 5]),  # of three steps, each has a single value
+        (Summed, [BATCH, 16], [BATCH, 16]),
+        (lambda: normalized(nn.Identity()), [6, 4, 4], [1, 4, 4]),
+    ],
+)
+def test_neurons_tell_where_samples_stand_if_labels_do_not(
+    build: Callable[[], nn.Module], shape: list[int], example: list[int]
+) -> None:
+    model = build()
+    feed = Feed(find_adapter(model), torch.rand(shape))
+    rehearse(model, feed)
+    assert list(feed.example_batch().x.shape) == example
 
 
 @pytest.mark.parametrize(("build", "timesteps"), [(Viewed, 2), (Summed, None)])
