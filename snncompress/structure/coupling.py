@@ -28,35 +28,34 @@ Space = tuple[str, Side]
 def coupled(root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments) -> list[ChannelGroup]:
     """The groups of a layer's output channels; raises UnfitError where they don't map evenly onto what follows."""
     try:
-        return _Walk(root, model, neurons, found).groups()
-    except _SplitError as error:
-        return _Walk(root, model, neurons, found, error.parts).groups()
+        return _Walk(root, model, neurons, found, torch.arange(found.widths[root])).groups()
+    except _TogetherError as error:
+        return _Walk(root, model, neurons, found, error.colours).groups()
 
 
-class _SplitError(UnfitError):
-    """The root's channels are split in parts that must be as wide as each other."""
+class _TogetherError(UnfitError):
+    """Several of the root's channels go together: those of one of these colours."""
 
-    def __init__(self, parts: int) -> None:
+    def __init__(self, colours: Tensor) -> None:
         super().__init__("its channels are tied to one another")
-        self.parts = parts
+        self.colours = colours
 
 
 class _Walk:
-    """Colours channels: those of colour r go with the root's channel r, and with the r-th of each of its parts."""
+    """Colours channels: those of colour r go with the root's channel, or channels, of that colour."""
 
     def __init__(
-        self, root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments, parts: int = 1
+        self, root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments, start: Tensor
     ) -> None:
         self.model, self.neurons, self.found = model, neurons, found
-        self.root = self._out(root)
-        self.size = found.widths[root] // parts
-        self.parts = parts
+        self.root, self.start = self._out(root), start
+        self.size = int(start.max()) + 1
         self.heads = 1
         self.colours: dict[Space, Tensor] = {}
         self._todo: list[Space] = []
 
     def groups(self) -> list[ChannelGroup]:
-        self._colour(self.root, torch.arange(self.size).repeat(self.parts))
+        self._colour(self.root, self.start)
         while self._todo:
             space = self._todo.pop()
             for target, link in self._links_out_of(space):
@@ -121,6 +120,9 @@ class _Walk:
             self._todo.append(space)
 
     def _follow(self, space: Space, target: str, link: Link) -> None:
+        if link.onto is not None:
+            self._side_by_side(space, target, link.onto)
+            return
         if link.made is not None:
             mine = self.colours[space]
             if int(link.made.max()) >= len(mine):
@@ -128,7 +130,7 @@ class _Walk:
             if link.parts > 1:
                 self._in_heads(link.heads)
                 if not torch.equal(mine, mine.view(link.parts, -1)[0].repeat(link.parts)):
-                    raise _SplitError(link.parts)
+                    raise _TogetherError(torch.arange(len(self.start) // link.parts).repeat(link.parts))
             self._colour(self._into(target), torch.where(link.made >= 0, mine[link.made.clamp_min(0)], -1))
             return
         self._in_heads(link.heads)
@@ -137,7 +139,25 @@ class _Walk:
             if alike and self.found.widths[other.source] == self.found.widths[link.source]:
                 self._colour(self._out(other.source), self.colours[space])
 
+    def _side_by_side(self, space: Space, target: str, onto: Tensor) -> None:
+        """All channels that make one of the target's go with it."""
+        mine = self.colours[space]
+        if len(mine) != len(onto):
+            raise UnfitError(f"{space[0]} is used at several widths")
+        made = torch.full((int(onto.max()) + 1,), -1)
+        made[onto] = mine
+        if not torch.equal(made[onto], mine):
+            colours = self.start.clone()
+            colours[mine[mine >= 0]] = onto[mine >= 0]
+            raise _TogetherError(colours)
+        self._colour(self._into(target), made)
+
     def _back(self, space: Space, link: Link) -> None:
+        if link.onto is not None:
+            if int(link.onto.max()) >= len(self.colours[space]):
+                raise UnfitError(f"{space[0]} is used at several widths")
+            self._colour(self._out(link.source), self.colours[space][link.onto])
+            return
         if link.made is None:
             self._in_heads(link.heads)
             return

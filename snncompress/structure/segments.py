@@ -35,13 +35,15 @@ class Link:
     ``made`` [n] names for each of the module's n input channels the source's channel that makes it, -1 for none. Where
     channels are mixed, it is None, and they are so within ``heads`` equal parts of both. Where a source is split in
     ``parts``, as into q, k and v, or into heads that a neuron doesn't tell apart, ``made`` names a channel of one of
-    them, and the others' channels in its place make the same or are mixed.
+    them, and the others' channels in its place make the same or are mixed. Where each of the module's channels is made
+    of several, side by side, as behind an unflattening, ``onto`` names it for each of the source's channels instead.
     """
 
     source: str
     made: Tensor | None
     heads: int = 1
     parts: int = 1
+    onto: Tensor | None = None
 
 
 @dataclass
@@ -151,6 +153,9 @@ class _Cut:
                 for places in (torch.arange(n) // (n // count), torch.arange(n) % count):
                     if made is None:
                         made = _made(_labels(x, weights, axis, places, [(name, leaf, own)])[0], places)
+            if made is None and self._side_by_side(x, axis, labels, (name, leaf, own)):
+                links.append(Link(name, None, onto=labels))
+                continue
             if made is None and n > 1 and (one := _one_part(labels)) is not None:
                 parts = count // int((one >= 0).sum())
                 made = _made(one, torch.arange(n))
@@ -161,10 +166,22 @@ class _Cut:
             links.append(Link(name, made, heads, parts))
         return links
 
+    @staticmethod
+    def _side_by_side(x: Tensor, axis: int, labels: Tensor, source: tuple[str, Tensor, int]) -> bool:
+        """Is each channel made of as many of the source's, each by itself and none of them summed with another?"""
+        n = x.shape[axis]
+        if not 1 < n < len(labels) or bool((labels < 0).any()) or len(set(torch.bincount(labels).tolist())) > 1:
+            return False
+        one = torch.zeros_like(x)
+        one[(0,) * x.dim()] = 1.0
+        (gradient,) = _gradients(x, one, [source])
+        return gradient is not None and int(_channels(gradient, source[1], source[2]).sum()) == 1
+
 
 def _tells(links: list[Link]) -> int:
     """How much is known of channels on this axis: which makes which, or at least in which head."""
-    return max((2 if link.made is not None else int(link.heads > 1) for link in links), default=0)
+    known = (2 if link.made is not None or link.onto is not None else int(link.heads > 1) for link in links)
+    return max(known, default=0)
 
 
 def _heads(x: Tensor, weights: Tensor, axis: int, source: tuple[str, Tensor, int], parts: int = 1) -> int:

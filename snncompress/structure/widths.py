@@ -13,7 +13,7 @@ from math import lcm
 import torch
 from torch import nn
 
-from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, Member
+from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS, ChannelGroup, Member
 
 Name = tuple[str, str]
 """A module's name and an attribute's."""
@@ -59,17 +59,26 @@ def fewest(group: ChannelGroup, fits: Fits) -> ChannelGroup:
 
 
 def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, int]]:
-    """Whole numbers of modules around those of the group that may count its channels, or those of one run of it."""
+    """Whole numbers that may count the group's channels, or those of one run of it.
+
+    They are of modules around those of the group, or of one that only reshapes, as ``nn.Unflatten``, beside them.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, (*WEIGHT_LAYERS, *NORMS)):
+        if isinstance(module, (*WEIGHT_LAYERS, *NORMS, *POOLS)):
             continue
-        if name and not any(member.module.startswith(f"{name}.") for member in group.members):
+        within = f"{name}." if name and not _only_reshapes(module) else name[: name.rfind(".") + 1]
+        if not any(member.module.startswith(within) for member in group.members):
             continue
         for attribute, value in _numbers(module):
             if value < 1:
                 continue
             if value % group.size == 0 or value * group.runs == group.size:
                 yield (name, attribute), value
+
+
+def _only_reshapes(module: nn.Module) -> bool:
+    """It holds no tensors, and no modules."""
+    return not any(map(any, (module.children(), module.parameters(), module.buffers())))
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -69,6 +69,14 @@ MADE = {
 }  # fmt: skip
 
 
+def test_a_module_that_unflattens_shrinks_along() -> None:
+    """[..., 32] as 8 channels of 4 positions: the four that make a channel go with it."""
+    small = prune(Through(nn.Linear(6, 32), nn.Unflatten(-1, (8, 4)), conv(8, 5)), torch.rand(3, 2, 6))
+    assert (small.a.out_features, small.between.unflattened_size, small.b.in_channels) == (16, (4, 4), 4)
+    replayed = snncompress.plan_of(small).apply(Through(nn.Linear(6, 32), nn.Unflatten(-1, (8, 4)), conv(8, 5)))
+    assert replayed.between.unflattened_size == (4, 4)
+
+
 @pytest.mark.parametrize("what", MADE)
 def test_channels_on_any_axis(what: str) -> None:
     first, between, second, shape = MADE[what]
