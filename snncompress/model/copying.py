@@ -16,6 +16,7 @@ from snncompress.interfaces import Adapter
 from .brevitas_layers import without_quantization
 from .cells import cell_weights, home, layer_at
 from .parametrizations import computed_weight, separate_classes
+from .weight_norms import without_norms
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,6 +74,7 @@ def plain_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A private copy in eval mode with plain weights that all require a gradient, ready to be traced."""
     copy = private_copy(model, adapter).eval()
     without_quantization(copy)
+    without_norms(copy)
     for module in list(copy.modules()):
         layers = [layer_at(module, weight) for weight in cell_weights("", module)] or [module]
         for owner, tensor in (home(layer) for layer in layers if not computed_weight(layer)):

@@ -21,6 +21,7 @@ from snncompress.interfaces import Quantizer
 from .brevitas_layers import quantized_by_brevitas
 from .cells import home, use_computed_weights
 from .grids import FixedGrid, Grid
+from .weight_norms import resize_normed
 from .weights_in_use import computes_its_weight
 
 
@@ -136,7 +137,8 @@ def stored_weight(module: nn.Module) -> nn.Parameter:
     """The float weight that training moves: ``module.weight`` itself where nothing is compressed."""
     owner, tensor = home(module)
     if parametrize.is_parametrized(owner, tensor):
-        return cast(nn.Parameter, cast(Any, owner.parametrizations)[tensor].original)
+        chain = cast(Any, owner.parametrizations)[tensor]
+        return cast(nn.Parameter, chain.original if hasattr(chain, "original") else chain.original1)
     return cast(nn.Parameter, module.weight)
 
 
@@ -148,6 +150,8 @@ def float_weight(module: nn.Module) -> Tensor:
 
 def resize_weight(module: nn.Module, resize: Callable[[nn.Module], None]) -> None:
     """Let ``resize`` replace ``module.weight``, a plain parameter meanwhile, by another; mask and scales follow."""
+    if resize_normed(module, resize):
+        return
     with bare(module) as compression:
         if compression is not None:
             weight = cast(Tensor, module.weight)

@@ -18,6 +18,7 @@ from snncompress.model.cells import layer_at
 from snncompress.model.modules import in_mode
 from snncompress.model.network import ChannelGroup, Member, Network, outputs_first
 from snncompress.model.parametrizations import float_weight, stored_weight
+from snncompress.model.weight_norms import plain_weights
 from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
 
@@ -44,9 +45,10 @@ def record(
     One pass over the data in eval mode, with a backward pass per batch where the criterion needs gradients. Nothing
     but the criterion's own states is kept from one timestep to the next.
     """
-    recording = Recording(model, network, criterion, layers, seed)
-    calibrate(model, network, feed, [recording], progress, what)
-    return recording.scores()
+    with plain_weights(model):
+        recording = Recording(model, network, criterion, layers, seed)
+        calibrate(model, network, feed, [recording], progress, what)
+        return recording.scores()
 
 
 class Recording:

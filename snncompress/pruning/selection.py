@@ -145,7 +145,7 @@ class Target:
 
     def exchanged(self, count: int, share: float) -> int:
         """How many of ``count`` silent channels come back for as many others: the share of them, or of those left."""
-        portion = self.portion or self.group.runs
+        portion = self.portion or self.group.portion
         return math.floor(round(share * min(count, self.group.size - count) / portion, 9)) * portion
 
 

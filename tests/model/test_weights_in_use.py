@@ -14,8 +14,11 @@ from torch.nn.utils import parametrizations
 
 import snncompress
 from snncompress import NothingToDoWarning
+from snncompress.contract.detection import find_adapter
 from snncompress.model.parametrizations import computed_weight
 from snncompress.model.weights_in_use import computes_its_weight, weight_in_use
+from snncompress.running.data import Feed
+from tests.equivalence import largest_difference, outputs
 
 X, Y = torch.rand(3, 1, 8, 8), torch.arange(3)
 
@@ -185,19 +188,55 @@ def test_computed_weights_are_counted_as_they_are_used_and_left_alone(kind: type
     assert all(len(channel.unique()) <= 4 for channel in few[4].weight)
 
 
+# -- weight_norm --
+
+
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weight_norm_of_both_kinds(norm: Any) -> None:
     model = net(norm(layer.Conv2d(8, 8, 3, padding=1)))
     row = snncompress.profile(model, X, timesteps=3).layers[2]
     assert row.n_ac == pytest.approx(synapses(spikes_into(model, 2), model[2].weight))
-    for criterion in ("magnitude", "weight_magnitude"):
-        small = snncompress.apply(model, criterion, 0.5, None, data=X, timesteps=3, skip=[], repair=None)
-        assert "its weight is computed" in snncompress.plan_of(small).skipped["2"]
+    small = snncompress.apply(model, "weight_magnitude", 0.5, None, data=X, timesteps=3, skip=[], repair=None)
+    assert "its weight is computed" in snncompress.plan_of(small).skipped["2"]
     with pytest.warns(NothingToDoWarning, match="'2': its weight is computed"):
         few = snncompress.apply(model, None, bits=4, data=X, timesteps=3, skip=[], repair=None)
     assert torch.equal(few[2].weight, model[2].weight)
     assert all(len(channel.unique()) <= 16 for channel in few[4].weight)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weight_norm_is_cut_exactly(norm: Any, dim: int | None) -> None:
+    """Its length over all inputs follows those that are left, negative lengths and rows that come to nothing too."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return net(norm(layer.Conv2d(8, 8, 3, padding=1), dim=dim)).double()
+
+    model, x = build(), X.double()
+    keys = list(model.state_dict())
+    v = next(p for n, p in model[2].named_parameters() if n.endswith(("weight_v", "original1")))
+    g = next(p for n, p in model[2].named_parameters() if n.endswith(("weight_g", "original0")))
+    with torch.no_grad():
+        g.neg_()
+        v[3:, 1:] = 0.0  # nothing is left of these rows, of which one stays, where channel 0 goes
+        model[0].weight[0] = 0.0  # which has the lowest scores
+        model[0].bias[0] = 0.0
+        model(x[:1])
+        functional.reset_net(model)
+    for criterion in ("magnitude", "taylor"):
+        small = snncompress.apply(model, criterion, 0.5, None, data=(x, Y), timesteps=3, skip=[], repair=None)
+        assert largest_difference(model, small, Feed(find_adapter(model), x, 3)) < 1e-9
+        assert small[2].weight.shape[:2] == (4, 4)
+        assert bool(torch.isfinite(small[2].weight).all())
+        assert list(small.state_dict()) == keys
+        replayed = snncompress.plan_of(small).apply(build())
+        replayed.load_state_dict(small.state_dict())
+        feed = Feed(find_adapter(model), x, 3)
+        assert all(torch.equal(a, b) for a, b in zip(outputs(small, feed), outputs(replayed, feed), strict=True))
+        snncompress.finetune(small, (x, Y), timesteps=3)
 
 
 # -- Brevitas --
@@ -266,7 +305,7 @@ def test_brevitas_layers_keep_their_single_weights_and_their_bits() -> None:
     assert "Brevitas quantizes its weight already" in snncompress.plan_of(small).skipped["2"]
     with pytest.warns(NothingToDoWarning, match=r"'2': Brevitas quantizes its weight already \(QuantConv2d\)"):
         few = snncompress.apply(model, None, bits=2, data=X, timesteps=3, skip=[], repair=None)
-    assert [e.layer for e in snncompress.plan_of(few).edits] == ["0", "4"]
+    assert [e.layer for e in snncompress.plan_of(few).edits] == ["0", "4", "7"]
 
 
 # -- products outside layers --
