@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd, lcm
@@ -263,10 +263,27 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
     pruner = _pruner(module)
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+
+    def resize(layer: nn.Module) -> None:
+        if side == "out":
+            _remove_beside(layer, indices)
+        prune(layer, indices)
+
     with learned_scales(module, indices if side == "out" else []):
-        resize_weight(module, lambda layer: prune(layer, indices))
+        resize_weight(module, resize)
     for name, parameter in module.named_parameters():  # torch-pruning makes every new parameter trainable
         parameter.requires_grad_(name not in frozen)
+
+
+def _remove_beside(module: nn.Module, indices: list[int]) -> None:
+    """Remove output channels from what a layer of the user's own holds for each: gains, scales [C] or [C, 1, ...]."""
+    if not isinstance(module, WEIGHT_LAYERS):
+        return
+    channels = width(module, "out")
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if name not in ("weight", "bias") and tensor.dim() and tensor.numel() == len(tensor) == channels:
+            kept = without_entries(tensor.detach(), indices, 0)
+            setattr(module, name, nn.Parameter(kept) if isinstance(tensor, nn.Parameter) else kept)
 
 
 def _without_columns(indices: list[int], layer: nn.Module) -> None:
@@ -316,14 +333,14 @@ def _pruner(module: nn.Module) -> BasePruningFunc:
     return PrunerBox[kind]
 
 
-def computed_or_shared(model: nn.Module) -> dict[str, str]:
+def computed_or_shared(model: nn.Module, computed: Callable[[nn.Module], str] = computed_weight) -> dict[str, str]:
     """Layers whose weight isn't theirs alone, or isn't a parameter, with the reason."""
     found: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, WEIGHT_LAYERS):
             continue
-        if why := computed_weight(module):
+        if why := computed(module):
             found[name] = why
             continue
         first = owners.setdefault(id(stored_weight(module)), name)

@@ -120,6 +120,18 @@ def weight_bits(module: nn.Module) -> int | None:
 
 def computed_weight(module: nn.Module) -> str:
     """Why this layer's weight is not a plain parameter, our own compression aside; empty where it is one."""
+    return computed_before(module) or computed_in_forward(module)
+
+
+def computed_in_forward(module: nn.Module) -> str:
+    """Why the layer doesn't multiply with its weight, a plain parameter; empty where it does."""
+    if isinstance(module, (_ConvNd, nn.Linear)) and computes_its_weight(module):
+        return f"its forward computes another weight from the stored one ({type(module).__name__})"
+    return ""
+
+
+def computed_before(module: nn.Module) -> str:
+    """Why what the module calls its weight is none of its parameters; empty where it is."""
     others = [type(p).__name__ for p in _chain(module) if not isinstance(p, CompressedWeight)]
     if others:
         return f"its weight is computed by {', '.join(others)}"
@@ -128,8 +140,6 @@ def computed_weight(module: nn.Module) -> str:
         return "its weight is computed from other parameters before each forward pass (weight_norm, prune …)"
     if quantized_by_brevitas(module):
         return f"Brevitas quantizes its weight already ({type(module).__name__})"
-    if isinstance(module, (_ConvNd, nn.Linear)) and computes_its_weight(module):
-        return f"its forward computes another weight from the stored one ({type(module).__name__})"
     return ""
 
 

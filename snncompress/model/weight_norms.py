@@ -49,7 +49,10 @@ def _taken_off(layer: Any) -> _Norm | None:
         if len(chain) != 1 or not isinstance(chain[0], _WeightNorm):
             return None
         norm = _Norm(chain[0], chain.original0, chain.original1)
+        weight = layer.weight.detach().clone()
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        layer._buffers.pop("weight", None)  # where g and v are frozen torch makes it one
+        layer.weight = nn.Parameter(weight)
     else:
         hooks = ((k, h) for k, h in layer._forward_pre_hooks.items() if isinstance(h, WeightNorm))
         key, hook = next(((k, h) for k, h in hooks if h.name == "weight"), (None, None))

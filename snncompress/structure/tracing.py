@@ -30,6 +30,7 @@ from snncompress.model.network import (
     depthwise,
     weight_layers,
 )
+from snncompress.model.parametrizations import computed_before
 from snncompress.running.data import Run, time_as_samples
 
 from .calls import Calls, upstream
@@ -107,7 +108,10 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     if not groups:
         return network
     exposed = [name for name in visible if name in weights and name not in last]
-    skipped = computed_or_shared(copy) | {n: f"the channels of {n} are part of the model's output" for n in exposed}
+    # a weight that forward computes from a parameter is cut with it, as far as a trial shows
+    skipped = computed_or_shared(copy, computed_before) | {
+        n: f"the channels of {n} are part of the model's output" for n in exposed
+    }
     sites = {n: Site.of(currents[m], calls.axes) for n, m in neurons.items() if m in currents}
     if readable:
         add_groups(network, graph, copy, sites, readers, skipped)

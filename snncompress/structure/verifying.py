@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from snncompress.interfaces import Adapter
-from snncompress.model.network import ChannelGroup, Network
+from snncompress.model.network import ChannelGroup, Network, Side
+from snncompress.model.parametrizations import computed_in_forward
 from snncompress.running.data import Run
 
 from .branches import possible_reader, waiting
@@ -45,7 +46,7 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
     kept = rounds.kept
     network.tied = [groups for groups in rounds.tied if len(groups) > 1]
     for group in network.groups:
-        why = refused.get(id(group)) or mending.broken.get(id(group.members)) or _TIED
+        why = refused.get(id(group)) or _computed(group, model) or mending.broken.get(id(group.members)) or _TIED
         whole = (n for n in group.names("out") if not any(n in other.names("out") for other in kept))
         network.skipped.update((name, why) for name in whole if name in network.layers)
     network.groups = kept
@@ -61,6 +62,16 @@ def _in_a_branch(reader: str | None) -> str:
         f"{reader}, which the model never calls on this input, may take its channels in: calibrate with forward= and "
         f"data that reach it, or delete it"
     )
+
+
+def _computed(group: ChannelGroup, model: nn.Module) -> str:
+    """Which layer of a group that stands no trial makes its weight of all channels."""
+    sides: tuple[Side, ...] = ("out", "in")
+    for side in sides:
+        for name in group.names(side):
+            if why := computed_in_forward(model.get_submodule(name)):
+                return why if side == "out" else f"coupled with {name}: {why}"
+    return ""
 
 
 def _of_neurons(

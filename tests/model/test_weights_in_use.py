@@ -177,15 +177,43 @@ def test_computed_weights_are_counted_as_they_are_used_and_left_alone(kind: type
     assert table.uncounted == (f"bits of the weight that 2 ({kind.__name__}) computes",)
     assert "not counted: bits of the weight that 2" in str(table)
     assert table.to_dict()["uncounted"] == list(table.uncounted)
-    for criterion in ("magnitude", "weight_magnitude", "cqp"):
+    for criterion in ("weight_magnitude", "cqp"):
         small = snncompress.apply(model, criterion, 0.5, None, data=(X, Y), timesteps=3, skip=[], repair=None)
         assert "another weight" in snncompress.plan_of(small).skipped["2"]
         assert torch.equal(small[2].weight, model[2].weight)
-        assert small[4].weight.shape[0] == 3 or bool((small[4].weight == 0).any())
+        assert bool((small[4].weight == 0).any())
     with pytest.warns(NothingToDoWarning, match=rf"'2': its forward computes another weight.*{kind.__name__}"):
         few = snncompress.apply(model, None, bits=2, data=X, timesteps=3, skip=[], repair=None)
     assert few[2].state_dict().keys() == model[2].state_dict().keys()
     assert all(len(channel.unique()) <= 4 for channel in few[4].weight)
+
+
+class Signed(layer.Conv2d):
+    """Signs, times a length that is learned and one of all inputs."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.length = nn.Parameter(torch.rand(self.out_channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = self.length[:, None, None, None] * self.weight.abs().mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, length * self.weight.sign(), self.bias, padding=1)
+
+
+@pytest.mark.parametrize(("kind", "cut"), [(layer.WSConv2d, True), (Signed, True), (Rounded, False)])
+def test_computed_weights_are_cut_where_each_output_has_its_own(kind: type[nn.Conv2d], cut: bool) -> None:
+    """What is computed over all inputs of an output bears that outputs go, not that inputs do."""
+    model, x = net(kind(8, 8, 3, padding=1)).double(), X.double()
+    small = snncompress.apply(model, "taylor", 0.5, None, data=(x, Y), timesteps=3, skip=[], repair=None)
+    assert small[2].weight.shape[:2] == (4 if cut else 8, 8)
+    assert small[4].weight.shape[0] == 3
+    assert largest_difference(model, small, Feed(find_adapter(model), x, 3)) < 1e-9
+    whole = snncompress.plan_of(small).skipped
+    assert whole["0"].startswith("coupled with 2: its forward computes another weight from the stored one")
+    assert ("2" in whole) is not cut
+    if cut:
+        own = next(p for n, p in small[2].named_parameters() if n in ("gain", "length"))
+        assert len(own) == 4
 
 
 # -- weight_norm --
