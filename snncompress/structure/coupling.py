@@ -63,7 +63,7 @@ class _Walk:
             for link in self._links_into(space):
                 self._back(space, link)
         parts = self._parts()
-        if len(parts) > 1 and self.heads > 1:
+        if len(parts) > 1 and any(self._across_heads(part) for part in parts):
             raise UnfitError("its channels don't map evenly onto what follows")
         return [self._group(part) for part in parts]
 
@@ -78,6 +78,10 @@ class _Walk:
                 kinds.append(kind)
         _, part = torch.unique(torch.stack(kinds, 1), dim=0, return_inverse=True)
         return [(part == number).nonzero().flatten() for number in part.unique().tolist()]
+
+    def _across_heads(self, part: Tensor) -> bool:
+        """Isn't it as many channels side by side in each head?"""
+        return self.heads > 1 and (len(part) % self.heads > 0 or int(part[-1] - part[0]) >= len(part))
 
     def _group(self, part: Tensor) -> ChannelGroup:
         members = [self._member(space, colours, part) for space, colours in self.colours.items()]

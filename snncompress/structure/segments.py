@@ -187,14 +187,17 @@ def _tells(links: list[Link]) -> int:
 def _heads(x: Tensor, weights: Tensor, axis: int, source: tuple[str, Tensor, int], parts: int = 1) -> int:
     """Into how many parts channels fall of which each mixes only with its like: those that make the first tell.
 
-    Where the source itself is split in ``parts``, each of them does so.
+    Where the source itself is split in ``parts``, each of them does so; where only some of its channels are read, side
+    by side, those do.
     """
-    n, count = x.shape[axis], source[1].shape[source[2]] // parts
-    (first,) = _touched(x, weights, axis, torch.arange(n) == 0, [source])
-    heads = count // max(1, int(first.view(parts, count).sum(1).max()))
-    if heads < 2 or count % heads or n % heads:
+    n, width = x.shape[axis], source[1].shape[source[2]]
+    first, all_read = (_touched(x, weights, axis, torch.arange(n) < end, [source])[0] for end in (1, n))
+    read = all_read.nonzero().flatten() if parts == 1 else torch.arange(width)
+    count = len(read) // parts
+    heads = count // max(1, int(first[read].view(parts, count).sum(1).max()))
+    if heads < 2 or count % heads or n % heads or int(read[-1] - read[0]) >= len(read):
         return 1
-    labels = _labels(x, weights, axis, torch.arange(n) // (n // heads), [source])[0]
+    labels = _labels(x, weights, axis, torch.arange(n) // (n // heads), [source])[0][read]
     return heads if torch.equal(labels, (torch.arange(count) // (count // heads)).repeat(parts)) else 1
 
 

@@ -158,30 +158,38 @@ def test_a_transformer_shrinks_whole_and_exactly(attention: str, currents: bool)
 
 
 class Gated(nn.Module):
-    """A neuron says which tokens pass, one number per head, or which channels, in each head by itself."""
+    """A neuron says which tokens pass, one number per head, or which channels, in each head by itself.
 
-    def __init__(self, *, tokens: bool) -> None:
+    As ``joint``, q and k are the halves of what one layer makes, and of unlike use.
+    """
+
+    def __init__(self, *, tokens: bool, joint: bool) -> None:
         super().__init__()
-        self.embed, self.lif, self.tokens = nn.Linear(6, WIDTH), fire(), tokens
-        self.q, self.k, self.proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.embed, self.lif, self.tokens, self.joint = nn.Linear(6, WIDTH), fire(), tokens, joint
+        self.q, self.proj = nn.Linear(WIDTH, WIDTH + joint * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k = self.q if joint else nn.Linear(WIDTH, WIDTH)
         self.q_lif, self.k_lif, self.gate, self.proj_lif = fire(), fire(), fire(0.5), fire()
         self.head = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.lif(self.embed(x))
-        q, k = heads(self.q_lif(self.q(x))), heads(self.k_lif(self.k(x)))
+        if self.joint:
+            q, k = self.q_lif(self.q(x)).reshape(*x.shape[:-1], 2 * HEADS, -1).transpose(2, 3).chunk(2, 2)
+        else:
+            q, k = heads(self.q_lif(self.q(x))), heads(self.k_lif(self.k(x)))
         y = self.gate(q.sum(4 if self.tokens else 3, keepdim=True)) * k
         return self.head(x + self.proj_lif(self.proj(y.transpose(2, 3).flatten(3))))
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-def test_a_neuron_that_sees_heads(tokens: bool) -> None:
-    model = Gated(tokens=tokens).double().eval()
+@pytest.mark.parametrize(("tokens", "joint"), [(False, False), (True, False), (True, True)])
+def test_a_neuron_that_sees_heads(tokens: bool, joint: bool) -> None:
+    model = Gated(tokens=tokens, joint=joint).double().eval()
     x = torch.rand(3, 2, 5, 6, dtype=torch.float64)
     small = snncompress.apply(model, "random", 0.5, None, data=x, skip=[], repair=None)
     plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x)
     assert set(plan.skipped) == {"head"}
-    assert small.q.weight.shape == small.k.weight.shape == (WIDTH // 2, WIDTH // 2)
+    assert small.q.weight.shape == (WIDTH if joint else WIDTH // 2, WIDTH // 2)
+    assert small.k.weight.shape == small.q.weight.shape
     assert largest_difference(model, small, feed) < 1e-9
     assert not torch.allclose(outputs(model, feed)[0], outputs(small, feed)[0])
 
