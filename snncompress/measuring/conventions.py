@@ -23,6 +23,7 @@ SpikeValues = Literal["integers", "ternary", "binary", "two_valued"]
 SpikeScope = Literal["run", "call"]
 Counting = Literal["exact", "rate"]
 NeuronUpdates = Literal["apart", "in_totals"]
+DirectEncoding = Literal["once", "every step"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Conventions:
             value).
         bias: whether adding a bias costs one AC per output element (with ``counting="rate"``: the layer's own
             kind of operation, scaled like the rest of the layer).
+        direct_encoding: what a layer costs whose analog input is the same at every timestep in the whole run, as the
+            first layer's is where an image is fed as constant current. ``"once"``: its multiplications are needed once,
+            and their result serves all timesteps, as QP-SNN counts. ``"every step"``: T times. Spikes are counted at
+            every step in any case.
         neuron_updates: ``"apart"`` reports neuron updates in a field of their own; ``"in_totals"`` also
             counts each as one AC.
 
@@ -83,6 +88,7 @@ class Conventions:
     batch_norm_ops: int = 0
     pooling: bool = False
     bias: bool = False
+    direct_encoding: DirectEncoding = "once"
     neuron_updates: NeuronUpdates = "apart"
 
     def __post_init__(self) -> None:
@@ -92,6 +98,7 @@ class Conventions:
             "spike_scope": get_args(SpikeScope),
             "counting": get_args(Counting),
             "batch_norm_ops": (0, 1, 2),
+            "direct_encoding": get_args(DirectEncoding),
             "neuron_updates": get_args(NeuronUpdates),
         }
         for field in dataclasses.fields(self):
@@ -119,7 +126,7 @@ class Conventions:
             f"padding {counted(self.padding)}, zero inputs of MAC layers {counted(self.zero_inputs)}, "
             f"spikes are {self.spike_values.replace('_', '-')} (decided per {self.spike_scope}), "
             f"batch norm {norm}, pooling {counted(self.pooling)}, bias {counted(self.bias)}, "
-            f"neuron updates {self.neuron_updates.replace('_', ' ')}"
+            f"constant inputs multiplied {self.direct_encoding}, neuron updates {self.neuron_updates.replace('_', ' ')}"
         )
 
     def __repr__(self) -> str:
@@ -133,9 +140,16 @@ class Conventions:
 PRESETS: Mapping[str, Conventions] = MappingProxyType(
     {
         "snncompress": Conventions(),
-        "neurobench": Conventions(zero_inputs=False, spike_values="ternary", spike_scope="call"),
+        "neurobench": Conventions(
+            zero_inputs=False, spike_values="ternary", spike_scope="call", direct_encoding="every step"
+        ),
         "spikingjelly": Conventions(
-            zero_weights=True, padding=True, spike_values="binary", spike_scope="call", batch_norm_ops=1
+            zero_weights=True,
+            padding=True,
+            spike_values="binary",
+            spike_scope="call",
+            batch_norm_ops=1,
+            direct_encoding="every step",
         ),
         "syops": Conventions(
             zero_weights=True,
@@ -146,6 +160,7 @@ PRESETS: Mapping[str, Conventions] = MappingProxyType(
             batch_norm_ops=2,
             pooling=True,
             bias=True,
+            direct_encoding="every step",
             neuron_updates="in_totals",
         ),
     }

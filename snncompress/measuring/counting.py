@@ -28,6 +28,7 @@ from snncompress.model.network import POOLS, WEIGHT_LAYERS
 from snncompress.model.weights_in_use import weight_in_use
 
 from .conventions import Conventions, SpikeValues, resolve_conventions
+from .direct_encoding import Clock, Repetition
 
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -126,6 +127,8 @@ def count_operations(layer: nn.Module, x: Tensor, conventions: Conventions | str
 class WeightCounter:
     """Running operation counts of one weight layer: :meth:`add` once per call, then :meth:`totals`.
 
+    :meth:`end_batch` tells what time it was, so that a constant input can be charged once.
+
     In an ``analog`` network no input is taken for spikes, whatever its values.
     """
 
@@ -136,6 +139,10 @@ class WeightCounter:
         self.input_sum, self.input_elements = 0.0, 0
         self._ac: float = 0
         self._mac = self._bias = 0
+        self._repetition = Repetition()
+        self._before: tuple[int, ...] = (0, 0)
+        self._once: tuple[int, ...] = (0, 0)
+        """Multiply-accumulates and biases up to this batch, and those of them that a constant input needs."""
         self._maps: dict[tuple[int, ...], Tensor] = {}
         self._synapses: int | None = None
 
@@ -149,8 +156,10 @@ class WeightCounter:
         has_bias = getattr(self.layer, "bias", None) is not None
         bias = math.prod(output_shape) if c.bias and has_bias else 0
         ac: float = 0
-        if spiking:
-            per_position = spike_sum(x, _sample_dims(self.layer))
+        per_position = spike_sum(x, _sample_dims(self.layer)) if spiking else None
+        if c.direct_encoding == "once" and not self.analog:
+            self._repetition.add(x, per_position)
+        if per_position is not None:
             total = float(per_position.sum())
             self.input_sum, self.input_elements = self.input_sum + total, self.input_elements + x.numel()
             if c.counting == "exact":
@@ -165,11 +174,21 @@ class WeightCounter:
             self._bias += bias
         self._ac, self._mac = self._ac + ac, self._mac + mac
 
+    def end_batch(self, clock: Clock) -> None:
+        """The calls since the last batch were all of one, in which the neurons saw this."""
+        steps, counts = self._repetition.end_batch(clock), (self._mac, self._bias)
+        new = (now - before for now, before in zip(counts, self._before, strict=True))
+        self._once = tuple(once + count // steps for once, count in zip(self._once, new, strict=True))
+        self._before = counts
+
     def totals(self) -> tuple[float, float]:
         """Accumulates and multiply-accumulates so far, over all calls and samples."""
+        mac, bias = self._mac, self._bias
+        if self._repetition.holds and not self.spiking:
+            mac, bias = (self._once[i] + now - self._before[i] for i, now in enumerate((mac, bias)))
         if self.conventions.spike_scope == "call":
-            return self._ac + self._bias, self._mac
-        return (self._ac + self._bias, 0) if self.spiking else (self._bias, self._mac)
+            return self._ac + bias, mac
+        return (self._ac + bias, 0) if self.spiking else (bias, mac)
 
     @property
     def input_rate(self) -> float | None:

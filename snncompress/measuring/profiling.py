@@ -26,6 +26,7 @@ from snncompress.running.scores import count_samples
 
 from .conventions import Conventions, resolve_conventions
 from .counting import PlainCounter, WeightCounter, energy_of, spike_sum
+from .direct_encoding import clock_of
 from .reporting import Comparison, Kind, LayerProfile, Profile
 from .uncounted import products_outside, unknown_weights
 
@@ -118,6 +119,7 @@ def measure(
                 output = feed(model, batch)
             if feed.timesteps is not None and feed.timesteps != len(batch.x):
                 meter.check_rows(feed.timesteps)
+            meter.end_batch(feed.steps(model))
             meter.n_samples += count_samples(feed, output, batch, meter.rows_seen())
             meter.n_batches += 1
             if watch:
@@ -184,12 +186,15 @@ class _NeuronCounter:
 
     def __init__(self) -> None:
         self.spikes, self.updates, self.size, self.rows = 0.0, 0, 0, 0
+        self.calls: list[tuple[int, int]] = []
+        """(T', N) of the calls of this batch."""
 
     def __call__(self, spikes: Tensor, membrane: Tensor | None) -> None:
         """Add spikes [T', N, C, ...]."""
         self.spikes += float(spike_sum(spikes))
         self.updates += spikes.numel()
         self.rows, self.size = spikes.shape[1], spikes.shape[2:].numel()
+        self.calls.append((spikes.shape[0], spikes.shape[1]))
 
 
 class _Meter:
@@ -217,6 +222,14 @@ class _Meter:
         """Neurons that saw T rows, and not one for each sample, took time for samples."""
         if self.rows_seen() == {timesteps}:
             raise DataError(time_as_samples(timesteps))
+
+    def end_batch(self, timesteps: int | None) -> None:
+        """All calls of a batch were made; ``timesteps`` where it was fed that often."""
+        clock = clock_of([neuron.calls for neuron in self.neurons.values()], timesteps)
+        for counter in self.weights.values():
+            counter.end_batch(clock)
+        for neuron in self.neurons.values():
+            neuron.calls = []
 
     @contextmanager
     def naming_what_is_not_counted(self) -> Iterator[None]:

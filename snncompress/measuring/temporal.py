@@ -170,8 +170,8 @@ def temporal_analysis(
         >>> result = temporal_analysis(net, (torch.tensor([[1.0, 0.25]]), torch.tensor([0])), timesteps=3)
         >>> result.t_star, result.kl, result.accuracy      # input 0 fires at every step, input 1 not yet
         (1, (0.0, 0.0), (1.0, 1.0, 1.0))
-        >>> [round(e, 9) for e in result.energy_pj]        # 2 synapses · 4.6 pJ at every step
-        [9.2, 18.4, 27.6]
+        >>> [round(e, 9) for e in result.energy_pj]        # 2 synapses · 4.6 pJ, once: the input is constant
+        [9.2, 9.2, 9.2]
     """
     with bench(model, data, timesteps, forward, adapter=adapter) as table:
         return analyse(table.model, table.feed, mode, share, energy_model, progress)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from snncompress.errors import DataError, ModelError
@@ -115,6 +116,9 @@ class StepMeter:
         self._lines = lines
         self._updates: dict[str, list[int]] = {}
         self._layers: dict[str, list[_StepCounter]] = {}
+        self._constant: dict[str, int] = {}
+        """For how many timesteps from the first on a layer was given the same, in every batch."""
+        self._first: dict[str, Tensor] = {}
         neurons = adapter.neurons(model)
         for name, line in lines.items():
             if name in neurons:
@@ -122,10 +126,12 @@ class StepMeter:
             else:
                 maps: dict[tuple[int, ...], Tensor] = {}
                 self._layers[name] = [_StepCounter(layer_at(model, name), maps) for _ in range(line.steps)]
+                self._constant[name] = line.steps
         watch(model, adapter, self._count, stack)
 
     def begin_batch(self) -> None:
         """The next call of every module belongs to the first timestep again."""
+        self._first.clear()
         for line in self._lines.values():
             line.calls = 0
 
@@ -133,7 +139,10 @@ class StepMeter:
         """Energy of the first t timesteps in pJ per sample, for t = 1 … T."""
         result = []
         for t in range(1, steps + 1):
-            counts = [OperationCounts(*_total(counters[:t], samples)) for counters in self._layers.values()]
+            counts = [
+                OperationCounts(*_total(counters[:t], samples, t <= self._constant[name]))
+                for name, counters in self._layers.items()
+            ]
             counts += [OperationCounts(0, 0, sum(updates[:t]) / samples) for updates in self._updates.values()]
             result.append(sum(energy_of(energy, c) for c in counts))
         return result
@@ -141,11 +150,25 @@ class StepMeter:
     def _count(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         if name not in self._lines:
             raise ModelError(f"{name!r} runs on this batch, and didn't on the first sample: what runs depends on data.")
-        for step, piece in self._lines[name].pieces(x):
+        line = self._lines[name]
+        if line.axis is not None:
+            self._first.pop(name, None)  # each call is compared with its own first step
+        for step, piece in line.pieces(x):
             if name in self._layers:
                 self._layers[name][step].add(piece, shape)
+                self._compare(name, step, piece)
             else:
                 self._updates[name][step] += piece.numel()
+
+    def _compare(self, name: str, step: int, piece: Tensor) -> None:
+        """With what the layer was given in the first step, as long as it may be constant."""
+        if name not in self._first:
+            if self._constant[name] > 1:
+                self._first[name] = piece.clone()
+        elif step < self._constant[name] and not torch.equal(self._first[name], piece):
+            self._constant[name] = max(step, 1)
+            if step <= 1:
+                del self._first[name]
 
 
 class _StepCounter(WeightCounter):
@@ -160,10 +183,12 @@ class _StepCounter(WeightCounter):
         return self._ac, self._mac
 
 
-def _total(counters: list[_StepCounter], samples: int) -> tuple[float, float]:
-    """One fraction anywhere makes a layer analog in all steps, as in a profile."""
-    n_ac, n_mac = (sum(counts) / samples for counts in zip(*(c.either() for c in counters), strict=True))
-    return (n_ac, 0) if all(c.spiking for c in counters) else (0, n_mac)
+def _total(counters: list[_StepCounter], samples: int, constant: bool) -> tuple[float, float]:
+    """One fraction anywhere makes a layer analog in all steps, and a constant one multiplies once, as in a profile."""
+    n_ac, n_mac = zip(*(c.either() for c in counters), strict=True)
+    if all(c.spiking for c in counters):
+        return sum(n_ac) / samples, 0
+    return 0, (n_mac[0] if constant else sum(n_mac)) / samples
 
 
 def watch(model: nn.Module, adapter: Adapter, seen: _Watch, stack: ExitStack) -> None:

@@ -84,9 +84,9 @@ def test_an_ordinary_network_costs_multiply_accumulates_once() -> None:
 
 
 def test_the_ratio_of_energies_is_one_call() -> None:
-    """On pixels of ½, T = 2: the input costs 72 MACs a step. 9/2 ≥ 1, so all 8 neurons fire in both steps: 2·8·2 AC."""
+    """On pixels of ½, T = 2: the input costs 72 MACs, once. 9/2 ≥ 1, so all 8 neurons fire in both steps: 2·8·2 AC."""
     both = compare({"cnn": cnn(), "snn": cnn(spikes=True)}, torch.full((1, 1, 4, 4), 0.5), timesteps=2)
-    assert both.ratios["snn"]["energy_pj"] == pytest.approx((144 * 4.6 + 32 * 0.9) / (88 * 4.6))
+    assert both.ratios["snn"]["energy_pj"] == pytest.approx((72 * 4.6 + 32 * 0.9) / (88 * 4.6))
     assert "no spiking neurons in cnn: an ordinary network" in str(both)
 
 

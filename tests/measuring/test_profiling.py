@@ -112,11 +112,11 @@ def test_a_network_of_five_synapses():
 
 
 def test_analog_input_costs_products():
-    # The same, fed 0.5: layer 0 costs 5 MACs per step; it charges neuron 0 by 0.75 and neuron 1 by 0, so that
+    # The same, fed 0.5: layer 0 costs 5 MACs, once; it charges neuron 0 by 0.75 and neuron 1 by 0, so that
     # neuron 0 fires at step 2: 1 of 4 chances. That spike meets 2 synapses.
     result = profile(tiny(), torch.full((1, 3), 0.5), timesteps=2, adapter=TOY)
-    assert (result.n_mac, result.n_ac, result.firing_rate) == (10, 2, 0.25)
-    assert result.energy_pj == pytest.approx(10 * 4.6 + 2 * 0.9)
+    assert (result.n_mac, result.n_ac, result.firing_rate) == (5, 2, 0.25)
+    assert result.energy_pj == pytest.approx(5 * 4.6 + 2 * 0.9)
     assert rows(result)["0"].input_rate is None
 
 

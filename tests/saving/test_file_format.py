@@ -71,7 +71,9 @@ def test_what_version_0_1_0_wrote() -> None:
     }  # fmt: skip
     assert plan_of(model).timesteps == 3
     x = torch.rand(2, 2, 6, 6)
-    assert snncompress.profile(model, x, timesteps=4).n_mac == 3 * 4 * 4 * 6 * 18
+    assert snncompress.profile(model, x, timesteps=4).n_mac == 4 * 4 * 6 * 18
+    every_step = snncompress.Conventions(direct_encoding="every step")
+    assert snncompress.profile(model, x, timesteps=4, conventions=every_step).n_mac == 3 * 4 * 4 * 6 * 18
 
 
 def test_it_is_still_written_like_that(tmp_path: Path) -> None:
