@@ -24,6 +24,8 @@ SpikeScope = Literal["run", "call"]
 Counting = Literal["exact", "rate"]
 NeuronUpdates = Literal["apart", "in_totals"]
 DirectEncoding = Literal["once", "every step"]
+AveragedSpikes = Literal["additions", "multiplications"]
+Attention = Literal["counted", "not counted"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Conventions:
             doesn't let the count depend on the data.
         spike_values: which inputs are spikes. ``"integers"``: every value is a whole number; the value 2, the
             sum of two spikes in a SEW block, is two ACs per synapse, −1 is one. Consequences: an input that
-            is all zeros is spikes (it costs nothing); an input of {0, 0.5}, or of averaged spikes, isn't
-            (MACs); an image of {0, 1} or of whole grey levels 0 … 255 is, so scale images to [0, 1] as one
-            does anyway. ``"ternary"``: {−1, 0, 1}. ``"binary"``: {0, 1}. ``"two_valued"``: at most two
+            is all zeros is spikes (it costs nothing); an input of {0, 0.5} isn't (MACs; but see
+            ``averaged_spikes``); an image of {0, 1} or of whole grey levels 0 … 255 is, so scale images to [0, 1] as
+            one does anyway. ``"ternary"``: {−1, 0, 1}. ``"binary"``: {0, 1}. ``"two_valued"``: at most two
             different values, all in [0, 1], so that {0, 0.5} passes for spikes of half the rate.
         spike_scope: ``"run"`` decides once per layer, on everything that the layer saw in the whole run: one
             fraction anywhere makes it a MAC layer. ``"call"`` decides anew at each call of the layer, which
@@ -63,6 +65,16 @@ class Conventions:
             first layer's is where an image is fed as constant current. ``"once"``: its multiplications are needed once,
             and their result serves all timesteps, as QP-SNN counts. ``"every step"``: T times. Spikes are counted at
             every step in any case.
+        averaged_spikes: what a layer costs whose input is an average of spikes, as an average pooling or a mean over
+            positions or time makes it. ``"additions"``: with 1/n folded into the weights, k spikes in a window of n are
+            k additions per synapse. ``"multiplications"``: fractions, so MACs. The averages are found where the network
+            takes them, not by their values, and followed as far as they are only moved about; what passed a
+            normalization or a product is analog again.
+        attention: whether products of tensors outside layers are counted, such as q·kᵀ and attn·v: an AC for each spike
+            that meets a number other than 0 in the other operand (any number, 0 too, with ``zero_weights``, unless both
+            are spikes); MACs where neither operand is spikes, all of them or, without ``zero_inputs``, those of two
+            numbers other than 0. Decided at each product, whatever ``spike_scope``. What isn't counted is named in the
+            table, and always so are products that torch's attention functions compute inside.
         neuron_updates: ``"apart"`` reports neuron updates in a field of their own; ``"in_totals"`` also
             counts each as one AC.
 
@@ -89,6 +101,8 @@ class Conventions:
     pooling: bool = False
     bias: bool = False
     direct_encoding: DirectEncoding = "once"
+    averaged_spikes: AveragedSpikes = "additions"
+    attention: Attention = "counted"
     neuron_updates: NeuronUpdates = "apart"
 
     def __post_init__(self) -> None:
@@ -99,6 +113,8 @@ class Conventions:
             "counting": get_args(Counting),
             "batch_norm_ops": (0, 1, 2),
             "direct_encoding": get_args(DirectEncoding),
+            "averaged_spikes": get_args(AveragedSpikes),
+            "attention": get_args(Attention),
             "neuron_updates": get_args(NeuronUpdates),
         }
         for field in dataclasses.fields(self):
@@ -126,7 +142,8 @@ class Conventions:
             f"padding {counted(self.padding)}, zero inputs of MAC layers {counted(self.zero_inputs)}, "
             f"spikes are {self.spike_values.replace('_', '-')} (decided per {self.spike_scope}), "
             f"batch norm {norm}, pooling {counted(self.pooling)}, bias {counted(self.bias)}, "
-            f"constant inputs multiplied {self.direct_encoding}, neuron updates {self.neuron_updates.replace('_', ' ')}"
+            f"constant inputs multiplied {self.direct_encoding}, averaged spikes are {self.averaged_spikes}, "
+            f"attention {self.attention}, neuron updates {self.neuron_updates.replace('_', ' ')}"
         )
 
     def __repr__(self) -> str:
@@ -141,7 +158,12 @@ PRESETS: Mapping[str, Conventions] = MappingProxyType(
     {
         "snncompress": Conventions(),
         "neurobench": Conventions(
-            zero_inputs=False, spike_values="ternary", spike_scope="call", direct_encoding="every step"
+            zero_inputs=False,
+            spike_values="ternary",
+            spike_scope="call",
+            direct_encoding="every step",
+            averaged_spikes="multiplications",
+            attention="not counted",
         ),
         "spikingjelly": Conventions(
             zero_weights=True,
@@ -150,6 +172,7 @@ PRESETS: Mapping[str, Conventions] = MappingProxyType(
             spike_scope="call",
             batch_norm_ops=1,
             direct_encoding="every step",
+            averaged_spikes="multiplications",
         ),
         "syops": Conventions(
             zero_weights=True,
@@ -161,6 +184,8 @@ PRESETS: Mapping[str, Conventions] = MappingProxyType(
             pooling=True,
             bias=True,
             direct_encoding="every step",
+            averaged_spikes="multiplications",
+            attention="not counted",
             neuron_updates="in_totals",
         ),
     }

@@ -146,17 +146,20 @@ class WeightCounter:
         self._maps: dict[tuple[int, ...], Tensor] = {}
         self._synapses: int | None = None
 
-    def add(self, x: Tensor, output_shape: Sequence[int]) -> None:
-        """Count one call of the layer: input ``x`` [..., C, *spatial], the shape of its output."""
+    def add(self, x: Tensor, output_shape: Sequence[int], sums: Tensor | None = None) -> None:
+        """Count one call of the layer: input ``x`` [..., C, *spatial], the shape of its output.
+
+        Where ``x`` is an average of spikes, ``sums`` is how many of them each value stands for.
+        """
         c, x = self.conventions, x.detach()
         # Decided per run, a layer that was analog once stays so and needs no further look.
         undecided = not self.analog and (self.spiking or c.spike_scope == "call")
-        spiking = undecided and is_spikes(x, c.spike_values)
+        spiking = undecided and (sums is not None or is_spikes(x, c.spike_values))
         self.spiking = self.spiking and spiking
         has_bias = getattr(self.layer, "bias", None) is not None
         bias = math.prod(output_shape) if c.bias and has_bias else 0
         ac: float = 0
-        per_position = spike_sum(x, _sample_dims(self.layer)) if spiking else None
+        per_position = spike_sum(x if sums is None else sums, _sample_dims(self.layer)) if spiking else None
         if c.direct_encoding == "once" and not self.analog:
             self._repetition.add(x, per_position)
         if per_position is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,11 +24,14 @@ from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed, time_as_samples
 from snncompress.running.scores import count_samples
 
+from .averaged_spikes import AveragedSpikes
 from .conventions import Conventions, resolve_conventions
 from .counting import PlainCounter, WeightCounter, energy_of, spike_sum
 from .direct_encoding import clock_of
+from .products import Product
 from .reporting import Comparison, Kind, LayerProfile, Profile
-from .uncounted import products_outside, unknown_weights
+from .uncounted import unknown_weights
+from .watching import Watch, watched
 
 __all__ = ["Comparison", "LayerProfile", "Profile", "compare", "profile"]
 
@@ -61,7 +64,8 @@ def profile(
     Operations are counted exactly, spike by spike (:mod:`snncompress.measuring.counting`), in every convolution,
     transposed convolution and linear layer, also the recurrent ones inside neurons, with the weight that the layer
     multiplies with: a layer of Brevitas' counts its bits and the zeros of its quantized weight. Products of tensors
-    outside such layers (attention, ``torch.nn.functional`` calls) are not counted, but named. The model runs as a
+    outside such layers (attention) have rows of their own; what isn't counted (``F.conv2d`` with a parameter, attention
+    that torch computes in one piece) is named. The model runs as a
     private copy in eval mode without gradients, and stays bitwise as it is, as does torch's random state.
     Memory doesn't grow with the number of batches.
 
@@ -115,7 +119,7 @@ def measure(
     meter = _Meter(model, feed.adapter, rules)
     with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model), meter.recording():
         for batch in feed:
-            with ExitStack() if meter.n_batches else meter.naming_what_is_not_counted():
+            with meter.watching(batch):
                 output = feed(model, batch)
             if feed.timesteps is not None and feed.timesteps != len(batch.x):
                 meter.check_rows(feed.timesteps)
@@ -132,7 +136,7 @@ def measure(
         n_samples=meter.n_samples,
         n_batches=meter.n_batches,
         title=type(model).__name__,
-        uncounted=tuple(meter.uncounted),
+        uncounted=tuple(meter.uncounted()),
     )
 
 
@@ -206,8 +210,14 @@ class _Meter:
         self.neurons = {name: _NeuronCounter() for name in adapter.neurons(model)}
         self.weights: dict[str, WeightCounter] = {}
         self.plain: dict[str, PlainCounter] = {}
-        self.uncounted: list[str] = []
-        analog = not self.neurons
+        self.products: dict[str, dict[str, list[float]]] = {}
+        """Module → torch's function → accumulates and multiply-accumulates of its products."""
+        averages = self.neurons and conventions.averaged_spikes == "additions"
+        self.averages = AveragedSpikes(conventions.spike_values) if averages else None
+        self._unknown: list[str] = []
+        self._shapes: set[Any] = set()
+        self._watch: Watch | None = None
+        self.analog = analog = not self.neurons
         for name, module in model.named_modules():
             if name in self.neurons:
                 continue
@@ -232,11 +242,47 @@ class _Meter:
             neuron.calls = []
 
     @contextmanager
-    def naming_what_is_not_counted(self) -> Iterator[None]:
-        """Inside, the model is run on a batch."""
-        with products_outside(self.model, self.weights, self.neurons) as products:
+    def watching(self, batch: Batch) -> Iterator[None]:
+        """Inside, the model is run on a batch.
+
+        What happens outside layers is watched on batches of a new shape, and on others where it was found to count.
+        """
+        shape = batch.x.shape if isinstance(batch.x, Tensor) else None
+        found = self.products or (self.averages is not None and self.averages.any)
+        if shape in self._shapes and not found:
             yield
-        self.uncounted = [*products, *unknown_weights(self.model, self.weights)]
+            return
+        if shape is not None:
+            self._shapes.add(shape)
+        with watched(self.model, self.weights, self.neurons, self._multiplied, self.averages) as self._watch:
+            yield
+        self._watch = None
+
+    def _multiplied(self, where: str, name: str, product: Product | None) -> None:
+        if product is not None and self.conventions.attention == "counted":
+            total = self.products.setdefault(where, {}).setdefault(name, [0.0, 0.0])
+            for i, count in enumerate(product.operations(self.conventions, self.analog)):
+                total[i] += count
+        elif (note := f"{name} in {where or type(self.model).__name__}") not in self._unknown:
+            self._unknown.append(note)
+
+    def uncounted(self) -> list[str]:
+        """What costs something and isn't counted."""
+        return [*self._unknown, *unknown_weights(self.model, self.weights)]
+
+    def _count(self, counter: WeightCounter | PlainCounter, layer: nn.Module) -> Callable[..., None]:
+        """A hook for one layer."""
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            with self._watch.aside() if self._watch else nullcontext():
+                x = met_by(layer, args, kwargs)
+                if isinstance(counter, WeightCounter):
+                    sums = None if self.averages is None else self.averages.of(x)
+                    counter.add(x, made_by(layer, x, output), sums)
+                else:
+                    counter.add(x)
+
+        return count
 
     def rows_seen(self) -> set[int]:
         """For how many samples at a time neurons fired last."""
@@ -248,7 +294,7 @@ class _Meter:
         with ExitStack() as stack:
             for name, counter in counters.items():
                 layer = layer_at(self.model, name)
-                handle = home(layer)[0].register_forward_hook(_hook(counter, layer), with_kwargs=True)
+                handle = home(layer)[0].register_forward_hook(self._count(counter, layer), with_kwargs=True)
                 stack.callback(handle.remove)
             for name, observer in self.neurons.items():
                 neuron = self.model.get_submodule(name)
@@ -260,6 +306,12 @@ class _Meter:
         divisor = self.n_samples if self.conventions.per == "sample" else self.n_batches
         owned = self._parameters()
         for name in self._rows():
+            for function, counts in self.products.get(name, {}).items():
+                n_ac, n_mac = (count / divisor for count in counts)
+                yield LayerProfile(
+                    name=f"{name}.{function}".lstrip("."), kind="product", n_params=0, size_mb=0.0, n_mac=n_mac,
+                    n_ac=n_ac, energy_pj=energy_of(energy, OperationCounts(n_ac, n_mac)),
+                )  # fmt: skip
             if name not in owned:
                 continue
             module: Any = layer_at(self.model, name)
@@ -321,17 +373,6 @@ def _ancestors(name: str) -> Iterator[str]:
         yield name
         name = name.rpartition(".")[0]
     yield ""
-
-
-def _hook(counter: WeightCounter | PlainCounter, layer: nn.Module) -> Callable[..., None]:
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x = met_by(layer, args, kwargs)
-        if isinstance(counter, WeightCounter):
-            counter.add(x, made_by(layer, x, output))
-        else:
-            counter.add(x)
-
-    return count
 
 
 def _described(energy: EnergyModel) -> str:

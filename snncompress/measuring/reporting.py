@@ -12,7 +12,7 @@ from snncompress.errors import OptionError
 
 from .conventions import Conventions
 
-Kind = Literal["weight", "neuron", "norm", "pool", "other"]
+Kind = Literal["weight", "neuron", "norm", "pool", "product", "other"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class LayerProfile:
     Fields:
         name: the module's name in the model.
         kind: ``"weight"`` (convolution, transposed convolution, linear layer), ``"neuron"`` (a population),
-            ``"norm"``, ``"pool"`` (listed where the conventions count pooling), or ``"other"``: a module that
-            holds parameters and is none of these.
+            ``"norm"``, ``"pool"`` (listed where the conventions count pooling), ``"product"`` (of tensors, outside
+            layers: named by the module that multiplies and torch's function), or ``"other"``: a module that holds
+            parameters and is none of these.
         n_params: parameters, pruned ones that are still stored included.
         size_mb: their size in MB = 10⁶ bytes.
         n_mac, n_ac: multiply-accumulates and accumulates per sample (or per batch, see the conventions).
@@ -31,8 +32,8 @@ class LayerProfile:
         firing_rate: mean spikes per neuron and timestep; neuron rows only.
         bits: bit width of the weight; weight rows only.
         sparsity: share of weights that are exactly 0; weight rows only.
-        input_rate: mean spikes per input and timestep; weight rows only, and None where the input isn't
-            spikes.
+        input_rate: mean spikes per input and timestep (of averaged spikes, all that were averaged); weight rows only,
+            and None where the input isn't spikes.
         n_neuron_updates: neurons × timesteps per sample (or batch); neuron rows only.
         state_mb: one 32-bit membrane potential per neuron, in MB; neuron rows only. Further states, such as a
             synaptic current, are not in it.

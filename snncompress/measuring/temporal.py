@@ -193,7 +193,7 @@ def analyse(
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
     with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model):
         with seeded(model), ExitStack() as stack:
-            rehearsal = Rehearsal(model, feed.adapter, stack)
+            rehearsal = Rehearsal(model, feed.adapter, stack, products=True)
             output = _over_time(feed.example()(model), feed)
         outputs = _Outputs(len(output), output.shape[2])
         with ExitStack() as stack:

@@ -8,7 +8,7 @@ once, on [N, ...], encodes a static input and belongs to the first step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from snncompress.errors import DataError, ModelError
 from snncompress.interfaces import Adapter, EnergyModel, OperationCounts
-from snncompress.model.cells import cell_weights, layer_at, made_by, met_by
+from snncompress.model.cells import cell_weights, home, layer_at, made_by, met_by
 from snncompress.model.network import WEIGHT_LAYERS
 
+from .averaged_spikes import AveragedSpikes
 from .conventions import Conventions
 from .counting import WeightCounter, energy_of
+from .products import Product
+from .watching import Watch, watched
 
-_Watch = Callable[[str, Tensor, tuple[int, ...]], None]
-"""Called with a layer's name, input and output shape, or a neuron's name, spikes [T', N, ...] and their shape."""
+_Seen = Callable[[str, Tensor, tuple[int, ...], "Tensor | None"], None]
+"""Called with a layer's name, input, output shape and, where the input is an average of spikes, of how many; or with a
+neuron's name, spikes [T', N, ...] and their shape."""
 
 
 class Timeline:
@@ -59,15 +63,24 @@ class Timeline:
 
 
 class Rehearsal:
-    """Notes how often every weight layer and neuron of ``model`` is called, and on how many rows."""
+    """Notes how often every weight layer and neuron of ``model`` is called, and on how many rows.
 
-    def __init__(self, model: nn.Module, adapter: Adapter, stack: ExitStack) -> None:
+    With ``products``, products of tensors outside layers too, by the module and torch's function.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, stack: ExitStack, *, products: bool = False) -> None:
         self._model = model
         self._neurons = set(adapter.neurons(model))
         self._leading: dict[str, list[tuple[int, ...]]] = {}
         watch(model, adapter, self._note, stack)
+        if products:
+            stack.enter_context(watched(model, _layers(model, adapter), self._neurons, self._note_product))
 
-    def _note(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    def _note_product(self, where: str, name: str, product: Product | None) -> None:
+        if product is not None:
+            self._leading.setdefault(_row(where, name), []).append(product.lead)
+
+    def _note(self, name: str, x: Tensor, shape: tuple[int, ...], sums: Tensor | None) -> None:
         module: Any = layer_at(self._model, name)
         rows = 2 if name in self._neurons else x.dim() - module.weight.dim() + 1
         self._leading.setdefault(name, []).append(tuple(x.shape[:rows]))
@@ -119,15 +132,20 @@ class StepMeter:
         self._constant: dict[str, int] = {}
         """For how many timesteps from the first on a layer was given the same, in every batch."""
         self._first: dict[str, Tensor] = {}
-        neurons = adapter.neurons(model)
+        self._products: dict[str, list[list[float]]] = {}
+        self._averages = AveragedSpikes()
+        neurons, layers = adapter.neurons(model), set(_layers(model, adapter))
         for name, line in lines.items():
             if name in neurons:
                 self._updates[name] = [0] * line.steps
+            elif name not in layers:
+                self._products[name] = [[0.0, 0.0] for _ in range(line.steps)]
             else:
                 maps: dict[tuple[int, ...], Tensor] = {}
                 self._layers[name] = [_StepCounter(layer_at(model, name), maps) for _ in range(line.steps)]
                 self._constant[name] = line.steps
-        watch(model, adapter, self._count, stack)
+        beside = stack.enter_context(watched(model, layers, neurons, self._multiply, self._averages))
+        watch(model, adapter, self._count, stack, beside, self._averages)
 
     def begin_batch(self) -> None:
         """The next call of every module belongs to the first timestep again."""
@@ -143,19 +161,37 @@ class StepMeter:
                 OperationCounts(*_total(counters[:t], samples, t <= self._constant[name]))
                 for name, counters in self._layers.items()
             ]
+            counts += [
+                OperationCounts(*(sum(kind) / samples for kind in zip(*made[:t], strict=True)))
+                for made in self._products.values()
+            ]
             counts += [OperationCounts(0, 0, sum(updates[:t]) / samples) for updates in self._updates.values()]
             result.append(sum(energy_of(energy, c) for c in counts))
         return result
 
-    def _count(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    def _line(self, name: str) -> Timeline:
         if name not in self._lines:
             raise ModelError(f"{name!r} runs on this batch, and didn't on the first sample: what runs depends on data.")
-        line = self._lines[name]
+        return self._lines[name]
+
+    def _multiply(self, where: str, name: str, product: Product | None) -> None:
+        if product is None:
+            return
+        row = _row(where, name)
+        line = self._line(row)
+        for step, _ in line.pieces(max(product.a, product.b, key=Tensor.dim)):
+            part = product if line.axis is None else product.piece(line.steps, step, line.axis)
+            for i, count in enumerate(part.operations(Conventions())):
+                self._products[row][step][i] += count
+
+    def _count(self, name: str, x: Tensor, shape: tuple[int, ...], sums: Tensor | None) -> None:
+        line = self._line(name)
         if line.axis is not None:
             self._first.pop(name, None)  # each call is compared with its own first step
+        parts = None if sums is None or line.axis is None else sums.chunk(line.steps, line.axis)
         for step, piece in line.pieces(x):
             if name in self._layers:
-                self._layers[name][step].add(piece, shape)
+                self._layers[name][step].add(piece, shape, sums if parts is None else parts[step])
                 self._compare(name, step, piece)
             else:
                 self._updates[name][step] += piece.numel()
@@ -191,25 +227,60 @@ def _total(counters: list[_StepCounter], samples: int, constant: bool) -> tuple[
     return 0, (n_mac[0] if constant else sum(n_mac)) / samples
 
 
-def watch(model: nn.Module, adapter: Adapter, seen: _Watch, stack: ExitStack) -> None:
-    """Until ``stack`` is closed, ``seen`` is called at every call of a weight layer or neuron."""
-    neurons = adapter.neurons(model)
+def watch(
+    model: nn.Module,
+    adapter: Adapter,
+    seen: _Seen,
+    stack: ExitStack,
+    beside: Watch | None = None,
+    averages: AveragedSpikes | None = None,
+) -> None:
+    """Until ``stack`` is closed, ``seen`` is called at every call of a weight layer or neuron.
+
+    ``beside`` looks away meanwhile; ``averages`` knows which inputs are averages of spikes.
+    """
+    quiet = beside.aside if beside else nullcontext
+    for name, module in adapter.neurons(model).items():
+        stack.callback(adapter.observe(module, _observer(name, seen, quiet), membrane=False))
+    for name in _layers(model, adapter):
+        layer = layer_at(model, name)
+        hook = _hook(name, layer, seen, quiet, averages)
+        stack.callback(home(layer)[0].register_forward_hook(hook, with_kwargs=True).remove)
+
+
+def _layers(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Names of the layers whose operations are counted, in module order."""
+    neurons, names = adapter.neurons(model), list[str]()
     for name, module in model.named_modules():
-        if name in neurons:
-            stack.callback(adapter.observe(module, _observer(name, seen), membrane=False))
-            continue
-        for weight in [name] if isinstance(module, WEIGHT_LAYERS) else cell_weights(name, module):
-            hook = _hook(weight, layer_at(model, weight), seen)
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        if name not in neurons:
+            names += [name] if isinstance(module, WEIGHT_LAYERS) else cell_weights(name, module)
+    return names
 
 
-def _observer(name: str, seen: _Watch) -> Callable[[Tensor, Tensor | None], None]:
-    return lambda spikes, _: seen(name, spikes, tuple(spikes.shape))
+def _row(where: str, function: str) -> str:
+    return f"{where}.{function}".lstrip(".")
 
 
-def _hook(name: str, layer: nn.Module, seen: _Watch) -> Callable[..., None]:
+def _observer(
+    name: str, seen: _Seen, quiet: Callable[[], AbstractContextManager[None]]
+) -> Callable[[Tensor, Tensor | None], None]:
+    def observe(spikes: Tensor, _: Tensor | None) -> None:
+        with quiet():
+            seen(name, spikes, tuple(spikes.shape), None)
+
+    return observe
+
+
+def _hook(
+    name: str,
+    layer: nn.Module,
+    seen: _Seen,
+    quiet: Callable[[], AbstractContextManager[None]],
+    averages: AveragedSpikes | None,
+) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        x = met_by(layer, args, named)
-        seen(name, x, made_by(layer, x, output))
+        with quiet():
+            x = met_by(layer, args, named)
+            seen(name, x, made_by(layer, x, output), averages.of(x) if averages else None)
 
     return hook

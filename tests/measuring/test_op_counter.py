@@ -81,6 +81,27 @@ def test_where_the_defaults_differ():
     assert (theirs.n_ac, theirs.n_mac) == by_op_counter(net, x)
 
 
+def test_same_counts_in_a_spikformer():
+    from spikingjelly.activation_based.model.spikformer import Spikformer
+
+    torch.manual_seed(0)
+    sizes = {"img_size_h": 16, "img_size_w": 16, "patch_size": 4, "embed_dims": 16, "num_heads": 2, "depths": 1}
+    net = Spikformer(T=2, in_channels=1, num_classes=5, mlp_ratio=2.0, **sizes).eval()
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.normal_(module.bias, 1.0)  # which lets neurons of all layers fire
+    x = torch.rand(2, 1, 16, 16)
+    counters = SynOpCounter(), MACCounter()
+    with torch.no_grad(), DispatchCounterMode(list(counters)):
+        net(x)
+    functional.reset_net(net)
+    table = profile(net, x, conventions="spikingjelly")
+    assert (table.n_ac, table.n_mac) == tuple(counter.get_total() / 2 for counter in counters)
+    (attention,) = [row for row in table.layers if row.kind == "product"]
+    (ours,) = [row for row in profile(net, x).layers if row.kind == "product"]
+    assert attention.n_ac > ours.n_ac > 0  # counts of 0 are met there, by spikes of the other operand
+
+
 def test_a_sum_of_two_spikes_is_two_accumulates_here_and_products_there():
     net = nn.Sequential(layer.Linear(3, 4, bias=False), neuron.IFNode()).eval()
     x = torch.tensor([[2.0, 1.0, 0.0]])
