@@ -5,7 +5,7 @@
 An AC is one addition caused by one spike through one existing synapse; a layer whose input isn't spikes costs
 MACs. That leaves questions which the counters in use answer differently, so that their numbers can't be
 compared. Here each answer is a field of :class:`Conventions`, printed with every profile, and :data:`PRESETS`
-holds the answers of four counters. The counting itself is in :mod:`snncompress.measuring.counting`.
+holds the answers of a paper and of three counters. The counting itself is in :mod:`snncompress.measuring.counting`.
 """
 
 from __future__ import annotations
@@ -157,6 +157,7 @@ class Conventions:
 PRESETS: Mapping[str, Conventions] = MappingProxyType(
     {
         "snncompress": Conventions(),
+        "qp_snn": Conventions(zero_weights=True, padding=True),
         "neurobench": Conventions(
             zero_inputs=False,
             spike_values="ternary",
@@ -193,18 +194,26 @@ PRESETS: Mapping[str, Conventions] = MappingProxyType(
 """Named conventions.
 
 ``"snncompress"``
-    The default: an AC is a spike, a MAC an analog value (0 included) that meets a synapse which exists.
+    The default: an AC is a spike, a MAC an analog value (0 included) that meets a synapse which exists; a constant
+    input is multiplied once, averaged spikes are additions, attention is counted.
+``"qp_snn"``
+    QP-SNN (ICLR 2025), Table 6: E = 0.9 pJ · T · SOPs + 4.6 pJ · MACs of the first layer, once, which gives the printed
+    energies to the last digit. Its SOPs are per timestep; ``n_ac`` here is of all T. What the paper leaves open:
+    padding and zero weights are counted, as in the dense counts of such tables; without padding the three energies
+    come out alike.
 ``"neurobench"``
     NeuroBench 2.3 ``SynapticOperations``: ``n_ac`` = Effective_ACs, ``n_mac`` = Effective_MACs. Zero weights,
     zero inputs and padding excluded, no bias, normalization or pooling; {−1, 0, 1} are spikes, decided at
-    each call. Not reproduced: its float32 sums lose single operations beyond 2²⁴ per call; transposed
+    each call; an input that doesn't change is multiplied at every step, averages are fractions, attention isn't
+    looked at. Not reproduced: its float32 sums lose single operations beyond 2²⁴ per call; transposed
     convolutions, which NeuroBench leaves out, are counted here; ``nn.RNNCell`` and the like aren't.
 ``"spikingjelly"``
     SpikingJelly 2.0 op_counter: ``n_ac`` = ``SynOpCounter``, ``n_mac`` = ``MACCounter``, both divided by the
     samples. Exact fan-out of {0, 1} spikes, decided at each call (so one all-zero timestep of an analog input
     costs nothing in single-step mode); zero weights counted; MAC layers dense with padding; BN one MAC per
-    element. Not reproduced: layers whose *weights* are all 0 or 1 (taken for spikes there), matrix products
-    outside weight layers, and the additions inside neurons and poolings that its ``ACCounter`` has.
+    element; averages are fractions. Of matrix products (attention) the pairs of two spikes, or, where one operand is
+    all 0 and 1, all that its spikes meet. Not reproduced: layers whose *weights* are all 0 or 1 (taken for spikes
+    there), and the additions inside neurons and poolings that its ``ACCounter`` has.
 ``"syops"``
     syops-counter 0.0.5: dense counts with padding × mean input, bias with the layer, BN two operations,
     pooling one per input, one AC per neuron update; two values in [0, 1] are spikes. Not reproduced: it adds

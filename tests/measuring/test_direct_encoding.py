@@ -122,6 +122,18 @@ def test_an_input_that_changes_is_multiplied_at_every_step(run: Any, mode: str, 
     assert stem_macs(Net(run, mode), x) == T * 5 * 6
 
 
+def test_the_preset_of_qp_snn_is_its_formula() -> None:
+    """4×4 pixels of ½ under a 3×3 filter of ½: each position is charged by its 4, 6 or 9 quarters, so
+    that all 16 neurons fire at each of 3 steps. E = 0.9 · T · SOPs + 4.6 · MACs: 2 SOPs a spike, 9 · 16 MACs once."""
+    net = nn.Sequential(
+        layer.Conv2d(1, 1, 3, padding=1, bias=False), neuron.IFNode(), layer.Flatten(), layer.Linear(16, 2)
+    )
+    nn.init.constant_(net[0].weight, 0.5)
+    nn.init.zeros_(net[3].weight)  # it exists
+    found = profile(net, torch.full((1, 1, 4, 4), 0.5), timesteps=3, conventions="qp_snn")
+    assert found.energy_pj == pytest.approx(0.9 * 3 * 32 + 4.6 * 144)
+
+
 def test_one_batch_that_changes_decides_for_the_layer() -> None:
     constant = X.expand(T, N, 5)
     changes = constant.clone()

@@ -362,7 +362,10 @@ def test_counting_leaves_layer_and_input_alone():
 
 
 def test_conventions_are_checked():
-    for wrong in ({"per": "image"}, {"padding": 1}, {"batch_norm_ops": 3}, {"spike_values": "bits"}):
+    for wrong in (
+        {"per": "image"}, {"padding": 1}, {"batch_norm_ops": 3}, {"spike_values": "bits"}, {"attention": True},
+        {"direct_encoding": "twice"}, {"averaged_spikes": "counted"},
+    ):  # fmt: skip
         with pytest.raises(OptionError, match=f"{next(iter(wrong))} must be one of"):
             Conventions(**wrong)
     with pytest.raises(OptionError, match="batch_norm_ops must be one of 0, 1, 2, not True"):
@@ -374,7 +377,9 @@ def test_presets_resolve_and_name_themselves():
     assert {preset.name for preset in PRESETS.values()} == set(PRESETS)
     assert resolve_conventions(Conventions(bias=True)).name == "custom"
     assert len({preset.describe() for preset in PRESETS.values()}) == len(PRESETS)
-    with pytest.raises(UnknownNameError, match="Available: snncompress, neurobench, spikingjelly, syops"):
+    text = Conventions(direct_encoding="every step", averaged_spikes="multiplications").describe()
+    assert "constant inputs multiplied every step, averaged spikes are multiplications, attention counted" in text
+    with pytest.raises(UnknownNameError, match="Available: snncompress, qp_snn, neurobench, spikingjelly, syops"):
         resolve_conventions("ptflops")
     with pytest.raises(OptionError, match="not 3"):
         resolve_conventions(3)

@@ -22,6 +22,32 @@ def test_published_energies(ac: float, mac: float, millijoules: float) -> None:
     assert round(Horowitz45nm().energy_pj(OperationCounts(ac, mac)) * 1e-9, 4) == millijoules
 
 
+@pytest.mark.parametrize(
+    ("sops", "timesteps", "channels", "millijoules"),
+    [
+        (54.60e6, 4, 57, 0.204),  # 0.19656 + 0.00725
+        (11.63e6, 4, 35, 0.046),  # 0.04187 + 0.00445
+        (415.64e6, 2, 64, 0.756),  # 0.74815 + 0.00814
+    ],
+)
+def test_table_6_of_qp_snn(sops: float, timesteps: int, channels: int, millijoules: float) -> None:
+    """E = 0.9 pJ · T · SOPs + 4.6 pJ · MACs of the first layer, once, of SOPs that are printed per timestep.
+
+    T and the first layer aren't printed. It is a 3×3 convolution of 32×32 pixels, of 64 channels, or of the 57 or 35
+    that a ratio of 0.1 (ResNet20's stem) or 0.45 (VGG-16's first) leaves. No other T comes out: one step of SOPs more
+    is too much, one less more than 64 channels can make up for. The table's digits don't tell whether padding counts.
+    """
+
+    def energy(steps: int, macs: float) -> float:
+        return round(Horowitz45nm().energy_pj(OperationCounts(steps * sops, macs)) * 1e-9, 3)
+
+    macs = 3 * channels * 9 * 32 * 32
+    assert energy(timesteps, macs) == millijoules
+    assert energy(timesteps, 3 * channels * (3 * 32 - 2) ** 2) == millijoules
+    assert energy(timesteps, timesteps * macs) > millijoules  # charged at every step
+    assert energy(timesteps + 1, 0) > millijoules > energy(timesteps - 1, 3 * 64 * 9 * 32 * 32)
+
+
 def test_neuron_updates_cost_nothing() -> None:
     assert Horowitz45nm().energy_pj(OperationCounts(0, 0, n_neuron_updates=1e9)) == 0
 
