@@ -261,16 +261,54 @@ class Scheduler(_Plugin):
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """What one layer, or one population of neurons, holds in memory, and what it takes in and puts out for one sample.
+
+    Fields:
+        n_weights, weight_bits, n_biases: what a layer stores; 0 for neurons.
+        kernel_size, out_channels: of a convolution; () for a linear layer and for neurons.
+        input_size, output_size: values in its input and its output in one timestep; a neuron has one potential each.
+        n_spikes_in: spikes that arrive, over all timesteps.
+        n_values_in: analog values that are read. Where a constant input is multiplied once, those of one timestep.
+        n_outputs: values that are computed, or potentials that are updated; once where the input is multiplied once.
+        n_spikes_out: spikes that are fired; neurons only.
+        n_values_out: analog values that are written; layers of networks without neurons only.
+    """
+
+    n_weights: int = 0
+    weight_bits: int = 32
+    n_biases: int = 0
+    kernel_size: tuple[int, ...] = ()
+    out_channels: int = 0
+    input_size: float = 0.0
+    output_size: float = 0.0
+    n_spikes_in: float = 0.0
+    n_values_in: float = 0.0
+    n_outputs: float = 0.0
+    n_spikes_out: float = 0.0
+    n_values_out: float = 0.0
+
+
+@dataclass(frozen=True)
 class OperationCounts:
-    """What one layer does for one sample: accumulates, multiply-accumulates, neuron updates (mean over samples)."""
+    """What one layer does for one sample: accumulates, multiply-accumulates, neuron updates (mean over samples).
+
+    ``memory`` says what it takes for that from memory, where it is a layer with weights or a population of neurons.
+    """
 
     n_ac: float
     n_mac: float
     n_neuron_updates: float = 0.0
+    memory: MemoryUse | None = dataclasses.field(default=None, repr=False)
 
 
 class EnergyModel(_Plugin):
-    """Turns operation counts into energy."""
+    """Turns operation counts into energy.
+
+    ``covers`` is printed with what it gives, in words: what the energy is that of.
+    """
+
+    covers: ClassVar[str] = "arithmetic alone"
 
     @abstractmethod
     def energy_pj(self, counts: OperationCounts) -> float:

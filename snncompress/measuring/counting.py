@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from snncompress.errors import DataError, ModelError, PluginError, SNNCompressError
-from snncompress.interfaces import EnergyModel, OperationCounts
+from snncompress.interfaces import EnergyModel, MemoryUse, OperationCounts
 from snncompress.model.network import POOLS, WEIGHT_LAYERS
 from snncompress.model.weights_in_use import weight_in_use
 
@@ -32,6 +32,7 @@ from .direct_encoding import Clock, Repetition
 
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+FLOAT_BITS = 32
 _MAPS_KEPT = 16  # shapes per layer; more only where every batch has a size of its own
 
 
@@ -138,11 +139,13 @@ class WeightCounter:
         """Whether every input so far was spikes."""
         self.input_sum, self.input_elements = 0.0, 0
         self._ac: float = 0
-        self._mac = self._bias = 0
+        self._mac = self._bias = self._values = self._outputs = 0
         self._repetition = Repetition()
-        self._before: tuple[int, ...] = (0, 0)
-        self._once: tuple[int, ...] = (0, 0)
-        """Multiply-accumulates and biases up to this batch, and those of them that a constant input needs."""
+        self._before: tuple[int, ...] = (0, 0, 0, 0)
+        self._once: tuple[int, ...] = (0, 0, 0, 0)
+        """Multiply-accumulates, biases, values read and outputs up to this batch; those that a constant input needs."""
+        self._shapes: tuple[Sequence[int], Sequence[int]] = ((1, 0), (1, 0))
+        self._sizes = (0.0, 0.0)
         self._maps: dict[tuple[int, ...], Tensor] = {}
         self._synapses: int | None = None
 
@@ -173,22 +176,52 @@ class WeightCounter:
         # Decided per run, both are kept: a later batch may still turn a spiking layer into an analog one.
         if not spiking or c.spike_scope == "run":
             mac = self._macs(x, output_shape) if c.counting == "exact" else self._dense(x, output_shape) + bias
+            self._values += x.numel()
         if c.counting == "exact":
             self._bias += bias
+        self._outputs += math.prod(output_shape)
+        self._shapes = x.shape, output_shape
         self._ac, self._mac = self._ac + ac, self._mac + mac
 
     def end_batch(self, clock: Clock) -> None:
         """The calls since the last batch were all of one, in which the neurons saw this."""
-        steps, counts = self._repetition.end_batch(clock), (self._mac, self._bias)
+        steps, counts = self._repetition.end_batch(clock), self._foreseen
         new = (now - before for now, before in zip(counts, self._before, strict=True))
         self._once = tuple(once + count // steps for once, count in zip(self._once, new, strict=True))
         self._before = counts
+        rows = clock.rows(self._shapes[0])
+        self._sizes = math.prod(self._shapes[0]) / max(rows, 1), math.prod(self._shapes[1]) / max(rows, 1)
+
+    @property
+    def _foreseen(self) -> tuple[int, ...]:
+        """What a constant input needs once, of all timesteps."""
+        return self._mac, self._bias, self._values, self._outputs
+
+    @property
+    def _needed(self) -> tuple[int, ...]:
+        """The same, once where the input was constant."""
+        if self.spiking or not self._repetition.holds:
+            return self._foreseen
+        new = (now - before for now, before in zip(self._foreseen, self._before, strict=True))
+        return tuple(once + count for once, count in zip(self._once, new, strict=True))
+
+    def memory(self, divisor: float, bits: int) -> MemoryUse:
+        """What the layer holds, takes in and puts out, over a divisor."""
+        _, _, values, outputs = self._needed
+        by_call = self.conventions.spike_scope == "call"
+        return MemoryUse(
+            input_size=self._sizes[0],
+            output_size=self._sizes[1],
+            n_spikes_in=self.input_sum / divisor if self.spiking or by_call else 0.0,
+            n_values_in=values / divisor if by_call or not self.spiking else 0.0,
+            n_outputs=outputs / divisor,
+            n_values_out=outputs / divisor if self.analog else 0.0,
+            **_stored(self.layer, bits),
+        )
 
     def totals(self) -> tuple[float, float]:
         """Accumulates and multiply-accumulates so far, over all calls and samples."""
-        mac, bias = self._mac, self._bias
-        if self._repetition.holds and not self.spiking:
-            mac, bias = (self._once[i] + now - self._before[i] for i, now in enumerate((mac, bias)))
+        mac, bias, _, _ = self._needed
         if self.conventions.spike_scope == "call":
             return self._ac + bias, mac
         return (self._ac + bias, 0) if self.spiking else (bias, mac)
@@ -265,6 +298,19 @@ class PlainCounter:
             self.n_ac += self.per_element * float(spike_sum(x))
         else:
             self.n_mac += self.per_element * x.numel()
+
+
+def _stored(layer: nn.Module, bits: int) -> dict[str, Any]:
+    """What is known of a layer without running it, as fields of a :class:`MemoryUse`."""
+    weight, bias = _weight(layer), getattr(layer, "bias", None)
+    kernel = () if isinstance(layer, nn.Linear) else tuple(cast(_ConvNd, layer).kernel_size)
+    return {
+        "n_weights": weight.numel(),
+        "weight_bits": bits,
+        "n_biases": 0 if bias is None else bias.numel(),
+        "kernel_size": kernel,
+        "out_channels": cast(_ConvNd, layer).out_channels if kernel else cast(nn.Linear, layer).out_features,
+    }
 
 
 def _sample_dims(layer: nn.Module) -> int:

@@ -15,11 +15,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Clock:
-    """What the neurons saw in a batch: T timesteps of N samples, ``at_once`` where they got several in one call."""
+    """What the neurons saw in a batch: T timesteps of N samples, ``at_once`` where they got several in one call.
+
+    N is 0 where there are none.
+    """
 
     steps: int = 1
-    samples: int = 1
+    samples: int = 0
     at_once: bool = False
+
+    def rows(self, shape: Sequence[int]) -> int:
+        """How many samples of single timesteps a tensor of this shape holds.
+
+        >>> clock = Clock(4, 3)
+        >>> clock.rows((4, 3, 7)), clock.rows((12, 7)), clock.rows((3, 7))
+        (12, 12, 3)
+        """
+        every, both = self.steps * self.samples, {(self.steps, self.samples), (self.samples, self.steps)}
+        return every if tuple(shape[:2]) in both else int(shape[0])
 
 
 class Repetition:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
-from snncompress.interfaces import Adapter, EnergyModel, Forward, OperationCounts
+from snncompress.interfaces import Adapter, EnergyModel, Forward, MemoryUse, OperationCounts
 from snncompress.model.brevitas_layers import brevitas_bits
 from snncompress.model.cells import cell_weights, home, layer_at, made_by, met_by
 from snncompress.model.modules import in_mode
@@ -26,7 +26,7 @@ from snncompress.running.scores import count_samples
 
 from .averaged_spikes import AveragedSpikes
 from .conventions import Conventions, resolve_conventions
-from .counting import PlainCounter, WeightCounter, energy_of, spike_sum
+from .counting import FLOAT_BITS, PlainCounter, WeightCounter, energy_of, spike_sum
 from .direct_encoding import clock_of
 from .products import Product
 from .reporting import Comparison, Kind, LayerProfile, Profile
@@ -35,7 +35,6 @@ from .watching import Watch, watched
 
 __all__ = ["Comparison", "LayerProfile", "Profile", "compare", "profile"]
 
-FLOAT_BITS = 32
 _STORED = re.compile(r"\.?\bparametrizations\.(\w+)\.original$")
 
 
@@ -318,7 +317,7 @@ class _Meter:
             kind: Kind = "other"
             n_ac = n_mac = updates = 0.0
             firing_rate = input_rate = sparsity = bits = None
-            n_weights, state_mb = 0, 0.0
+            n_weights, state_mb, memory = 0, 0.0, None
             if name in self.weights:
                 kind, counter = "weight", self.weights[name]
                 n_ac, n_mac = (count / divisor for count in counter.totals())
@@ -327,11 +326,13 @@ class _Meter:
                 n_weights, input_rate = weight.numel(), counter.input_rate
                 sparsity = int(weight.eq(0).sum()) / n_weights if n_weights else 0.0
                 bits = weight_bits(module) or brevitas_bits(module) or FLOAT_BITS
+                memory = counter.memory(divisor, bits)
             elif name in self.neurons:
                 kind, neuron = "neuron", self.neurons[name]
                 updates, state_mb = neuron.updates / divisor, neuron.size * FLOAT_BITS / 8e6
                 firing_rate = neuron.spikes / neuron.updates if neuron.updates else None
                 n_ac = updates if self.conventions.neuron_updates == "in_totals" else 0.0
+                memory = MemoryUse(output_size=neuron.size, n_outputs=updates, n_spikes_out=neuron.spikes / divisor)
             elif name in self.plain:
                 plain = self.plain[name]
                 kind = "pool" if plain.is_pool else "norm"
@@ -342,7 +343,7 @@ class _Meter:
             size_bits = n_quantized * (bits or FLOAT_BITS) + (n_params - n_quantized) * FLOAT_BITS
             yield LayerProfile(
                 name=name, kind=kind, n_params=n_params, size_mb=size_bits / 8e6, n_mac=n_mac, n_ac=n_ac,
-                energy_pj=energy_of(energy, OperationCounts(n_ac, n_mac, apart)),
+                energy_pj=energy_of(energy, OperationCounts(n_ac, n_mac, apart, memory)),
                 firing_rate=firing_rate, bits=bits, sparsity=sparsity, input_rate=input_rate,
                 n_neuron_updates=updates, state_mb=state_mb, n_weights=n_weights,
             )  # fmt: skip
@@ -377,4 +378,4 @@ def _ancestors(name: str) -> Iterator[str]:
 
 def _described(energy: EnergyModel) -> str:
     options = ", ".join(f"{name}={value!r}" for name, value in energy.options().items())
-    return f"{energy.name}({options})" if options else energy.name
+    return f"{energy.name}({options}): {energy.covers}" if options else f"{energy.name}: {energy.covers}"

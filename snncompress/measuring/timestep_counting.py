@@ -7,6 +7,7 @@ once, on [N, ...], encodes a static input and belongs to the first step.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.errors import DataError, ModelError
-from snncompress.interfaces import Adapter, EnergyModel, OperationCounts
+from snncompress.interfaces import Adapter, EnergyModel, MemoryUse, OperationCounts
+from snncompress.model.brevitas_layers import brevitas_bits
 from snncompress.model.cells import cell_weights, home, layer_at, made_by, met_by
 from snncompress.model.network import WEIGHT_LAYERS
+from snncompress.model.parametrizations import weight_bits
 
 from .averaged_spikes import AveragedSpikes
 from .conventions import Conventions
-from .counting import WeightCounter, energy_of
+from .counting import FLOAT_BITS, WeightCounter, energy_of, spike_sum
+from .direct_encoding import Clock
 from .products import Product
 from .watching import Watch, watched
 
@@ -133,16 +137,21 @@ class StepMeter:
         """For how many timesteps from the first on a layer was given the same, in every batch."""
         self._first: dict[str, Tensor] = {}
         self._products: dict[str, list[list[float]]] = {}
+        self._spikes: dict[str, list[float]] = {}
+        self._held: dict[str, int] = {}
+        self._rows = 0
         self._averages = AveragedSpikes()
         neurons, layers = adapter.neurons(model), set(_layers(model, adapter))
         for name, line in lines.items():
             if name in neurons:
-                self._updates[name] = [0] * line.steps
+                self._updates[name], self._spikes[name] = [0] * line.steps, [0.0] * line.steps
             elif name not in layers:
                 self._products[name] = [[0.0, 0.0] for _ in range(line.steps)]
             else:
                 maps: dict[tuple[int, ...], Tensor] = {}
-                self._layers[name] = [_StepCounter(layer_at(model, name), maps) for _ in range(line.steps)]
+                layer = layer_at(model, name)
+                bits = weight_bits(layer) or brevitas_bits(layer) or FLOAT_BITS
+                self._layers[name] = [_StepCounter(layer, maps, bits) for _ in range(line.steps)]
                 self._constant[name] = line.steps
         beside = stack.enter_context(watched(model, layers, neurons, self._multiply, self._averages))
         watch(model, adapter, self._count, stack, beside, self._averages)
@@ -158,14 +167,17 @@ class StepMeter:
         result = []
         for t in range(1, steps + 1):
             counts = [
-                OperationCounts(*_total(counters[:t], samples, t <= self._constant[name]))
+                _total(counters[:t], samples, t <= self._constant[name], Clock(1, self._rows))
                 for name, counters in self._layers.items()
             ]
             counts += [
                 OperationCounts(*(sum(kind) / samples for kind in zip(*made[:t], strict=True)))
                 for made in self._products.values()
             ]
-            counts += [OperationCounts(0, 0, sum(updates[:t]) / samples) for updates in self._updates.values()]
+            for name, updates in self._updates.items():
+                made, spikes = sum(updates[:t]) / samples, sum(self._spikes[name][:t]) / samples
+                held = MemoryUse(output_size=self._held[name], n_outputs=made, n_spikes_out=spikes)
+                counts.append(OperationCounts(0, 0, made, held))
             result.append(sum(energy_of(energy, c) for c in counts))
         return result
 
@@ -188,6 +200,8 @@ class StepMeter:
         line = self._line(name)
         if line.axis is not None:
             self._first.pop(name, None)  # each call is compared with its own first step
+        if line.axis is not None and name in self._layers:
+            shape = tuple(size // line.steps if axis == line.axis else size for axis, size in enumerate(shape))
         parts = None if sums is None or line.axis is None else sums.chunk(line.steps, line.axis)
         for step, piece in line.pieces(x):
             if name in self._layers:
@@ -195,6 +209,8 @@ class StepMeter:
                 self._compare(name, step, piece)
             else:
                 self._updates[name][step] += piece.numel()
+                self._spikes[name][step] += float(spike_sum(piece))
+                self._held[name], self._rows = piece.shape[2:].numel(), piece.shape[1]
 
     def _compare(self, name: str, step: int, piece: Tensor) -> None:
         """With what the layer was given in the first step, as long as it may be constant."""
@@ -210,21 +226,38 @@ class StepMeter:
 class _StepCounter(WeightCounter):
     """Counts of one layer in one timestep; ``maps`` of fan-outs are the same in all steps."""
 
-    def __init__(self, layer: nn.Module, maps: dict[tuple[int, ...], Tensor]) -> None:
+    def __init__(self, layer: nn.Module, maps: dict[tuple[int, ...], Tensor], bits: int) -> None:
         super().__init__(layer, Conventions())
-        self._maps = maps
+        self._maps, self.bits = maps, bits
 
     def either(self) -> tuple[float, float]:
         """Accumulates if the layer's input is spikes, multiply-accumulates if it isn't."""
         return self._ac, self._mac
 
+    def moved(self) -> tuple[float, int, int]:
+        """Spikes and values read, and outputs."""
+        return self.input_sum, self._values, self._outputs
 
-def _total(counters: list[_StepCounter], samples: int, constant: bool) -> tuple[float, float]:
+    def held(self, clock: Clock) -> MemoryUse:
+        """What the layer has in memory; the counter has seen single timesteps."""
+        self.end_batch(clock)
+        return self.memory(1, self.bits)
+
+
+def _total(counters: list[_StepCounter], samples: int, constant: bool, clock: Clock) -> OperationCounts:
     """One fraction anywhere makes a layer analog in all steps, and a constant one multiplies once, as in a profile."""
-    n_ac, n_mac = zip(*(c.either() for c in counters), strict=True)
-    if all(c.spiking for c in counters):
-        return sum(n_ac) / samples, 0
-    return 0, (n_mac[0] if constant else sum(n_mac)) / samples
+    spiking = all(c.spiking for c in counters)
+    if constant and not spiking:
+        counters = counters[:1]
+    n_ac, n_mac = (sum(counts) / samples for counts in zip(*(c.either() for c in counters), strict=True))
+    spikes, values, outputs = (sum(counts) / samples for counts in zip(*(c.moved() for c in counters), strict=True))
+    memory = dataclasses.replace(
+        counters[0].held(clock),
+        n_spikes_in=spikes if spiking else 0.0,
+        n_values_in=0.0 if spiking else values,
+        n_outputs=outputs,
+    )
+    return OperationCounts(n_ac if spiking else 0, 0 if spiking else n_mac, memory=memory)
 
 
 def watch(

@@ -79,7 +79,7 @@ def check_energy_model(model: EnergyModel) -> None:
     energy: dict[tuple[float, ...], float] = {}
     for counts in itertools.product(_COUNTS, repeat=3):
         with calling(model, f"energy_pj() of {counts}"):
-            energy[counts] = value = model.energy_pj(OperationCounts(*counts))
+            energy[counts] = value = model.energy_pj(OperationCounts(counts[0], counts[1], counts[2]))
         if not _is_number(value) or value < 0:
             raise broken(model, f"energy_pj() must return a finite number ≥ 0, not {value!r}, of {counts}.")
     if energy[0.0, 0.0, 0.0] != 0:
