@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,13 +13,17 @@ import snncompress
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import tensors_in
+from snncompress.model.network import channel_axis
 from snncompress.running.data import Feed
 
 PAPER = ReScaW(gamma="l1_mean", per_channel=False)  # one grid per layer, as QP-SNN trains
 
 
-def silenced(model: nn.Module, plan: snncompress.Plan, feed: Feed) -> nn.Module:
-    """A copy whose neurons output 0 wherever the plan removes a channel."""
+def silenced(model: nn.Module, plan: snncompress.Plan, feed: Feed, readers: Collection[str] = ()) -> nn.Module:
+    """A copy whose neurons output 0 wherever the plan removes a channel.
+
+    ``readers`` are layers that read a stream of currents without a neuron between: they take in 0 there.
+    """
     copy = private_copy(model, feed.adapter)
     left: dict[str, list[int]] = {}
     axes: dict[str, int] = {}
@@ -27,15 +32,24 @@ def silenced(model: nn.Module, plan: snncompress.Plan, feed: Feed) -> nn.Module:
         if not isinstance(edit, RemoveChannels):
             continue
         for piece in edit.slices:
-            if piece.side == "neuron":  # by bookkeeping of what is left, not by the plan's own arithmetic
+            if piece.side == "neuron" or (piece.side == "in" and piece.module in readers):
+                # by bookkeeping of what is left, not by the plan's own arithmetic
                 alive = left.setdefault(piece.module, list(range(10_000)))
                 removed = {alive[i] for i in piece.indices}
                 gone.setdefault(piece.module, []).extend(removed)
                 left[piece.module] = [i for i in alive if i not in removed]
                 axes[piece.module] = piece.axis
     for name, indices in gone.items():
-        copy.get_submodule(name).register_forward_hook(_silencer(torch.tensor(indices), axes[name]))
+        module, where = copy.get_submodule(name), torch.tensor(indices)
+        if name in readers:
+            module.register_forward_pre_hook(_muter(where, channel_axis(module)))
+        else:
+            module.register_forward_hook(_silencer(where, axes[name]))
     return copy
+
+
+def _muter(indices: Tensor, axis: int) -> Any:
+    return lambda _, args: args[0].index_fill(axis, indices, 0.0)
 
 
 def _silencer(indices: Tensor, axis: int) -> Any:
@@ -57,9 +71,9 @@ def outputs(model: nn.Module, feed: Feed) -> list[Tensor]:
     return result
 
 
-def largest_difference(model: nn.Module, compressed: nn.Module, feed: Feed) -> float:
+def largest_difference(model: nn.Module, compressed: nn.Module, feed: Feed, readers: Collection[str] = ()) -> float:
     """Of any output at any timestep, between the compressed model and the silenced original."""
-    expected = outputs(silenced(model, snncompress.plan_of(compressed), feed), feed)
+    expected = outputs(silenced(model, snncompress.plan_of(compressed), feed, readers), feed)
     got = outputs(compressed, feed)
     if [t.shape for t in expected] != [t.shape for t in got]:
         return float("inf")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from .blocks import CHANNELS, Residual, classifier, conv, lif
+from .blocks import CHANNELS, Residual, add_classifier, add_conv, lif
 
-# kernels, stride, channels, expansion, repeats
-STAGES = [
+Stage = tuple[tuple[int, ...], int, int, int, int]
+"""Kernels, stride, channels, expansion, repeats."""
+STAGES: list[Stage] = [
     ((3,), 1, 16, 1, 1), ((3,), 2, 24, 6, 1), ((3,), 1, 24, 3, 1),
     ((3, 5, 7), 2, 40, 6, 1), ((3, 5), 1, 40, 6, 3),
     ((3, 5, 7), 2, 80, 6, 1), ((3, 5), 1, 80, 6, 2),
@@ -39,7 +42,9 @@ class MixConv(nn.Module):
         return self.lif(torch.cat(mixed, CHANNELS))
 
 
-def mixnet(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> nn.Sequential:
+def mixnet(
+    num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stages: Sequence[Stage] = STAGES
+) -> nn.Sequential:
     """Inverted residuals, as in MnasNet, with mixed kernels.
 
     2,294,242 parameters with ten classes. MixNet-S has 4.13 M with a thousand; it also has squeeze-and-excitation,
@@ -51,18 +56,21 @@ def mixnet(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> n
         return max(2, round(width * channels))
 
     net = nn.Sequential()
-    net.add_module("stem", conv(in_channels, wide(16), 3))
+    add_conv(net, 1, in_channels, wide(16), 3)
     before = wide(16)
-    for number, (kernels, stride, channels, expansion, repeats) in enumerate(STAGES, start=1):
+    for number, (kernels, stride, channels, expansion, repeats) in enumerate(stages, start=1):
         blocks: list[nn.Module] = []
         for repeat in range(repeats):
             step = stride if repeat == 0 else 1
             inner = before * expansion // len(kernels) * len(kernels)
-            expand = [conv(before, inner, 1)] if expansion > 1 else []
-            body = nn.Sequential(*expand, MixConv(inner, kernels, step), conv(inner, wide(channels), 1))
+            body = nn.Sequential()
+            if expansion > 1:
+                add_conv(body, 1, before, inner, 1)
+            body.add_module("mix", MixConv(inner, kernels, step))
+            add_conv(body, 2, inner, wide(channels), 1)
             blocks.append(Residual(body) if step == 1 and before == wide(channels) else body)
             before = wide(channels)
         net.add_module(f"stage{number}", nn.Sequential(*blocks))
-    net.add_module("last", conv(before, wide(1536), 1))
-    net.add_module("head", classifier(wide(1536), num_classes))
+    add_conv(net, "_last", before, wide(1536), 1)
+    add_classifier(net, wide(1536), num_classes)
     return net

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
 from snncompress import ChannelMap
 
-from .blocks import lif
+from .blocks import Neuron, add_classifier, add_conv, undivided_lif
 
 
 class PaddedShortcut(nn.Module):
@@ -27,12 +26,10 @@ class PaddedShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """Two convolutions; the shortcut joins before the second neuron."""
 
-    def __init__(self, before: int, after: int, stride: int) -> None:
+    def __init__(self, before: int, after: int, stride: int, neuron: Neuron) -> None:
         super().__init__()
-        self.conv1 = layer.Conv2d(before, after, 3, stride, padding=1, bias=False)
-        self.bn1, self.lif1 = layer.BatchNorm2d(after), lif()
-        self.conv2 = layer.Conv2d(after, after, 3, padding=1, bias=False)
-        self.bn2, self.lif2 = layer.BatchNorm2d(after), lif()
+        add_conv(self, 1, before, after, 3, stride, neuron=neuron)
+        add_conv(self, 2, after, after, 3, neuron=neuron)
         whole = stride == 1 and before == after
         self.shortcut = nn.Identity() if whole else PaddedShortcut(before, after, stride)
 
@@ -42,24 +39,21 @@ class BasicBlock(nn.Module):
 
 
 def resnet20(
-    num_classes: int = 10, in_channels: int = 3, widths: tuple[int, int, int, int] = (64, 128, 256, 512)
-) -> nn.Sequential:
+    num_classes: int = 10, in_channels: int = 3, widths: tuple[int, int, int, int] = (64, 128, 256, 512),
+    neuron: Neuron = undivided_lif,
+) -> nn.Sequential:  # fmt: skip
     """conv1, and layer1, layer2, layer3 of three blocks each; ``widths`` are their channels. Maps of 32×32.
 
     17,048,906 parameters with ten classes: the network of QP-SNN (Wei et al., ICLR 2025), whose stem is half as wide as
     its first stage. He et al.'s, of 269,722, has ``widths=(16, 16, 32, 64)``.
     """
     net = nn.Sequential()
-    net.add_module("conv1", layer.Conv2d(in_channels, widths[0], 3, padding=1, bias=False))
-    net.add_module("bn1", layer.BatchNorm2d(widths[0]))
-    net.add_module("lif1", lif())
+    add_conv(net, 1, in_channels, widths[0], 3, neuron=neuron)
     before = widths[0]
     for number, after in enumerate(widths[1:], start=1):
         stride = 1 if number == 1 else 2
-        blocks = [BasicBlock(before, after, stride), BasicBlock(after, after, 1), BasicBlock(after, after, 1)]
-        net.add_module(f"layer{number}", nn.Sequential(*blocks))
+        shapes = [(before, after, stride), (after, after, 1), (after, after, 1)]
+        net.add_module(f"layer{number}", nn.Sequential(*(BasicBlock(*shape, neuron) for shape in shapes)))
         before = after
-    net.add_module("pool", layer.AdaptiveAvgPool2d(1))
-    net.add_module("flatten", layer.Flatten())
-    net.add_module("fc", layer.Linear(before, num_classes))
+    add_classifier(net, before, num_classes)
     return net

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .blocks import Residual, classifier, conv
+from .blocks import Residual, add_classifier, add_conv, convs
 
 
 def sew_resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> nn.Sequential:
@@ -14,15 +14,15 @@ def sew_resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64) -
     and a pooling layer instead.
     """
     net = nn.Sequential()
-    net.add_module("stem", conv(in_channels, width, 3))
+    add_conv(net, 1, in_channels, width, 3)
     before = width
     for number in (1, 2, 3, 4):
         after = width * 2 ** (number - 1)
         stride = 1 if number == 1 else 2
-        shortcut = conv(before, after, 1, stride) if stride == 2 else None
-        first = Residual(nn.Sequential(conv(before, after, 3, stride), conv(after, after, 3)), shortcut)
-        second = Residual(nn.Sequential(conv(after, after, 3), conv(after, after, 3)))
-        net.add_module(f"stage{number}", nn.Sequential(first, second))
+        shortcut = convs((before, after, 1, stride)) if stride == 2 else None
+        first = Residual(convs((before, after, 3, stride), (after, after, 3)), shortcut)
+        second = Residual(convs((after, after, 3), (after, after, 3)))
+        net.add_module(f"layer{number}", nn.Sequential(first, second))
         before = after
-    net.add_module("head", classifier(before, num_classes))
+    add_classifier(net, before, num_classes)
     return net

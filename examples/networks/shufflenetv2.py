@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .blocks import CHANNELS, classifier, conv, depthwise
+from .blocks import CHANNELS, add_classifier, add_conv, convs
 
 
 def shuffled(x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ class Unit(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         half = channels // 2
-        self.branch = nn.Sequential(conv(half, half, 1), depthwise(half, 3), conv(half, half, 1))
+        self.branch = convs((half, half, 1), (half, half, 3, 1, half), (half, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, CHANNELS)
@@ -32,8 +32,8 @@ class HalvingUnit(nn.Module):
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         half = after // 2
-        self.left = nn.Sequential(depthwise(before, 3, stride=2), conv(before, half, 1))
-        self.right = nn.Sequential(conv(before, half, 1), depthwise(half, 3, stride=2), conv(half, half, 1))
+        self.left = convs((before, before, 3, 2, before), (before, half, 1))
+        self.right = convs((before, half, 1), (half, half, 3, 2, half), (half, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return shuffled(torch.cat([self.left(x), self.right(x)], CHANNELS))
@@ -52,11 +52,11 @@ def shufflenetv2(
     stride 1 and no pooling, for maps of 32×32.
     """
     net = nn.Sequential()
-    net.add_module("stem", conv(in_channels, widths[0], 3))
+    add_conv(net, 1, in_channels, widths[0], 3)
     for number, (before, after, count) in enumerate(zip(widths, widths[1:4], units, strict=False), start=2):
         net.add_module(
             f"stage{number}", nn.Sequential(HalvingUnit(before, after), *(Unit(after) for _ in range(count - 1)))
         )
-    net.add_module("last", conv(widths[3], widths[4], 1))
-    net.add_module("head", classifier(widths[4], num_classes))
+    add_conv(net, "_last", widths[3], widths[4], 1)
+    add_classifier(net, widths[4], num_classes)
     return net
