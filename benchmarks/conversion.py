@@ -1,6 +1,6 @@
 """Conversion study: how much of a CNN's accuracy is left in the spiking network that it becomes.
 
-    python benchmarks/conversion.py [--data ../shared/data]
+    python benchmarks/conversion.py [--data FOLDER]
 
 MNIST: trained on all 60,000 images, converted with thresholds calibrated on 500 of them, tested on all 10,000, in both
 frameworks, for several numbers of timesteps; energies against the CNN's. Two threads, four minutes or so. Writes
@@ -15,6 +15,7 @@ import platform
 from pathlib import Path
 
 import torch
+from datasets import add_data_option
 from mnist import read
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,7 +39,7 @@ def cnn() -> nn.Sequential:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    add_data_option(parser)
     options = parser.parse_args()
     (x, y), (xt, yt) = (read(options.data, split) for split in ("train", "test"))
     test = DataLoader(TensorDataset(xt, yt), batch_size=250)

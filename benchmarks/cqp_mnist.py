@@ -1,10 +1,10 @@
 """CQP on MNIST: which single weights of a spiking MLP can go, which timesteps, and does criticality help?
 
-    python benchmarks/cqp_mnist.py [--data ../shared/data] [--workers 2] [--seeds 0 1 2]
+    python benchmarks/cqp_mnist.py [--data FOLDER] [--workers 2] [--seeds 0 1 2]
 
 The network and its training are the paper's: 784-256-128-10, snnTorch Leaky (β = 0.9), T = 10, pixels as current with
 N(0, 0.05) noise in training, dropout 0.2, Adam 1e-3, weight decay 1e-4, cosine, batch 512, 25 epochs. The loss is
-cross-entropy of the output spikes' counts. The data folder holds mnist/*.gz as published, and a reader, read.py.
+cross-entropy of the output spikes' counts. The data folder holds MNIST as published.
 
 Every criterion gets the same data and the same fine-tuning: three steps, each of pruning and one epoch. All results are
 kept in benchmarks/.cache as they come, so a run that was stopped goes on; the report is in benchmarks/results. Each
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import datasets
 import torch
 from mlp import mlp
 from rich.progress import track
@@ -72,11 +72,8 @@ DATA: dict[str, tuple[Tensor, Tensor]] = {}
 def start(folder: Path) -> None:
     """Read MNIST into this process: images [N, 784] in [0, 1], and labels."""
     torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("read", folder / "read.py")
-    reader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reader)
     for split in ("train", "test"):
-        x, y = reader.mnist(split)
+        x, y = datasets.mnist(folder, split)
         DATA[split] = torch.tensor(x).flatten(1) / 255, torch.tensor(y).long()
 
 
@@ -388,7 +385,7 @@ def report(found: dict[str, dict[str, Any]], seeds: Sequence[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    datasets.add_data_option(parser)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()

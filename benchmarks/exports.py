@@ -1,6 +1,6 @@
 """Exported networks on MNIST: do other programs compute the same spikes?
 
-    python benchmarks/exports.py [--data ../shared/data]
+    python benchmarks/exports.py [--data FOLDER]
 
 In both frameworks: a network with batch norms and average pooling, trained for an epoch on 20,000 images, compressed
 (`svs` 0.4, 4 bits) and trained for another; exported as NIR, read back by nir and run in numpy, float64; exported as
@@ -20,6 +20,7 @@ from pathlib import Path
 import nir
 import numpy as np
 import torch
+from datasets import add_data_option
 from mnist import loader, read
 from torch import Tensor, nn
 
@@ -90,7 +91,7 @@ def compared(net: nn.Module, x: Tensor, folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    add_data_option(parser)
     data = parser.parse_args().data
     torch.set_num_threads(1)
     x, y = read(data, "test")

@@ -1,16 +1,14 @@
 """MNIST study: what pruning and quantization cost a small convolutional SNN.
 
-    python benchmarks/mnist.py [--data ../shared/data] [--only headline criteria robustness ste]
+    python benchmarks/mnist.py [--data FOLDER] [--only headline criteria robustness ste]
 
-The data folder holds mnist/*.gz as published, and a reader, read.py, whose ``mnist(split)`` returns (images,
-labels). The dense networks are trained once and kept in benchmarks/.cache. The report is printed and written to
-benchmarks/results/mnist.md; with --only the other parts in it stay as they were. Every job runs in one thread,
---workers of them at a time, so the numbers don't depend on how many cores there are.
+The data folder holds MNIST as published. The dense networks are trained once and kept in benchmarks/.cache. The
+report is printed and written to benchmarks/results/mnist.md; with --only the other parts in it stay as they were.
+Every job runs in one thread, --workers of them at a time, so the numbers don't depend on how many cores there are.
 """
 
 import argparse
 import datetime
-import importlib.util
 import itertools
 import os
 import platform
@@ -22,6 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import datasets
 import torch
 from mnist_models import NETS, WIDTHS
 from rich.console import Console
@@ -60,10 +59,7 @@ Split = tuple[Tensor, Tensor]
 
 def read(folder: Path, split: str) -> Split:
     """Images [N, 1, 28, 28] in [0, 1], and labels."""
-    spec = importlib.util.spec_from_file_location("read", folder / "read.py")
-    reader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reader)
-    x, y = reader.mnist(split)
+    x, y = datasets.mnist(folder, split)
     return torch.tensor(x).unsqueeze(1) / 255, torch.tensor(y).long()
 
 
@@ -300,15 +296,11 @@ PARTS = {"headline": headline, "criteria": criteria, "robustness": robustness, "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    data = HERE.parent.parent / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=data, help="folder with read.py and mnist/")
+    datasets.add_data_option(parser)
     parser.add_argument("--only", nargs="+", choices=PARTS, help="redo these parts alone")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="jobs at a time")
     args = parser.parse_args()
-    if not (args.data / "read.py").exists() or not (args.data / "mnist").is_dir():
-        print(f"Skipped: {args.data} holds no MNIST (read.py and mnist/*.gz). Point --data at it.")
-        return
-
+    datasets.mnist(args.data, "test")  # before the jobs: an error says where it can be had
     CACHE.mkdir(exist_ok=True)
     (CACHE / ".gitignore").write_text("*\n")
     jobs = Jobs(args.data, args.workers)

@@ -1,22 +1,22 @@
 """N-MNIST study: single weights of a convolutional SpikingJelly network on the events of a camera.
 
-    python benchmarks/nmnist.py [--data ../shared/data] [--folds 3]
+    python benchmarks/nmnist.py [--data FOLDER] [--folds 3]
 
-The data folder holds 1,000 + 100 recordings and a reader, read.py. A test set of 100 would move by a point with every
-sample, so the 1,100 are split into folds: each is tested once, by a network trained on the others. Every criterion
-gets the same fine-tuning. Writes benchmarks/results/nmnist.md; everything runs in one thread.
+The first 100 recordings of each digit in the training set and the first 10 in the test set. A test set of 100 would
+move by a point with every sample, so the 1,100 are split into folds: each is tested once, by a network trained on the
+others. Every criterion gets the same fine-tuning. Writes benchmarks/results/nmnist.md; everything runs in one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import platform
 import time
 from pathlib import Path
 from statistics import mean, stdev
 
+import datasets
 import torch
 from rich.progress import track
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -50,10 +50,7 @@ def network() -> nn.Module:
 
 def read(folder: Path) -> tuple[Tensor, Tensor]:
     """Event counts [T, 1100, 2, 34, 34], and labels."""
-    spec = importlib.util.spec_from_file_location("read", folder / "read.py")
-    reader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reader)
-    parts = [reader.nmnist(split, timesteps=T) for split in ("train", "test")]
+    parts = [datasets.nmnist(folder, split, T, count) for split, count in (("train", 100), ("test", 10))]
     x = torch.cat([torch.tensor(events) for events, _ in parts]).transpose(0, 1)
     return x, torch.cat([torch.tensor(labels).long() for _, labels in parts])
 
@@ -127,7 +124,7 @@ def table(found: dict[tuple[str, float, str], list[float]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    datasets.add_data_option(parser)
     parser.add_argument("--folds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)

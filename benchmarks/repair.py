@@ -1,6 +1,6 @@
 """What repair gives back: accuracy straight after compression, without labels and without training.
 
-    python benchmarks/repair.py [--data ../shared/data] [--only mnist mlp nmnist cifar …] [--seeds 3] [--workers 2]
+    python benchmarks/repair.py [--data FOLDER] [--only mnist mlp nmnist cifar …] [--seeds 3] [--workers 2]
                                 [--device cuda]
 
 Networks are trained once per seed and kept in benchmarks/.cache, as is every figure, so a run that was stopped goes on.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import add_data_option
 from repair_studies import HOWS, PARTS, SEEDS, TITLES, Case, header
 from repair_tasks import CACHE, HERE, TASKS, Task
 from rich.progress import track
@@ -178,7 +179,7 @@ def write(texts: dict[str, str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    add_data_option(parser)
     parser.add_argument("--only", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import mlp
 import nmnist
 import torch
@@ -83,12 +83,6 @@ class Task:
         loader = DataLoader(TensorDataset(*self.some("train", self.epoch, 0)), 64, shuffle=True)
         snncompress.finetune(net, loader, epochs=1, lr=lr, timesteps=self.timesteps, progress=False)
 
-    def reader(self) -> Any:
-        spec = importlib.util.spec_from_file_location("read", self.folder / "read.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
 
 class Mnist(Task):
     timesteps = 4
@@ -104,7 +98,7 @@ class Mnist(Task):
         return NETS[self.framework]()
 
     def read(self, split: str) -> Split:
-        x, y = self.reader().mnist(split)
+        x, y = datasets.mnist(self.folder, split)
         every = 4 if split == "test" else 1
         return torch.tensor(x[::every]).unsqueeze(1) / 255, torch.tensor(y[::every]).long()
 
@@ -124,7 +118,7 @@ class Mlp(Task):
         return mlp.mlp()
 
     def read(self, split: str) -> Split:
-        x, y = self.reader().mnist(split)
+        x, y = datasets.mnist(self.folder, split)
         return torch.tensor(x).flatten(1) / 255, torch.tensor(y).long()
 
     def fit(self, net: nn.Module, seed: int) -> None:
@@ -188,7 +182,7 @@ class Cifar(Task):
         return net
 
     def read(self, split: str) -> Split:
-        x, y = self.reader().cifar10(split)
+        x, y = datasets.cifar10(self.folder, split)
         every = 10 if split == "test" else 1
         x = (torch.tensor(x[::every]).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
         return x.contiguous(), torch.tensor(y[::every]).long()

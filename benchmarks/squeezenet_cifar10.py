@@ -1,6 +1,6 @@
 """CIFAR-10 study: does a spiking SqueezeNet lose anything when half of its fire modules go?
 
-    python benchmarks/squeezenet_cifar10.py [--budget small|full] [--seeds 2] [--device cpu] [--data ../shared/data]
+    python benchmarks/squeezenet_cifar10.py [--budget small|full] [--seeds 2] [--device cpu] [--data FOLDER]
 
 The schedules of SNN SqueezeNet-P and their CNN twins (a ReLU for each neuron), all trained from scratch under one
 budget; the set that ``ablation`` chooses, trained the same way; the three repairs; sets of fire modules, untrained
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import datasets
 import snncompress_fire
 import torch
 from snncompress_schedules import Iterative
@@ -82,12 +82,9 @@ class Images:
 
 def images(folder: Path, budget: Budget, device: str) -> tuple[Images, Images]:
     """For training, and the 10,000 for testing."""
-    spec = importlib.util.spec_from_file_location("read", folder / "read.py")
-    reader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reader)
 
     def read(split: str, count: int, batch: int, train: bool) -> Images:
-        x, y = reader.cifar10(split, -(-count // 5000))
+        x, y = datasets.cifar10(folder, split)
         x = torch.from_numpy(x[:count]).permute(0, 3, 1, 2).float() / 255
         x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         return Images(x.to(device), torch.from_numpy(y[:count]).long().to(device), batch, train)
@@ -250,7 +247,7 @@ def main() -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="small")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    datasets.add_data_option(parser)
     options = parser.parse_args()
     jobs = os.cpu_count() if options.device == "cpu" else 1
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:

@@ -1,10 +1,10 @@
 """Files: how small, how fast to load, and how fast a frozen network is.
 
-    python benchmarks/storage.py [--data ../shared/data]
+    python benchmarks/storage.py [--data FOLDER]
 
 The four VGG-16 rows of QP-SNN at 8, 4 and 2 bits against Eq. 16; loading against building and ``load_state_dict`` of
 the dense network; the frozen network against a dense one of its shape, and against the one that isn't frozen; networks
-trained on MNIST, compressed, saved, and loaded in a new process (left out where the data folder is missing). One
+trained on MNIST, compressed, saved, and loaded in a new process (left out where MNIST is missing). One
 thread, ratios side by side in one process. Writes benchmarks/results/storage.md.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from datasets import DataMissingError, add_data_option
 from mnist import loader, read
 from mnist_models import NETS
 from snncompress_rescaw import ReScaW
@@ -187,7 +188,7 @@ def mnist(framework: str, data: Path, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    add_data_option(parser)
     parser.add_argument("--answer", nargs=3, help=argparse.SUPPRESS)  # the new process
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -198,7 +199,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table, timed = sizes(folder), speeds(folder)
-        trained = [mnist(f, options.data, folder) for f in NETS] if options.data.exists() else []
+        try:
+            trained = [mnist(framework, options.data, folder) for framework in NETS]
+        except DataMissingError as error:
+            print(f"Without the trained networks: {error}")
+            trained = []
     text = [
         "VGG-16 of QP-SNN, pruned and quantized; sizes in MB = 10⁶ bytes. Eq. 16 counts weights and parameters; a file "
         "also holds batch norm statistics (buffers) and the plan.",
