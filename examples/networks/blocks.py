@@ -43,11 +43,11 @@ def add_conv(
     net.add_module(f"lif{number}", neuron())
 
 
-def convs(*shapes: tuple[int, ...]) -> nn.Sequential:
-    """Convolutions of these shapes (before, after, kernel, stride, groups), each with batch norm and LIF."""
+def convs(*shapes: tuple[int, ...], neuron: Neuron = lif) -> nn.Sequential:
+    """Convolutions of these shapes (before, after, kernel, stride, groups), each with batch norm and neurons."""
     net = nn.Sequential()
     for number, shape in enumerate(shapes, start=1):
-        add_conv(net, number, *shape)
+        add_conv(net, number, *shape, neuron=neuron)
     return net
 
 

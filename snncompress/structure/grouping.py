@@ -24,6 +24,7 @@ from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_r
 from .segments import segments
 from .ties import ALL, fits_runs, in_runs, tied
 
+_CLASSIFIER = "is the classifier: its outputs are the model's"
 LOST = "its channels can't be followed through what forward does with them"
 
 
@@ -142,6 +143,9 @@ def add_groups(
     for layer in network.layers:
         if layer in done:
             continue
+        if layer in network.classifiers:
+            network.skipped[layer] = f"{layer} {_CLASSIFIER}"
+            continue
         try:
             group = _read_by(cells, model, _group(graph, model.get_submodule(layer), names, neurons))
         except UnfitError as error:
@@ -224,7 +228,7 @@ def _why_whole(
     """Why a group isn't to be pruned; with ``read`` it is known that something reads it, if only an attention."""
     for name in outs:
         if name in network.classifiers:
-            return f"{name} is the classifier: its outputs are the model's"
+            return f"{name} {_CLASSIFIER}"
     for name in (m.module for m in group.members):
         if name in skipped:
             return skipped[name] if name in outs else f"coupled with {name}: {skipped[name]}"
