@@ -209,10 +209,18 @@ def test_keys_of_a_mapping_are_what_a_reader_would_try(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "image_size", "pixels"), [("vgg16", 64, 4), ("vggsnn", 64, 16)])
 def test_other_image_sizes(name: str, image_size: int, pixels: int) -> None:
+    """Half of all channels but the last convolution's, 4 bits: first layer, batch norms and classifier at 32 bits."""
     model = build(name, num_classes=7, image_size=image_size, in_channels=3, width=1 / 16)
-    assert model(torch.rand(2, 3, image_size, image_size)).shape == (2, 7)
-    assert model.fc.in_features == 512 // 16 * pixels
+    x = torch.rand(1, 3, image_size, image_size)
     assert isinstance(model.pool4, layer.MaxPool2d)
+    small = snncompress.apply(model, "magnitude", 0.5, 4, data=x, timesteps=1, repair=None, rounding="nearest")
+    widths = [m.out_channels for n, m in model.named_children() if n.startswith("conv")]
+    channels = [3, *(width // 2 for width in widths[:-1]), widths[-1]]
+    first, *weights = (9 * before * after for before, after in itertools.pairwise(channels))
+    full = first + 2 * sum(channels[1:]) + 7 * (widths[-1] * pixels + 1)
+    profile = snncompress.profile(small, x, timesteps=1)
+    assert profile.n_params == sum(weights) + full
+    assert math.isclose(profile.size_mb, (4 * sum(weights) + 32 * full) / 8e6)
 
 
 def test_neurons_of_tet() -> None:
