@@ -1,6 +1,6 @@
 """How much criteria depend on the batch: AvgCosS (QP-SNN, Eq. 15) of trained networks, and what would go.
 
-    python benchmarks/robustness.py [--data ../shared/data] [--only mnist-spikingjelly cifar …]
+    python benchmarks/robustness.py [--data FOLDER] [--only mnist-spikingjelly cifar …]
 
 The networks are those of benchmarks/repair.py, seed 0, from benchmarks/.cache; one that isn't there is trained (MNIST
 in minutes, CIFAR-10 in 40). Ten batches of each size, all of other training images. One thread; the measuring takes
@@ -14,9 +14,9 @@ import datetime
 import platform
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
+from datasets import add_data_option
 from repair_tasks import CACHE, HERE, TASKS, Task
 
 import snncompress
@@ -63,13 +63,9 @@ def part(task: Task, found: Mapping[int, snncompress.Robustness]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    data = HERE.parent.parent / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=data, help="folder with read.py and the data sets")
+    add_data_option(parser)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="these networks alone")
     options = parser.parse_args()
-    if not (options.data / "read.py").exists():
-        print(f"Skipped: {options.data} holds no read.py. Point --data at the folder with the data sets.")
-        return
     torch.set_num_threads(1)
     CACHE.mkdir(exist_ok=True)
     began, found = time.perf_counter(), {}

@@ -209,3 +209,10 @@ def test_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     datasets.add_data_option(parser)
     assert parser.parse_args([]).data.name == "data"
+
+
+def test_every_benchmark_takes_its_data_through_it() -> None:
+    folder = Path(datasets.__file__).parent
+    scripts = {path.name: path.read_text() for path in folder.glob("*.py") if path.name != "datasets.py"}
+    assert [name for name, text in scripts.items() if 'add_argument("--data"' in text or "read.py" in text] == []
+    assert sum("add_data_option(parser)" in text for text in scripts.values()) > 8
