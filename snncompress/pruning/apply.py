@@ -18,8 +18,10 @@ from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.plan import attach, continued, refuse_frozen
 from snncompress.running.bench import bench
 
+from .budgets import Budget
 from .checkpoint import Checkpoint, digest_of
 from .fitting import Rounding
+from .meeting import within
 from .run import Run
 from .settings import Finetune, RepairChoice, Settings
 
@@ -29,8 +31,8 @@ M = TypeVar("M", bound=nn.Module)
 def apply(
     model: M,
     criterion: str | Criterion | None = "svs",
-    ratio: float | Mapping[str, float] = 0.6,
-    bits: int | Mapping[str, int | None] | None = 4,
+    ratio: float | Mapping[str, float] | None = None,
+    bits: int | Mapping[str, int | None] | Literal["auto"] | None = 4,
     *,
     data: Any = None,
     timesteps: int | None = None,
@@ -50,6 +52,8 @@ def apply(
     repair: RepairChoice = "auto",
     rounding: Rounding = "gptq",
     refresh: bool = False,
+    budget: Mapping[str, float] | None = None,
+    round_to: int = 1,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> M:
     """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
@@ -59,10 +63,12 @@ def apply(
         criterion: which channels or weights matter: a name (:func:`snncompress.criteria` lists them), an instance, or
             None to prune nothing. What it scores is what goes: whole channels, or single weights, which are exactly
             0 from then on, however the model is trained.
-        ratio: share to remove: a number for every prunable layer, or a mapping from layer name or glob to number.
-            Nothing goes from a layer that no key matches. Of c channels ⌈ratio · c⌉ go, coupled layers following
-            their smallest ratio; of n weights ⌊ratio · n⌋, those removed before included.
-        bits: weight bit width, 1 to 16: a number, a mapping, or None for no quantization.
+        ratio: share to remove, 0.6 where nothing else is said: a number for every prunable layer, or a mapping from
+            layer name or glob to number. Nothing goes from a layer that no key matches. Of c channels ⌈ratio · c⌉ go,
+            coupled layers following their smallest ratio; of n weights ⌊ratio · n⌋, those removed before included.
+            With a budget, the most that may go, 0.95 where nothing else is said.
+        bits: weight bit width, 1 to 16: a number, a mapping, or None for no quantization; with a budget of size "auto":
+            2 to 8 bits for each layer.
         data: calibration data: a tensor, an (x, y) batch, a DataLoader, or any iterable of either. Without any, a
             synthetic batch of the shape the model takes is used, and a SyntheticDataWarning says so.
         timesteps: T feeds static samples [N, ...] as constant current for T steps (direct encoding); None feeds a batch
@@ -99,6 +105,13 @@ def apply(
             rounded after it, on the quantizer's own grid; "nearest" rounds each on its own.
         refresh: take the statistics of batch norms again from ``data`` after every step (:func:`snncompress.refresh`);
             after a repair there is little left to do.
+        budget: what the result may cost, instead of ratios: ``{"energy": 0.5}``, or several at once: "energy", "size",
+            "params", "synops", "macs" and "timesteps", as shares of the original's; counts (from 2) also as numbers,
+            energy and size in units: "energy_pj" (nj, uj, mj), "size_mb" (kb). Energy is that of ``profile`` on
+            ``data``. How much goes from which layer is found by comparing what channels take with them, with what they
+            save (:mod:`snncompress.pruning.allocation`), and by trying: the result keeps to the budget within 2 %,
+            where channels are fine enough, before any fine-tuning, which may change how much it fires.
+        round_to: layers with a multiple of so many channels are left one, as some hardware likes them.
         checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
             the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
             torch's generators or the data loader's, as the built-in trainer's does).
@@ -128,14 +141,17 @@ def apply(
     found = find_adapter(model, named_neurons(adapter, neurons, time_dim))
     settings = Settings.of(
         criterion, ratio, bits, quantizer, scheduler, order, finetune, seed, truncate, repair, rounding, refresh,
-        data is None,
+        data is None, round_to,
     )  # fmt: skip
+    limits = None if budget is None else Budget.of(budget)
     if not weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune or quantize.")
     refuse_frozen(model, "compressed")
     needs: dict[str, Any] = {"noise": "scores", "labels": settings.needs_labels, "seed": seed, "gradients": True}
     with bench(model, data, timesteps, forward, loss, found, **needs, unknown=True) as table:
-        run = Run(table.model, table.feed, settings, skip, progress)
+        if limits is not None:
+            settings = within(limits, table, settings, skip, progress)
+        run = Run(table.model, table.feed, settings.settled(), skip, progress)
         store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run), model)
         run.carry_out(store)
         run.try_out(model)
@@ -144,7 +160,7 @@ def apply(
     found.reset(run.model)
     found.adopt(run.model)
     _restore_flags(model, run.model)
-    attach(run.model, continued(model, run.plan()))
+    attach(run.model, continued(model, run.plan(budget)))
     return run.model
 
 

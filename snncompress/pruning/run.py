@@ -69,16 +69,16 @@ class Run(Generic[M]):
         self._since: list[Edit] = []
         self._shares = Shares(settings.scheduler)
         channels = settings.criterion is not None and settings.granularity == "channel"
-        self._network = network = trace(
+        self.network = network = trace(
             model, feed.adapter, feed.example(), timesteps=feed.telling_timesteps, groups=channels
         )
         names = weight_layers(model)
         self.skips = resolve_skip(skip, network, names, settings.granularity).and_(decays(model))
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
-        computed = {n: why for n in self._quantized() if (why := computed_weight(layer_at(model, n)))}
+        computed = {n: why for n in self.quantized() if (why := computed_weight(layer_at(model, n)))}
         self.skips = Skips(self.skips.prune, {**self.skips.quantize, **computed})
-        self._pruning, self.skipped = self._what_goes(network)
-        for name, bits in self._quantized().items():
+        self.pruning, self.skipped = self._what_goes(network)
+        for name, bits in self.quantized().items():
             QuantizeWeights(name, "", bits, {}).check(model)  # before anything takes time
         if channels and (skip is None or (isinstance(skip, Mapping) and "prune" not in skip)):
             _warn_of_defaults(left_by_default(model, network, self.skips))
@@ -91,7 +91,7 @@ class Run(Generic[M]):
     @property
     def left(self) -> dict[str, str]:
         """Layers of which the channels that were chosen can't go, and why."""
-        return self._pruning.left if isinstance(self._pruning, ChannelPruning) else {}
+        return self.pruning.left if isinstance(self.pruning, ChannelPruning) else {}
 
     def carry_out(self, store: Checkpoint | None = None) -> None:
         """Take all steps, those that ``store`` doesn't know yet: quantize and prune, repair, train; then truncate."""
@@ -115,7 +115,7 @@ class Run(Generic[M]):
     def quantize(self, what: str) -> list[Edit]:
         """Fake-quantize every layer that has a bit width."""
         edits: list[Edit] = []
-        for name, bits in self._quantized().items():
+        for name, bits in self.quantized().items():
             edit = QuantizeWeights.of(name, self.settings.quantizer, bits)
             edit.check(self.model)
             quantize_weight(layer_at(self.model, name), self.settings.quantizer, bits)
@@ -125,17 +125,17 @@ class Run(Generic[M]):
     def prune(self, step: int, what: str) -> list[Edit]:
         """Score what is left, and remove up to the share of this step."""
         seed = self.settings.seed + step
-        if self._pruning is None or not (scores := self._pruning.score(self.feed, seed, self.progress, what)):
+        if self.pruning is None or not (scores := self.pruning.score(self.feed, seed, self.progress, what)):
             return []
         regrowth = self._regrowth(step, seed, what)
-        return self._keep(self._pruning.step(scores, partial(self._shares.after, step), regrowth))
+        return self._keep(self.pruning.step(scores, partial(self._shares.after, step), regrowth))
 
     def _regrowth(self, step: int, seed: int, what: str) -> Regrowth | None:
         """What may come back of what is masked; None in the last step, and where what goes is gone."""
         growth = self.settings.growth
-        if growth is None or step == self._shares.steps or not isinstance(self._pruning, LayerPruning):
+        if growth is None or step == self._shares.steps or not isinstance(self.pruning, LayerPruning):
             return None
-        return self._pruning.growth(self._shares.back(step), growth, self.feed, seed, self.progress, what)
+        return self.pruning.growth(self._shares.back(step), growth, self.feed, seed, self.progress, what)
 
     def repair(self, new: list[Edit], what: str, *, last: bool) -> None:
         """Fit what is left to what the network did before, or did when it was trained last.
@@ -154,7 +154,7 @@ class Run(Generic[M]):
         if self._before is None or kind is None:
             return
         self._since += new
-        network = self._pruning.network() if isinstance(self._pruning, BlockPruning) else self._network
+        network = self.pruning.network() if isinstance(self.pruning, BlockPruning) else self.network
         fitted = fit(
             self.model, self._before, network, self.feed, self._since, kind, seed, self.progress, what, rounding
         )
@@ -219,14 +219,16 @@ class Run(Generic[M]):
 
     def redo(self, edit: Edit) -> None:
         """Apply an edit of an earlier run, and note what it changed."""
-        if self._pruning is not None:
-            self._pruning.redo(edit)
+        if self.pruning is not None:
+            self.pruning.redo(edit)
         else:
             edit.apply(self.model, self.feed.adapter)
 
-    def plan(self) -> Plan:
+    def plan(self, budget: Mapping[str, float] | None = None) -> Plan:
         """What was done, and what it came from."""
         origin = self.settings.origin(self.feed.adapter.framework)
+        if budget is not None:
+            origin["budget"] = dict(budget)
         if self.repaired:
             origin["repaired"] = self.repaired
         return Plan(tuple(self.edits), self.whole(), origin)
@@ -252,7 +254,8 @@ class Run(Generic[M]):
         self.edits = [edit for edit in self.edits if not any(later.supersedes(edit) for later in new)] + new
         return new
 
-    def _quantized(self) -> dict[str, int]:
+    def quantized(self) -> dict[str, int]:
+        """Layer → bits, of those that are to be quantized."""
         return {name: b for name, b in self._widths.items() if b is not None and name not in self.skips.quantize}
 
     def _what_goes(self, network: Network) -> tuple[Pruning | None, Mapping[str, str]]:
@@ -266,7 +269,7 @@ class Run(Generic[M]):
             blocks = BlockPruning(model, adapter, criterion, self.feed, share, network, fresh=fresh)
             return blocks, blocks.skipped
         if criterion.granularity == "channel":
-            todo, skipped = targets(network, ratio, self.skips)
+            todo, skipped = targets(network, ratio, self.skips, self.settings.round_to, at_most=self.settings.at_most)
             cells = (weight for name, module in model.named_modules() for weight in cell_weights(name, module))
             skipped |= dict.fromkeys(cells, "each of its outputs comes back to all in the next timestep, so they stay")
             confirm = confirming(adapter, self.feed.example(), network)

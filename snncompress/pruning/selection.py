@@ -149,11 +149,15 @@ class Target:
         return math.floor(round(share * min(count, self.group.size - count) / portion, 9)) * portion
 
 
-def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], dict[str, str]]:
+def targets(
+    network: Network, ratio: Any, skips: Skips, round_to: int = 1, *, at_most: bool = False
+) -> tuple[list[Target], dict[str, str]]:
     """The groups to prune, and why the other layers stay whole.
 
     A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked; so do groups
-    that must stay in proportion, and where one of them stays, all do. Of a layer's parts, each follows its own.
+    that must stay in proportion, and where one of them stays, all do. Of a layer's parts, each follows its own. Where
+    groups have a multiple of ``round_to`` channels, they are left one. With ``at_most`` ratios are the most that may
+    go, and some channels stay in any case.
     """
     ratios: dict[str, float] = per_layer(ratio, network.layers, "ratio", check_ratio)
     skipped = dict(network.skipped)
@@ -175,8 +179,12 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
         found.append(Target(group, group.size, share))
     for groups in network.tied:
         found = _in_proportion(found, network, groups, skipped)
+    for together in [*_tied(found, network), *([t] for t in found if not t.portion)]:
+        _round(together, round_to)
     for target in found:
         group = target.group
+        if at_most:
+            target.ratio = min(target.ratio, 1 - (target.portion or group.portion) / group.size)
         if target.count(target.ratio) >= group.size:
             names = [n for n in group.names("out") if n in network.layers]
             raise OptionError(
@@ -186,6 +194,19 @@ def targets(network: Network, ratio: Any, skips: Skips) -> tuple[list[Target], d
             )
     cut = {name for target in found for name in target.group.names("out")}  # if only in part
     return found, {name: why for name, why in skipped.items() if name not in cut}
+
+
+def _tied(found: list[Target], network: Network) -> list[list[Target]]:
+    return [[target for target in found if any(target.group is group for group in groups)] for groups in network.tied]
+
+
+def _round(together: list[Target], to: int) -> None:
+    """Let them lose multiples, the same number of times each, where their channels are multiples."""
+    sizes = [target.portion or target.group.portion for target in together]
+    times = math.lcm(*(to // math.gcd(to, size) for size in sizes)) if together else 1
+    fits = all(target.original % (size * times) == 0 for target, size in zip(together, sizes, strict=True))
+    for target, size in zip(together, sizes, strict=True):
+        target.portion = size * times if times > 1 and fits else target.portion
 
 
 def _in_proportion(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -44,6 +44,9 @@ class Settings:
     rounding: Rounding
     refresh: bool
     synthetic: bool
+    round_to: int = 1
+    at_most: bool = False
+    """Is ``ratio`` the most that may go?"""
     growth: Criterion | None = None
     """By what that which is masked comes back, where the scheduler has it come back."""
 
@@ -51,7 +54,7 @@ class Settings:
     def of(
         cls, criterion: str | Criterion | None, ratio: Any, bits: Any, quantizer: str | Quantizer,
         scheduler: str | Scheduler, order: str, finetune: Finetune, seed: int, truncate: Truncate,
-        repair: RepairChoice, rounding: Rounding, refresh: bool, synthetic: bool,
+        repair: RepairChoice, rounding: Rounding, refresh: bool, synthetic: bool, round_to: int = 1,
     ) -> Settings:  # fmt: skip
         """Names become instances with default options; the data, which may be ``synthetic``, settle what "auto" is."""
         find = registry().resolve
@@ -61,15 +64,23 @@ class Settings:
         growth = None if chosen is None else _growth(schedule, chosen, finetune)
         return cls(
             chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, word, rounding, refresh, synthetic,
-            growth,
+            round_to, growth=growth,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise OptionError(f"round_to must be a whole number from 1, not {self.round_to!r}.")
         _check_run(self.order, self.finetune, self.seed, self.truncate)
         check_rounding(self.rounding)
         _check_refresh(self.refresh, synthetic=self.synthetic)
         if self.criterion is not None:
             _check_criterion(self.criterion)
+
+    def settled(self) -> Settings:
+        """With the ratio that counts where none was named and no budget has found one."""
+        if self.bits == "auto":
+            raise OptionError("bits='auto' finds the bits for a budget of size: budget={'size': …} or {'size_mb': …}.")
+        return self if self.ratio is not None else replace(self, ratio=0.6)
 
     @property
     def granularity(self) -> Granularity:
@@ -84,7 +95,7 @@ class Settings:
     @property
     def prunes(self) -> bool:
         """Was anything asked to be removed?"""
-        some = any(self.ratio.values()) if isinstance(self.ratio, Mapping) else self.ratio > 0
+        some = any(self.ratio.values()) if isinstance(self.ratio, Mapping) else self.ratio > 0  # settled by then
         return self.criterion is not None and bool(some)
 
     @property
@@ -116,6 +127,7 @@ class Settings:
             "repair": self.repair,
             **({"rounding": self.rounding} if self.fits and self.bits is not None else {}),
             **({"refresh": True} if self.refresh else {}),
+            **({"round_to": self.round_to} if self.round_to > 1 else {}),
         }
 
 

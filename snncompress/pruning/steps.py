@@ -101,7 +101,7 @@ class ChannelPruning(LayerPruning):
         confirm: Confirm | None = None,
     ) -> None:  # fmt: skip
         super().__init__(model, adapter, criterion, network)
-        self._targets, self._confirm = targets, confirm
+        self.targets, self._confirm = targets, confirm
         self._tied = [
             [target for target in targets if any(target.group is group for group in groups)] for groups in network.tied
         ]
@@ -110,7 +110,7 @@ class ChannelPruning(LayerPruning):
 
     def scored(self) -> dict[str, Groups]:
         """Every weight layer of every group, in the group's present size."""
-        return dict(by_layer([target.group for target in self._targets], self.network.layers))
+        return dict(by_layer([target.group for target in self.targets], self.network.layers))
 
     def step(self, scores: Mapping[str, Tensor], share: Share, regrowth: Regrowth | None = None) -> list[Edit]:
         """One edit per group that has channels to lose; with ``regrowth`` one of all that are silent."""
@@ -137,7 +137,7 @@ class ChannelPruning(LayerPruning):
         self, scores: Mapping[str, Tensor], share: Share, regrowth: Regrowth | None = None
     ) -> list[tuple[Target, Tensor]]:
         """All are chosen before any goes: groups may share a layer, whose scores keep their places."""
-        return [(target, self._out(target, scores, share, regrowth)) for target in self._targets]
+        return [(target, self._out(target, scores, share, regrowth)) for target in self.targets]
 
     def _out(self, target: Target, scores: Mapping[str, Tensor], share: Share, regrowth: Regrowth | None) -> Tensor:
         """The positions that must be out after this step."""
@@ -176,14 +176,14 @@ class ChannelPruning(LayerPruning):
         """The groups are renumbered after channels that are gone; they know which are silent."""
         super().redo(edit)
         if isinstance(edit, SilenceChannels):
-            for target in self._targets:
+            for target in self.targets:
                 target.silent = _positions(edit, target.group)
         if not isinstance(edit, RemoveChannels):
             return
-        positions = (_positions(edit, target.group) for target in self._targets)
+        positions = (_positions(edit, target.group) for target in self.targets)
         number, removed = next((i, found) for i, found in enumerate(positions) if len(found))
-        groups = without([t.group for t in self._targets], number, removed)
-        for target, group in zip(self._targets, groups, strict=True):
+        groups = without([t.group for t in self.targets], number, removed)
+        for target, group in zip(self.targets, groups, strict=True):
             target.group = group
 
 
@@ -203,7 +203,7 @@ class WeightPruning(LayerPruning):
         self, model: nn.Module, adapter: Adapter, criterion: Criterion, network: Network, ratios: dict[str, float]
     ) -> None:
         super().__init__(model, adapter, criterion, network)
-        self._ratios = ratios
+        self.ratios = ratios
         self._pools = [[name] for name in ratios]
         if criterion.scope == "global":
             self._pools = [[n for n in ratios if ratios[n] == ratio] for ratio in dict.fromkeys(ratios.values())]
@@ -212,7 +212,7 @@ class WeightPruning(LayerPruning):
 
     def scored(self) -> dict[str, Groups]:
         """The layers that have a ratio."""
-        return dict.fromkeys(self._ratios, ())
+        return dict.fromkeys(self.ratios, ())
 
     def step(self, scores: Mapping[str, Tensor], share: Share, regrowth: Regrowth | None = None) -> list[Edit]:
         """One edit per layer that loses weights, or exchanges some."""
@@ -237,7 +237,7 @@ class WeightPruning(LayerPruning):
         for pool in self._pools:
             masks = {name: self._mask(name) for name in pool}
             flat = torch.cat([scores[n].masked_fill(~masks[n], -math.inf).flatten() for n in pool])
-            wanted = sum(share(self._ratios[n]) * masks[n].numel() for n in pool)
+            wanted = sum(share(self.ratios[n]) * masks[n].numel() for n in pool)
             before = sum(int((~mask).sum()) for mask in masks.values())
             count = max(math.floor(round(wanted, 6)), before)
             back = math.floor(round(regrowth.share * min(count, len(flat) - count), 6)) if regrowth else 0
