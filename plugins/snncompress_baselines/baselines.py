@@ -176,8 +176,9 @@ class FiringRate(Criterion):
 
     def observe(self, layer: Layer, state: _Sum, spikes: Tensor, membrane: Tensor | None) -> _Sum:
         """Count spikes."""
-        others = [dim for dim in range(spikes.dim()) if dim != 2]
-        state.total += torch.count_nonzero(spikes, dim=others)
+        fired = spikes.detach().ne(0).to(torch.float32)  # count_nonzero along several axes takes ten times as long
+        per_map = fired.flatten(3).sum(3) if fired.dim() > 3 else fired
+        state.total += per_map.double().sum((0, 1))
         state.count += spikes.numel() // max(1, spikes.shape[2])
         return state
 

@@ -116,13 +116,17 @@ class CQP(CriticalityCriterion):
 
     def score(self, layer: Layer, state: Slopes) -> Tensor:
         """LAMP's score of v, and 2 more where critical, [C, ...]."""
-        critical = self.criticality(layer, state) > self.tau
-        return layer_adaptive(self.importance(layer, state)) + 2 * critical
+        criticality = self.criticality(layer, state)
+        scores = layer_adaptive(self._importance(layer, criticality))
+        return scores if self.tau >= 1 else scores.add_(criticality > self.tau, alpha=2)  # none is above 1
 
     def importance(self, layer: Layer, state: Slopes) -> Tensor:
         """The v of every weight, [C, ...]."""
-        size = _per_input(layer.weight.abs()) if self.unit == "input" else layer.weight.abs()
-        return size * self.criticality(layer, state) ** self.alpha
+        return self._importance(layer, self.criticality(layer, state))
+
+    def _importance(self, layer: Layer, criticality: Tensor) -> Tensor:
+        size = layer.weight.abs()
+        return (_per_input(size) if self.unit == "input" else size) * criticality**self.alpha
 
     def criticality(self, layer: Layer, state: Slopes) -> Tensor:
         """Mean |∂L/∂w| over the largest in the layer, whatever τ is: [C, ...] in [0, 1]."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CHUNK = 1 << 17  # weights at a time: what a processor's caches hold
+_LEAST = 5e-324  # float64 has no smaller number
+
 
 def layer_adaptive(importance: Tensor) -> Tensor:
     """Make the importances v ≥ 0 of one layer's weights comparable with those of other layers; float64, in [0, 1].
@@ -19,10 +22,19 @@ def layer_adaptive(importance: Tensor) -> Tensor:
     tensor([[0.0714, 1.0000],
             [0.0000, 0.3077]], dtype=torch.float64)
     """
-    flat = importance.detach().float().flatten().abs()  # -0.0 has other bits than 0.0
-    bins = flat.view(torch.int32) >> 15  # bits of floats ≥ 0 are in their order: exponent, then upper mantissa
-    square = importance.detach().double().flatten() ** 2
-    at_least = torch.bincount(bins, square, minlength=1 << 16).flip(0).cumsum(0).flip(0)
-    share = torch.where(square == 0, 0.0, square / at_least[bins])  # and NaN stays NaN, to be seen
-    share[-1 - flat.flip(0).argmax()] = 1.0  # of equal ones the last, since the first go first
+    flat = importance.detach().flatten()
+    share = torch.empty(flat.shape, dtype=torch.float64, device=flat.device)
+    at_least = torch.zeros(1 << 16, dtype=torch.float64, device=flat.device)
+    chunks = flat.split(_CHUNK if flat.device.type == "cpu" else max(1, len(flat)))
+    for chunk in chunks:
+        at_least.scatter_add_(0, _bins(chunk).long(), chunk.double().square())
+    at_least = at_least.flip(0).cumsum(0).flip(0).clamp_min(_LEAST)  # 0 / 0 would be NaN
+    for chunk, out in zip(chunks, share.split(len(chunks[0])), strict=True):
+        torch.div(chunk.double().square(), at_least.index_select(0, _bins(chunk)), out=out)  # NaN stays, to be seen
+    share[-1 - flat.float().abs().flip(0).argmax()] = 1.0  # of equal ones the last, since the first go first
     return share.view(importance.shape)
+
+
+def _bins(importance: Tensor) -> Tensor:
+    """Bits of floats ≥ 0 are in their order: exponent, then upper mantissa. And -0.0 has other bits than 0.0."""
+    return importance.float().abs().view(torch.int32) >> 15
