@@ -113,7 +113,8 @@ def _values(rows: Tensor, scale: Tensor, steps: Tensor, out: Tensor) -> Tensor:
     """Ŵ, operation by operation as ``ReScaWIntQuant`` computes it, into ``out``."""
     zero_point = steps / 2
     torch.div(rows, scale, out=out)
-    number = out.add_(zero_point).clamp_(torch.zeros_like(steps), steps).round_()
+    number = out.add_(zero_point).clamp_min_(0.0)
+    torch.minimum(number, steps, out=number).round_()  # clamp_ with tensors takes four times as long
     return number.sub_(zero_point).mul_(scale)
 
 

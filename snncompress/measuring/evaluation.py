@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward
-from snncompress.model.modules import in_mode
+from snncompress.model.computed_once import evaluating
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
@@ -95,7 +95,7 @@ def classified(output: Any, y: Any, *, batch_first: bool = False) -> tuple[Tenso
 def _classified(model: nn.Module, feed: Feed) -> Iterator[tuple[Tensor, Tensor]]:
     """Predicted classes and labels [N], batch by batch."""
     try:
-        with in_mode(model, training=False), torch.no_grad():
+        with evaluating(model):
             for batch in feed:
                 yield classified(feed(model, batch), batch.y, batch_first=feed.batch_first)
     finally:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from snncompress.contract.registry import registry
@@ -15,7 +14,7 @@ from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward, MemoryUse, OperationCounts
 from snncompress.model.brevitas_layers import brevitas_bits
 from snncompress.model.cells import cell_weights, home, layer_at, made_by, met_by
-from snncompress.model.modules import in_mode
+from snncompress.model.computed_once import evaluating
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.parametrizations import weight_bits
@@ -117,7 +116,7 @@ def measure(
 ) -> Profile:
     """What :func:`profile` does on its bench; ``watch`` is handed every output and its batch on the way."""
     meter = _Meter(model, feed.adapter, rules)
-    with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model), meter.recording():
+    with evaluating(model), feed.adapter.alone(model), meter.recording():
         for batch in feed:
             with meter.watching(batch):
                 output = feed(model, batch)

@@ -17,7 +17,7 @@ from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward
 from snncompress.model.chance import seeded
-from snncompress.model.modules import in_mode
+from snncompress.model.computed_once import evaluating
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed
 from snncompress.running.scores import main_tensor, samples_axis
@@ -191,7 +191,7 @@ def analyse(
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise OptionError(f"share must be a number above 0 and at most 1, such as 0.95, not {share!r}.")
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
-    with in_mode(model, training=False), torch.no_grad(), feed.adapter.alone(model):
+    with evaluating(model), feed.adapter.alone(model):
         with seeded(model), ExitStack() as stack:
             rehearsal = Rehearsal(model, feed.adapter, stack, products=True)
             output = _over_time(feed.example()(model), feed)

@@ -20,6 +20,7 @@ from snncompress.interfaces import Quantizer
 
 from .brevitas_layers import quantized_by_brevitas
 from .cells import home, use_computed_weights
+from .computed_once import kept, once_per_call
 from .grids import FixedGrid, Grid
 from .weight_norms import resize_normed
 from .weights_in_use import computes_its_weight
@@ -46,7 +47,11 @@ class CompressedWeight(nn.Module):
         self.register_buffer("mask", None, persistent=False)  # structure, so the plan's: no state_dict changes it
 
     def forward(self, weight: Tensor) -> Tensor:
-        """[C, ...] → [C, ...]; for the quantizer a transposed convolution's weight is turned: output channels first."""
+        """[C, ...] → [C, ...]; inside a call of the network it is computed once."""
+        return kept(self, (weight, self.mask, self.tensor_quant, self.passing), lambda: self._computed(weight))
+
+    def _computed(self, weight: Tensor) -> Tensor:
+        """For the quantizer a transposed convolution's weight is turned: output channels first."""
         weight = self.masked(weight)
         if self.tensor_quant is None:
             return weight
@@ -74,6 +79,11 @@ class CompressedWeight(nn.Module):
 def passing_gradients(x: Tensor, masked: Tensor) -> Tensor:
     """The values of ``masked``, which is x or 0, bit by bit; the gradient is handed to all of x."""
     return x + (masked - x).detach()
+
+
+def compute_once_per_call(model: nn.Module) -> None:
+    """Let each call of the network compute each of its compressed weights once, if it has any."""
+    once_per_call(model, wanted=any(isinstance(module, CompressedWeight) for module in model.modules()))
 
 
 def quantize_weight(module: nn.Module, quantizer: Quantizer, bits: int) -> None:

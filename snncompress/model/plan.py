@@ -17,6 +17,7 @@ from snncompress.interfaces import Adapter
 from .copying import private_copy
 from .edits import Edit, RemoveChannels, TruncateTimesteps, edit_from_dict
 from .network import Side
+from .parametrizations import compute_once_per_call
 
 FORMAT = 2
 M = TypeVar("M", bound=nn.Module)
@@ -144,11 +145,13 @@ def _refuse_constant(name: str) -> None:
 def attach(model: nn.Module, plan: Plan) -> None:
     """Remember the plan on the compressed model (deep copies keep it, the state_dict doesn't hold it)."""
     setattr(model, _ATTRIBUTE, plan)
+    compute_once_per_call(model)
 
 
 def detach(model: nn.Module) -> None:
     """Forget the plan: this network isn't what a plan makes any more."""
     vars(model).pop(_ATTRIBUTE, None)
+    compute_once_per_call(model)
     setattr(model, _DETACHED, True)
 
 

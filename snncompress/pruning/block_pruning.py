@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import DataError, ModelError, PlanError, PluginError
 from snncompress.interfaces import Adapter, BlockCriterion
+from snncompress.model.computed_once import evaluating
 from snncompress.model.edits import Edit, RemoveBlock, Resized
-from snncompress.model.modules import in_mode
 from snncompress.model.network import WEIGHT_LAYERS, Network, resize_inputs, width
 from snncompress.model.parametrizations import separate_classes
 from snncompress.running.data import Feed
@@ -140,7 +140,7 @@ class BlockPruning(Pruning):
     def _try(self, block: Block) -> None:
         """Run the model, as it is now, on an example; raises ModelError where it doesn't fit."""
         try:
-            with in_mode(self.model, training=False), torch.no_grad():
+            with evaluating(self.model):
                 self._feed.example()(self.model)
         except DataError as error:  # whatever the model's own code says of the new widths
             raise ModelError(
@@ -209,7 +209,7 @@ class _Wire(nn.Module):
 def _mean_loss(model: nn.Module, feed: Feed, progress: Progress | None, what: str) -> float:
     total = samples = 0.0
     try:
-        with in_mode(model, training=False), torch.no_grad():
+        with evaluating(model):
             for batch in tracked(feed, progress, what):
                 output = feed(model, batch)
                 count = 1 if batch.y is None else len(batch.y)

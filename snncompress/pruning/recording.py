@@ -15,7 +15,7 @@ from snncompress.base.progress import Progress, tracked
 from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
 from snncompress.interfaces import Criterion, Inputs, Layer, Signal
 from snncompress.model.cells import layer_at
-from snncompress.model.modules import in_mode
+from snncompress.model.computed_once import evaluating
 from snncompress.model.network import ChannelGroup, Member, Network, outputs_first
 from snncompress.model.parametrizations import float_weight, stored_weight
 from snncompress.model.weight_norms import plain_weights
@@ -128,7 +128,7 @@ def calibrate(
             stack.callback(feed.adapter.observe(model.get_submodule(neuron), observer, membrane=membrane))
         for name, reader in readers.items():
             stack.callback(_listen(model.get_submodule(name), reader))
-        stack.enter_context(in_mode(model, training=False))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.set_grad_enabled(gradients))
         for parameter in {parameter for s in learning for parameter in s.parameters()}:
             stack.callback(parameter.requires_grad_, parameter.requires_grad)  # a frozen one has a gradient too
@@ -160,7 +160,7 @@ def calibrate(
 
 
 def _readers(model: nn.Module, network: Network, feed: Feed, layers: Collection[str]) -> dict[str, InputRecorder]:
-    with in_mode(model, training=False), torch.no_grad():
+    with evaluating(model):
         lines = timelines(model, feed)
     modules = dict(model.named_modules())  # a recurrent cell's weights are none of them
     return {

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.interfaces import Adapter, Forward
-from snncompress.model.modules import in_mode
+from snncompress.model.computed_once import evaluating
 from snncompress.model.plan import Plan, attach, has_plan, plan_of, refuse_frozen
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
@@ -76,7 +75,7 @@ def refresh_statistics(model: nn.Module, feed: Feed, progress: Progress | None =
         return
     momenta = [norm.momentum for norm in norms]
     try:
-        with in_mode(model, training=False), torch.no_grad():
+        with evaluating(model):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the average of all batches

@@ -24,9 +24,9 @@ from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import OptionError, PlanError
 from snncompress.interfaces import Adapter, Forward
+from snncompress.model.computed_once import evaluating
 from snncompress.model.copying import private_copy
 from snncompress.model.edits import Edit
-from snncompress.model.modules import in_mode
 from snncompress.model.network import Network, computed_or_shared
 from snncompress.model.plan import Plan, attach, has_plan, plan_of, refuse_frozen
 from snncompress.running.bench import bench
@@ -134,7 +134,7 @@ def fit(
     neurons = feed.adapter.neurons(model)
     left_alone = computed_or_shared(model)
     fitted = []
-    with in_mode(model, training=False), in_mode(before, training=False), torch.no_grad():
+    with evaluating(model), evaluating(before):
         lines = timelines(before, feed)
         names = [name for name in lines if only is None or name in only]
         for name in tracked(names, progress, f"{what}repairing"):

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from snncompress.errors import DataError, SNNCompressError
 from snncompress.interfaces import Adapter, Forward, Loss
+from snncompress.model.computed_once import computed_once
 from snncompress.model.modules import timestep_limit
 
 from .batches import Batch, as_iterable, moved, own_copy, refuse_unusual, split
@@ -79,8 +79,7 @@ class Feed:
         self.adapter.reset(model)
         self.check(model, batch)
         try:
-            # A masked or quantized weight is computed once, not at every timestep.
-            with self.adapter.differentiable(model), parametrize.cached():
+            with self.adapter.differentiable(model), computed_once():
                 if self.forward is not None:
                     return self.forward(model, own_copy(batch.raw))
                 return self.adapter.run(model, own_copy(batch.x), self.steps(model))
