@@ -254,7 +254,9 @@ class _Tap(nn.Module):
         seen, self.seen = self.seen, []
         if not seen or len(output) % len(seen):
             raise _unreadable(module)
-        pieces = output.split(len(output) // len(seen))  # as they were made: fresh from the caches, and not copied
+        pieces = torch.split(
+            output, len(output) // len(seen)
+        )  # as they were made: fresh from the caches, and not copied
         for piece, (spikes, potential) in zip(pieces, seen, strict=True):
             if spikes.numel() != piece.numel() or not _same(spikes.view(piece.shape), piece):
                 raise _unreadable(module)

@@ -25,11 +25,11 @@ def layer_adaptive(importance: Tensor) -> Tensor:
     flat = importance.detach().flatten()
     share = torch.empty(flat.shape, dtype=torch.float64, device=flat.device)
     at_least = torch.zeros(1 << 16, dtype=torch.float64, device=flat.device)
-    chunks = flat.split(_CHUNK if flat.device.type == "cpu" else max(1, len(flat)))
+    chunks = torch.split(flat, _CHUNK if flat.device.type == "cpu" else max(1, len(flat)))
     for chunk in chunks:
         at_least.scatter_add_(0, _bins(chunk).long(), chunk.double().square())
     at_least = at_least.flip(0).cumsum(0).flip(0).clamp_min(_LEAST)  # 0 / 0 would be NaN
-    for chunk, out in zip(chunks, share.split(len(chunks[0])), strict=True):
+    for chunk, out in zip(chunks, torch.split(share, len(chunks[0])), strict=True):
         torch.div(chunk.double().square(), at_least.index_select(0, _bins(chunk)), out=out)  # NaN stays, to be seen
     share[-1 - flat.float().abs().flip(0).argmax()] = 1.0  # of equal ones the last, since the first go first
     return share.view(importance.shape)

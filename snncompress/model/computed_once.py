@@ -129,7 +129,7 @@ def _recording() -> bool:
     """Whether what is computed is taken down, to be computed again elsewhere, or stands for something else."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters of operations
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)

@@ -152,6 +152,23 @@ def test_counts_on_a_singular_value_of_exactly_epsilon() -> None:
     assert score(torch.eye(3).view(1, 1, 1, 3, 3) * 0.5, epsilon=0.5).floor() == 0
 
 
+def test_bounds_decide_nearly_all_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spikes = (torch.rand(4, 20, 8, 24, 24, generator=generator) < 0.1).float()
+    spikes[..., 1::3, :] = spikes[..., ::3, :]  # of each three rows two are the same
+    expected, decomposed, svdvals = counts(spikes), [], torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda maps: decomposed.append(len(maps)) or svdvals(maps))
+    assert torch.equal((score(spikes) * 20).floor().long(), expected)
+    assert sum(decomposed) < 8  # of 160
+
+
+def test_whole_numbers_whose_products_float32_cannot_hold() -> None:
+    spikes = torch.randint(0, 2**20, (1, 1, 2, 3, 3), generator=torch.Generator().manual_seed(0)).float()
+    spikes[..., 2, :] = spikes[..., 0, :] + spikes[..., 1, :]
+    check(spikes)
+    assert score(spikes).floor().tolist() == [2, 2]
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31))
 def test_any_split_in_steps_and_batches_gives_the_same(t: int, n: int, seed: int) -> None:
