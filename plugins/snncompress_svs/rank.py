@@ -87,7 +87,7 @@ def _rank(maps: Tensor, least: float, *, exact: bool) -> Tensor:
     sure = ((remainder + error <= threshold) | (rank == n)) & ((threshold + error) * inverse < 1)
     unsure = (~sure).nonzero().squeeze(1)
     if len(unsure):
-        sigma = torch.linalg.svdvals(maps[unsure].double())
+        sigma = torch.linalg.svdvals(maps[unsure].double().cpu()).to(rank.device)  # not all converge on a GPU
         rank[unsure] = (sigma > least).sum(1).double()
     return rank
 
