@@ -1,11 +1,11 @@
 """prune_regrow against gradual at equal budgets, on MNIST: the same steps, each with the same epoch of fine-tuning.
 
-    python benchmarks/prune_regrow.py [--data ../shared/data] [--seeds 0 1 2]
+    python benchmarks/prune_regrow.py [--data FOLDER] [--seeds 0 1 2]
 
-The network is that of mnist_models.py, SpikingJelly's. The data folder holds mnist/*.gz as published, and a reader,
-read.py. So that it takes some ten minutes of one core, it is trained on a part of MNIST and tested on another. Jobs run
-one after the other, in one thread; what they found is kept in benchmarks/.cache as it comes, so a run that was stopped
-goes on. The report is in benchmarks/results.
+The network is that of mnist_models.py, SpikingJelly's. The data folder holds MNIST as published. So that it takes some
+ten minutes of one core, it is trained on a part of MNIST and tested on another. Jobs run one after the other, in one
+thread; what they found is kept in benchmarks/.cache as it comes, so a run that was stopped goes on. The report is in
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from datasets import add_data_option
 from mnist import CACHE, Split, T, accuracy, loader, read, some, tune
 from mnist_models import spikingjelly_net
 from rich.progress import track
@@ -172,7 +173,7 @@ def report(found: dict[str, dict[str, Any]], seeds: Sequence[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    add_data_option(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
