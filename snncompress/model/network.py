@@ -218,10 +218,24 @@ def channel_axis(module: nn.Module) -> int:
 
 
 def depthwise(module: nn.Module) -> bool:
-    """Whether it is a convolution, not transposed, of every channel by itself."""
+    """Whether it is a convolution, not transposed, of every channel by itself into one."""
+    return multiplier(module) == 1
+
+
+def multiplier(module: nn.Module) -> int:
+    """Into how many a convolution, not transposed, makes every channel by itself; 0 where it isn't one."""
     if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
+        return 0
+    return module.out_channels // module.in_channels if 1 < module.groups == module.in_channels else 0
+
+
+def made_of_one(module: nn.Module, index: Tensor) -> bool:
+    """Whether output channels ``index`` [..., k] are all that come, one by one, of some input channels."""
+    times = multiplier(module)
+    if times < 2 or index.shape[-1] % times:
         return False
-    return 1 < module.groups == module.in_channels == module.out_channels
+    each = index.reshape(-1, times)
+    return torch.equal(each, each[:, :1] // times * times + torch.arange(times))
 
 
 def outputs_first(weight: Tensor, module: nn.Module) -> Tensor:
@@ -240,7 +254,7 @@ def silent_members(group: ChannelGroup, model: nn.Module, direct: Mapping[str, C
     The latter is said of a layer that the group's layers feed without a neuron between (:attr:`Network.direct`), as
     from a residual stream.
     """
-    writers = {n for n in group.names("out") if not depthwise(model.get_submodule(n))}  # which pass on
+    writers = {n for n in group.names("out") if not multiplier(model.get_submodule(n))}  # which pass on
     for member in group.members:
         module = model.get_submodule(member.module)
         reads = member.side == "in" and isinstance(module, (*WEIGHT_LAYERS, ChannelMap))
@@ -264,10 +278,15 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
 
+    inputs = multiplier(module) if side == "out" and made_of_one(module, torch.tensor(sorted(indices))) else 0
+
     def resize(layer: nn.Module) -> None:
         if side == "out":
             _remove_beside(layer, indices)
         prune(layer, indices)
+        if inputs:
+            cast(_ConvNd, layer).in_channels -= len(indices) // inputs
+            cast(_ConvNd, layer).groups -= len(indices) // inputs
 
     with learned_scales(module, indices if side == "out" else []):
         resize_weight(module, resize)

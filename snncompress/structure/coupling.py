@@ -15,7 +15,7 @@ from math import lcm
 import torch
 from torch import Tensor, nn
 
-from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Side, prunable_type, width
+from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Side, multiplier, prunable_type, width
 
 from .reshaping import UnfitError
 from .segments import Link, Segments
@@ -58,6 +58,7 @@ class _Walk:
         self._colour(self.root, self.start)
         while self._todo:
             space = self._todo.pop()
+            self._pass(space)
             for target, link in self._links_out_of(space):
                 self._follow(space, target, link)
             for link in self._links_into(space):
@@ -122,6 +123,23 @@ class _Walk:
         if bool((merged >= 0).any()) and (before is None or not torch.equal(before, merged)):
             self.colours[space] = merged
             self._todo.append(space)
+
+    def _pass(self, space: Space) -> None:
+        """Through a convolution that makes each channel by itself into several, which go with it."""
+        name, side = space
+        times = multiplier(self.model.get_submodule(name))
+        if times < 2 or not self.found.links.get(name):
+            return
+        mine = self.colours[space]
+        if side == "in":
+            self._colour((name, "out"), mine.repeat_interleave(times))
+            return
+        each = mine.view(-1, times)
+        if not torch.equal(each, each[:, :1].expand_as(each)):
+            least = torch.arange(self.size)
+            least[each[each >= 0]] = each.amin(1, keepdim=True).clamp_min(0).expand_as(each)[each >= 0]
+            raise _TogetherError(least[self.start].unique(return_inverse=True)[1])
+        self._colour((name, "in"), each[:, 0])
 
     def _follow(self, space: Space, target: str, link: Link) -> None:
         if link.onto is not None:
@@ -196,6 +214,8 @@ class _Walk:
         """What a part of the colours occupies there; None where that is nothing."""
         name, side = space
         module = self.model.get_submodule(name)
+        if side == "in" and multiplier(module) > 1:  # which goes with what comes out
+            return None
         number = torch.full((self.size + 1,), -1)  # the last for channels without a colour
         number[part] = torch.arange(len(part))
         mine = number[colours]

@@ -15,7 +15,16 @@ from torch_pruning.pruner.function import BasePruningFunc
 
 from snncompress.interfaces import Adapter
 from snncompress.model.channel_map import ChannelMap
-from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, prunable_type, width
+from snncompress.model.network import (
+    WEIGHT_LAYERS,
+    ChannelGroup,
+    Member,
+    Network,
+    Side,
+    multiplier,
+    prunable_type,
+    width,
+)
 from snncompress.running.data import Run
 
 from .axes import Axes
@@ -148,6 +157,10 @@ def add_groups(
             continue
         try:
             group = _read_by(cells, model, _group(graph, model.get_submodule(layer), names, neurons))
+            if any(
+                multiplier(model.get_submodule(m.module)) > 1 and network.producers.get(m.module) for m in group.members
+            ):
+                raise UnfitError(LOST)
         except UnfitError as error:
             network.skipped[layer] = str(error)
             continue

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from snncompress.model.network import WEIGHT_LAYERS, Member, width
+from snncompress.model.network import WEIGHT_LAYERS, Member, made_of_one, width
 
 from .reshaping import Key, Touched, UnfitError
 
@@ -55,11 +55,17 @@ def grouped(module: nn.Module) -> int:
     return 1 if depthwise or not isinstance(module, WEIGHT_LAYERS) else groups
 
 
+def _grouped(member: Member, model: nn.Module) -> int:
+    """The same for a member; 1 where all that a channel is made into goes with it."""
+    module = model.get_submodule(member.module)
+    return 1 if member.side == "out" and made_of_one(module, member.index) else grouped(module)
+
+
 def fits_runs(members: list[Member], runs: int, model: nn.Module) -> int | None:
     """In how many runs the members' channels stand, once grouped convolutions are heard; None where these disagree."""
     counts = {1, runs}
     for member in members:
-        groups = grouped(model.get_submodule(member.module))
+        groups = _grouped(member, model)
         counts.add(groups)
         if groups > 1 and not torch.equal(member.index.flatten(), torch.arange(len(member.index))):
             return None
@@ -75,9 +81,8 @@ def tied(members: list[Member], runs: int, model: nn.Module) -> list[Member]:
     while True:
         before = label
         for member in members:
-            module = model.get_submodule(member.module)
-            if (groups := grouped(module)) > 1:
-                per_group = width(module, member.side) // groups
+            if (groups := _grouped(member, model)) > 1:
+                per_group = width(model.get_submodule(member.module), member.side) // groups
                 place = member.index % per_group
                 least = torch.full((per_group,), size).scatter_reduce(
                     0, place.flatten(), label[:, None].expand_as(place).flatten(), "amin"

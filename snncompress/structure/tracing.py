@@ -28,6 +28,7 @@ from snncompress.model.network import (
     channel_axis,
     computed_or_shared,
     depthwise,
+    multiplier,
     weight_layers,
 )
 from snncompress.model.parametrizations import computed_before
@@ -153,7 +154,7 @@ def _shifted(
         return before and (*before, name)
 
     made, neurons = set(group.names("out")), set(group.names("neuron"))
-    writers = {name for name in made if not depthwise(model.get_submodule(name))}
+    writers = {name for name in made if not multiplier(model.get_submodule(name))}
     for reader in group.names("in"):
         if writers & set(network.direct.get(reader, ())):
             continue

@@ -31,7 +31,7 @@ from snncompress.model.network import (
     ChannelGroup,
     Side,
     channel_axis,
-    depthwise,
+    multiplier,
     silent_members,
     without,
 )
@@ -216,7 +216,7 @@ class _Notes:
             result = forward(*args, **named)
             self.inside = ""
             # what a depthwise convolution makes of silence is counted on behind it, so it isn't scaled
-            return self._note(name, result, scaled=not depthwise(module)) if isinstance(result, Tensor) else result
+            return self._note(name, result, scaled=not multiplier(module)) if isinstance(result, Tensor) else result
 
         return call
 

@@ -150,8 +150,8 @@ class _Replay:
 
 
 def passes_on(module: nn.Module) -> bool:
-    """Is it a depthwise convolution? What it puts out of a channel is made of that channel."""
-    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+    """Is it a depthwise convolution? What it puts out of a channel, once or several times, is made of that channel."""
+    return isinstance(module, _ConvNd) and not module.transposed and module.groups == module.in_channels > 1
 
 
 def neurons_of(model: nn.Module) -> list[str]:

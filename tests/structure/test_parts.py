@@ -269,3 +269,34 @@ def test_parts_of_a_layer_merge_however_their_indices_lie_in_memory() -> None:
 def test_fewer_channels_than_heads_are_no_group() -> None:
     with pytest.raises(UnfitError, match="evenly"):
         tied([Member("0", "out", torch.arange(3)[:, None])], 6, nn.Sequential(nn.Linear(2, 3)))
+
+
+@pytest.mark.parametrize("fires", [True, False])
+def test_a_depthwise_convolution_that_multiplies(fires: bool) -> None:
+    """Each of 6 channels makes two: ⌈0.4 · 6⌉ go, with both that they make. A bias that is read would stay there."""
+    middle = conv(6, 12, groups=6) if fires else layer.Conv2d(6, 12, 3, padding=1, groups=6, bias=False)
+    between = fire() if fires else nn.Identity()
+    model = nn.Sequential(
+        conv(3, 6), fire(), nn.Sequential(middle), between, conv(12, 5, 1), fire(), layer.Flatten(),
+        layer.Linear(5 * 64, 3),
+    )  # fmt: skip
+    gone = cut(model)
+    one, two = gone["0.0"], next(channels for name, channels in gone.items() if name.startswith("2."))
+    assert len(one) == 3
+    assert two == sorted([*(2 * c for c in one), *(2 * c + 1 for c in one)])
+    small = snncompress.apply(model, "random", 0.4, 4, data=X, timesteps=2, skip=[])
+    inner = next(module for module in small[2].modules() if isinstance(module, nn.Conv2d))
+    assert (inner.groups, inner.in_channels, small[4][0].in_channels) == (3, 3, 6)
+    assert snncompress.plan_of(small).origin["repaired"]
+    replayed = snncompress.plan_of(small).apply(model)
+    assert {n: p.shape for n, p in replayed.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+    if fires:
+        model[3] = nn.Identity()
+        small = snncompress.apply(model, "random", 0.4, None, data=X, timesteps=2, skip=[], repair=None)
+        assert "something adds to silent channels" in snncompress.plan_of(small).skipped["0.0"]
+
+
+def test_where_the_input_is_multiplied_each_keeps_as_many() -> None:
+    model = nn.Sequential(conv(3, 12, groups=3), fire(), conv(12, 5, 1), fire(), layer.Flatten(), layer.Linear(320, 3))
+    gone = cut(model)["0.0"]
+    assert [[channel // 4 for channel in gone].count(n) for n in range(3)] == [2, 2, 2]

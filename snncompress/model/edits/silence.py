@@ -16,7 +16,7 @@ from snncompress.model.network import (
     ChannelGroup,
     Side,
     channel_axis,
-    depthwise,
+    multiplier,
     prunable_type,
     silent_members,
     width,
@@ -81,7 +81,7 @@ class SilenceChannels(Edit):
                 silence_spikes(module, indices, piece.axis)
             elif piece.side == "in":
                 silence_inputs(module, indices, channel_axis(module))
-            elif not depthwise(module):  # which passes on what is silent itself
+            elif not multiplier(module):  # which passes on what is silent itself
                 end_gradients(module, indices, channel_axis(module))
 
     def supersedes(self, earlier: Edit) -> bool:
