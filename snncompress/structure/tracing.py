@@ -67,9 +67,11 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     maps = {n: m for n, m in modules.items() if isinstance(m, ChannelMap)}
     watched = {**weights, **neurons, **norms, **cells, **maps}
     currents: dict[nn.Module, Tensor] = {}
+    widths: dict[nn.Module, set[int]] = {}
 
     def wire(neuron: nn.Module, x: Tensor) -> Tensor:
         currents[neuron] = x
+        widths.setdefault(neuron, set()).add(Site.of(x, calls.axes).width)
         return x * 1.0  # out of place: the input keeps its own node in the graph
 
     with in_one_node(copy), adapter.identities(copy, wire), calls.watching(watched), warnings.catch_warnings():
@@ -119,6 +121,10 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
     else:
         network.skipped.update(dict.fromkeys(layers, LOST))
     add_lost_groups(network, copy, adapter, run, sites, readers, skipped)
+    for name in network.skipped.keys() & set(layers):
+        shared = next((n for n in network.drives[name] if len(widths[neurons[n]]) > 1), None)
+        if shared is not None:
+            network.skipped[name] = f"{shared} is one neuron for layers of several widths"
     everything = calls.named(watched)
     taken = {name: upstream(nodes, everything) for name, nodes in calls.inputs.items()}
     network.groups = [replace(group, shifted=tuple(_shifted(group, network, taken, copy))) for group in network.groups]

@@ -78,7 +78,8 @@ def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, i
 
 def _only_reshapes(module: nn.Module) -> bool:
     """It holds no tensors, and no modules."""
-    return not any(map(any, (module.children(), module.parameters(), module.buffers())))
+    held = (module.children(), module.parameters(), module.buffers())
+    return all(next(iter(part), None) is None for part in held)
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
