@@ -122,7 +122,7 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
         network.skipped.update(dict.fromkeys(layers, LOST))
     add_lost_groups(network, copy, adapter, run, sites, readers, skipped)
     for name in network.skipped.keys() & set(layers):
-        shared = next((n for n in network.drives[name] if len(widths[neurons[n]]) > 1), None)
+        shared = next((n for n in network.drives[name] if len(widths.get(neurons[n], ())) > 1), None)
         if shared is not None:
             network.skipped[name] = f"{shared} is one neuron for layers of several widths"
     everything = calls.named(watched)

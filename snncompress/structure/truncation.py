@@ -29,9 +29,9 @@ def truncation(model: nn.Module, adapter: Adapter, feed: Feed, timesteps: int) -
     T (multi-step models, loops over [T, N, ...]); stopping the loop that drives the steps from outside, where the
     feed has ``timesteps``; setting a whole-number attribute of the model or a submodule that equals T (loops of the
     model's own). The first one counts with which every neuron makes ``timesteps`` steps, fires as in the first steps
-    of the whole run, and the output [T, N, K] becomes the first part of what it was (spike by spike; a linear readout
-    over [T, N, ...] may differ in its last bit). A cut input is for the step mode that the model is in. The model and
-    torch's random state stay as they are.
+    of the whole run, and every output [T, N, ...] or [N, T, ...], in tuples and mappings too, becomes the first part
+    of what it was (spike by spike; a linear readout may differ in its last bit). A cut input is for the step mode that
+    the model is in. The model and torch's random state stay as they are.
 
     Raises:
         OptionError: ``timesteps`` isn't a whole number from 1 to T.
@@ -54,14 +54,14 @@ def truncation(model: nn.Module, adapter: Adapter, feed: Feed, timesteps: int) -
         raise OptionError(f"A model runs a whole number of timesteps, at least 1, not {timesteps!r}.")
     run = feed.example()
     whole = _trial(model, adapter, run)
-    steps = _steps(whole)
+    steps = _steps(whole, feed)
     if timesteps > steps:
         raise OptionError(f"{type(model).__name__} runs {steps} timesteps; it can't be truncated to {timesteps}.")
     if timesteps == steps:
         return None
     tried = []
     for edit in _candidates(model, feed, whole, steps, timesteps):
-        refusal = _refusal(model, adapter, run, whole, steps, edit)
+        refusal = _refusal(model, feed, run, whole, steps, edit)
         if refusal is None:
             return edit
         tried.append(f"{_described(edit)}: {refusal}")
@@ -76,9 +76,10 @@ def truncation(model: nn.Module, adapter: Adapter, feed: Feed, timesteps: int) -
 
 @dataclass
 class _Trial:
-    """What a model did with the example: spikes of every step by neuron, output, shape of its input."""
+    """What a model did with the example: spikes of every step by neuron, samples at a time, output, input's shape."""
 
     spikes: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: set[int] = field(default_factory=set)
     output: list[Tensor] = field(default_factory=list)
     shape: tuple[int, ...] = ()
 
@@ -89,9 +90,14 @@ def _trial(model: nn.Module, adapter: Adapter, run: Run, edit: TruncateTimesteps
         edit.apply(copy, adapter)
     trial = _Trial()
 
-    def listen(name: str) -> Callable[[Tensor, Tensor | None], None]:
+    def listening(name: str) -> Callable[[Tensor, Tensor | None], None]:
         sums = trial.spikes.setdefault(name, [])
-        return lambda spikes, _: sums.append(spikes.float().flatten(1).sum(1))
+
+        def listen(spikes: Tensor, _: Tensor | None) -> None:
+            sums.append(spikes.float().flatten(1).sum(1))
+            trial.rows.add(spikes.shape[1])
+
+        return listen
 
     def note_shape(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = next((v for v in (*args, *named.values()) if isinstance(v, Tensor)), None)
@@ -99,16 +105,21 @@ def _trial(model: nn.Module, adapter: Adapter, run: Run, edit: TruncateTimesteps
 
     with seeded(copy), torch.no_grad(), adapter.alone(copy), ExitStack() as stack:
         for name, neuron in adapter.neurons(copy).items():
-            stack.callback(adapter.observe(neuron, listen(name), membrane=False))
+            stack.callback(adapter.observe(neuron, listening(name), membrane=False))
         copy.register_forward_pre_hook(note_shape, with_kwargs=True)  # after earlier cuts
         trial.output = list(tensors_in(run(copy)))
     return trial
 
 
-def _steps(trial: _Trial) -> int:
-    if trial.output and trial.output[0].dim() == 3:
-        return len(trial.output[0])
-    return min((sum(map(len, calls)) for calls in trial.spikes.values() if calls), default=1)
+def _steps(whole: _Trial, feed: Feed) -> int:
+    """Of the output where that is sure to tell, or as the neuron of the fewest made."""
+    made = min((sum(map(len, calls)) for calls in whole.spikes.values() if calls), default=None)
+    for tensor in whole.output:
+        if tensor.dim() > 2:
+            size = tensor.shape[int(feed.batch_first)]
+            if made is None or (size not in whole.rows and made % size == 0):
+                return size
+    return 1 if made is None else made
 
 
 def _candidates(model: nn.Module, feed: Feed, whole: _Trial, steps: int, timesteps: int) -> Iterator[TruncateTimesteps]:
@@ -125,12 +136,10 @@ def _candidates(model: nn.Module, feed: Feed, whole: _Trial, steps: int, timeste
                 yield TruncateTimesteps(timesteps, "attribute", name, attribute)
 
 
-def _refusal(
-    model: nn.Module, adapter: Adapter, run: Run, whole: _Trial, steps: int, edit: TruncateTimesteps
-) -> str | None:
+def _refusal(model: nn.Module, feed: Feed, run: Run, whole: _Trial, steps: int, edit: TruncateTimesteps) -> str | None:
     """Why this isn't what the model did in its first steps; None if it is."""
     try:
-        short = _trial(model, adapter, run, edit)
+        short = _trial(model, feed.adapter, run, edit)
     except Exception as error:  # the model is the user's: anything can come out of it
         cause = error.__cause__ or error
         return f"it then fails with {type(cause).__name__}: {cause}"
@@ -143,8 +152,10 @@ def _refusal(
         if not _close(before[: len(after)], after):
             return f"neurons {name!r} then fire otherwise than in the first steps of the whole run"
     for before, after in zip(whole.output, short.output, strict=False):
-        over_time = before.dim() == 3 and len(before) == steps
-        if over_time and not (len(after) == edit.timesteps and _close(before[: len(after)], after)):
+        shrunk = [axis for axis in (0, 1) if before.shape[axis : axis + 1] != after.shape[axis : axis + 1]]
+        axis = shrunk[0] if shrunk else int(feed.batch_first)
+        over_time = before.dim() > 1 + axis and before.shape[axis] == steps and (shrunk or steps not in whole.rows)
+        if over_time and not _close(before.narrow(axis, 0, edit.timesteps), after):
             return "its output isn't then the first part of the whole run's"
     return None
 

@@ -417,3 +417,30 @@ def test_another_step_mode_is_refused_rather_than_samples_cut() -> None:
     functional.set_step_mode(small, "s")
     with pytest.raises(ModelError, match=r"truncated to 4 timesteps for inputs of 3 dimensions, and got \[5, 3\]"):
         small(torch.rand(5, 3))
+
+
+class Dense(Loop):
+    """Maps of every step [T, N, C, H, W], scores beside them, and what has no time, in a mapping."""
+
+    def forward(self, x: Tensor) -> Any:
+        spikes, _ = super().forward(x)
+        maps = spikes[..., None, None] * torch.arange(1.0, 5.0).view(2, 2)
+        return {"maps": maps if self.depth == T else maps.flip(0), "all": (spikes.sum(0), [spikes.unsqueeze(2)])}
+
+
+def test_outputs_of_any_form_are_held_against_the_first_steps() -> None:
+    torch.manual_seed(1)
+    x = torch.rand(3, 64)
+    case = liven(Case(Dense(), x, None))
+    model = case.model
+    feed = Feed(find_adapter(model), x)
+    edit = truncation(model, feed.adapter, feed, KEPT)
+    assert edit == TruncateTimesteps(KEPT, "attribute", "", "num_steps")
+    small = snncompress.apply(model, None, bits=None, data=x, truncate=KEPT)
+    with torch.no_grad():
+        before, after = model(x), small(x)
+    assert torch.equal(after["maps"], before["maps"][:KEPT])
+    assert after["maps"].shape == (KEPT, 3, 3, 2, 2)
+    model.depth = 0  # the last step comes first
+    with pytest.raises(ModelError, match="its output isn't then the first part of the whole run's"):
+        truncation(model, feed.adapter, feed, KEPT)
