@@ -138,7 +138,7 @@ class _Walk:
         if not torch.equal(each, each[:, :1].expand_as(each)):
             least = torch.arange(self.size)
             least[each[each >= 0]] = each.amin(1, keepdim=True).clamp_min(0).expand_as(each)[each >= 0]
-            raise _TogetherError(least[self.start].unique(return_inverse=True)[1])
+            raise _TogetherError(torch.unique(least[self.start], return_inverse=True)[1])
         self._colour((name, "in"), each[:, 0])
 
     def _follow(self, space: Space, target: str, link: Link) -> None:
