@@ -30,9 +30,9 @@ def confirming(adapter: Adapter, run: Run, network: Network) -> Confirm:
         if not removals:
             return refused
         with torch.inference_mode(False), full_precision():
-            trial = Trial(plain_copy(model, adapter), adapter, run, network.direct, torch.Generator().manual_seed(1))
-            if not trial.flaw:  # else it tells nothing, and nobody could choose
-                sound_together(removals, _bounded(trial), lambda group, why: refused.update({id(group): why}))
+            generator = torch.Generator().manual_seed(1)
+            trial = Trial(plain_copy(model, adapter), adapter, run, network.direct, generator, network.modes)
+            sound_together(removals, _bounded(trial), lambda group, why: refused.update({id(group): why}))
         return refused
 
     return confirm

@@ -78,24 +78,32 @@ class Trial:
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, run: Run, direct: Mapping[str, Collection[str]],
-        generator: torch.Generator,
+        generator: torch.Generator, modes: Sequence[bool] = (),
     ) -> None:  # fmt: skip
         self.model, self.adapter, self.run, self._direct = model, adapter, run, direct
         _randomize(model, adapter, generator)
+        self.modes = list(modes)
+        """In evaluation (False), and in training where that is another way; found here if not given."""
         self.flaw = ""
         """Why nothing can be concluded from any trial of this model; "" where something can."""
-        bare = self._noted(model)
-        self.called = set(bare.outputs)
+        self.called: set[str] = set()
         """Layers and neurons that ran."""
-        self.shapes = dict(bare.shapes)
+        self.shapes: dict[str, tuple[int, ...]] = {}
         """Of what they put out."""
+        if not modes:
+            self._look(model)
+
+    def _look(self, model: nn.Module) -> None:
+        """Find out what runs, whether trials tell anything, and which modes there are."""
+        bare = self._noted(model)
+        self.called, self.shapes = set(bare.outputs), dict(bare.shapes)
         self.flaw = bare.why or self._again(model, bare)
-        self._modes = [False]
+        self.modes = [False]
         with in_mode(model, training=True):
             train = self._noted(model)
             more = set(train.outputs) - self.called
             if (more or (not train.failed and train.shapes != bare.shapes)) and not self._again(model, train):
-                self._modes.append(True)
+                self.modes.append(True)
                 self.called |= more
                 self.shapes = dict(train.shapes) | self.shapes
 
@@ -115,7 +123,7 @@ class Trial:
                 return Flaw(why, group.names("out")[0], "out")
             if any(owners[member.module, member.side] > 1 for member in group.members):
                 groups = without(groups, number, removed)
-        for training in self._modes:
+        for training in self.modes:
             with in_mode(self.model, training=training), in_mode(pruned, training=training):
                 wanted = self._noted(self.model, silent, lost)
                 if wanted.problem and not (training and wanted.failed):  # as far as it comes, then

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from snncompress.interfaces import Adapter
-from snncompress.model.network import ChannelGroup, Network, Side
+from snncompress.model.modules import tensors_in
+from snncompress.model.network import ChannelGroup, Member, Network, Side
 from snncompress.model.parametrizations import computed_in_forward
 from snncompress.running.data import Run
 
@@ -31,12 +33,14 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
     halves = Halves()
     calls = first_calls(model, adapter, run)
     trial = Trial(model, adapter, run, network.direct, halves.generator)
+    network.modes = trial.modes
     unseen = waiting(model, trial.called, adapter.neurons(model))
+    neurons = _Neurons(model, adapter, calls)
     refused: dict[int, str] = {}
     chosen: list[ChannelGroup] = []
     for group in network.groups:
         why = trial.flaw or _in_a_branch(possible_reader(group, model, unseen, trial.shapes))
-        if why := why or _of_neurons(group, model, adapter, calls, halves.of(group)[0]):
+        if why := why or neurons.flaw(group, halves.of(group)[0]):
             refused[id(group)] = why
         else:
             chosen.append(group)
@@ -74,15 +78,38 @@ def _computed(group: ChannelGroup, model: nn.Module) -> str:
     return ""
 
 
-def _of_neurons(
-    group: ChannelGroup, model: nn.Module, adapter: Adapter, calls: Mapping[str, Call], removed: Tensor
-) -> str:
-    for member in group.members:
-        if member.side == "neuron" and member.module in calls:
-            neuron = model.get_submodule(member.module)
-            if why := uncuttable(neuron, adapter, calls[member.module], member, removed):
-                return why
-    return ""
+class _Neurons:
+    """Trials of neurons by themselves; of those that hold the same numbers, and nothing for each channel, one does."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, calls: Mapping[str, Call]) -> None:
+        self._model, self._adapter, self._calls = model, adapter, calls
+        self._sound: set[Hashable] = set()
+
+    def flaw(self, group: ChannelGroup, removed: Tensor) -> str:
+        """Why one of the group's isn't the same without these channels; "" where all are."""
+        for member in group.members:
+            if member.side == "neuron" and member.module in self._calls:
+                neuron, call = self._model.get_submodule(member.module), self._calls[member.module]
+                kind = _kind(neuron, call, member)
+                if kind is not None and kind in self._sound:
+                    continue
+                if why := uncuttable(neuron, self._adapter, call, member, removed):
+                    return why
+                self._sound.add(kind)
+        return ""
+
+
+def _kind(neuron: nn.Module, call: Call, member: Member) -> Hashable:
+    """What neurons have in common that do the same; None of one that may hold something for each channel."""
+    held: list[Any] = [member.axis, *((t.dim(), t.dtype) for t in tensors_in(call))]
+    for module in neuron.modules():
+        numbers = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)))
+        held += [type(module), numbers]
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False), *tensors_in(vars(module))]
+        tensors += tensors_in(getattr(module, "_memories", {}))
+        if any(tensor.numel() > 1 for tensor in tensors):
+            return None
+    return tuple(held)
 
 
 class _Rounds:
