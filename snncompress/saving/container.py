@@ -18,7 +18,8 @@ from torch import Tensor
 from snncompress.base.files import refuse_special, write_whole
 from snncompress.errors import StorageError
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)
 _KEY = "snncompress"
 MOST_TEXT = 8_000_000
 """Characters of JSON; the plan of a network of a thousand layers takes a tenth of it."""
@@ -26,10 +27,11 @@ MOST_TEXT = 8_000_000
 
 @dataclass(frozen=True)
 class Container:
-    """A JSON object, and tensors by name."""
+    """A JSON object, and tensors by name; ``format`` is that of the file that they were read from."""
 
     data: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    format: int = FORMAT
 
     def write(self, path: Path) -> None:
         """Write the file at once; raises StorageError where that fails, the old one is then still there."""
@@ -53,7 +55,7 @@ class Container:
         try:
             refuse_special(Path(path))
             with safetensors.safe_open(path, framework="pt") as file:
-                data = _data(path, (file.metadata() or {}).get(_KEY, ""))
+                version, data = _data(path, (file.metadata() or {}).get(_KEY, ""))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it has no iterator
                 digest, vouched = _digest(data, tensors), data.pop("sha256", "")
         except StorageError:
@@ -64,22 +66,23 @@ class Container:
             ) from error
         if digest != vouched:
             raise StorageError(f"{path} is damaged: its content doesn't fit its checksum. Copy or save it again.")
-        return cls(data, tensors)
+        return cls(data, tensors, version)
 
 
-def _data(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
+def _data(path: str | os.PathLike[str], text: str) -> tuple[int, dict[str, Any]]:
+    """The format, and the JSON object without it."""
     if not text:
         raise StorageError(f"{path} wasn't written by snncompress.save: its metadata don't say so.")
     if len(text) > MOST_TEXT:
         raise StorageError(f"{path} holds more than {MOST_TEXT:,} characters of metadata, which no network needs.")
     data = json.loads(text)
     found = data.pop("format")
-    if found != FORMAT:
+    if found not in _READ:
         raise StorageError(
-            f"{path} has format {str(found)[:40]}; this version reads format {FORMAT}. Upgrade snncompress, or have "
-            f"the file saved by this version."
+            f"{path} has format {str(found)[:40]}; this version reads {' and '.join(map(str, _READ))}. Upgrade "
+            f"snncompress, or have the file saved by this version."
         )
-    return dict(data)
+    return found, dict(data)
 
 
 def _digest(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,53 +22,60 @@ from .storage import part
 def describe(path: str | os.PathLike[str]) -> str:
     """The model that a file of :func:`snncompress.save` needs, its plan, and a table of what takes how many bytes.
 
-    Nothing is unpacked, so a hostile file costs no more than its size. Raises StorageError or PlanError for any other
-    file.
+    "Plain" is what it would take with every code at its bit width, as Eq. 16 counts, and a bit for every weight of a
+    mask; "bytes" is what it takes in the file, where codes and masks are deflated. Nothing is unpacked, so a hostile
+    file costs no more than its size. Raises StorageError or PlanError for any other file.
     """
     file = Container.read(path)
     described, plan = part(file, "model"), part(file, "plan")
     total = Path(path).stat().st_size
-    held = sum(_bytes(tensor) for tensor in file.tensors.values())
     try:
         edits = [_shown(KINDS[data["edit"]].summary(data, file.tensors)) for data in plan["edits"]]
         skipped = plan["whole" if plan["format"] == 1 else "skipped"]
         whole = [_shown(f"{name} left whole: {why}") for name, why in skipped.items()]
-        rows = [[*map(_shown, row[:2]), row[2]] for row in _rows(file)]
+        rows = [(_shown(name), _shown(how), plain, size) for name, how, plain, size in _rows(file)]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StorageError(f"{path} can't be described: {type(error).__name__}: {error}.") from error
+    rest = total - sum(size for *_, size in rows)
+    rows.append(("plan and names", "JSON", rest, rest))
     return "\n".join(
         [
-            f"{path}: {total:,} bytes, written by snncompress {_shown(file.data.get('version'))}",
+            f"{path}: {total:,} bytes, format {file.format}, written by snncompress {_shown(file.data.get('version'))}",
             f"made from {_shown(described.get('class'))} ({_shown(described.get('framework'))})",
             "",
             f"{len(edits)} edits:",
             *(f"  {line}" for line in (*edits, *whole)),
             "",
             table(
-                ["tensor", "kept as", "bytes"],
-                [*rows, ["plan and names", "JSON", f"{total - held:,}"]],
-                ["total", "", f"{total:,}"],
+                ["tensor", "kept as", "plain", "bytes"],
+                [[name, how, f"{plain:,}", f"{size:,}"] for name, how, plain, size in rows],
+                ["total", "", f"{sum(plain for *_, plain, _ in rows):,}", f"{total:,}"],
             ),
         ]
     )
 
 
-def _rows(file: Container) -> Iterator[tuple[str, str, str]]:
-    """One row per weight, mask and other tensor."""
+def _rows(file: Container) -> Iterator[tuple[str, str, int, int]]:
+    """One row per weight, mask and other tensor: name, how it is kept, its bytes plain and in the file."""
     packed = part(file, "packed")
-    parts: dict[str, list[Tensor]] = defaultdict(list)
-    for name, tensor in file.tensors.items():
+    masks = {e["kept"]["tensor"]: math.prod(e["shape"]) for e in part(file, "plan")["edits"] if "kept" in e}
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name in file.tensors:
         owner = name.rpartition(".")[0]
-        parts[owner if owner in packed else name].append(tensor)
-    for name, tensors in parts.items():
+        parts[owner if owner in packed else name].append(name)
+    for name, names in parts.items():
+        plain = size = sum(_bytes(file.tensors[n]) for n in names)
         if name in packed:
             how = packed[name]
             kept_as = f"{how['bits']}-bit codes" if "bits" in how else "floats of the weights that exist"
+            if "weights" in how:
+                plain += math.ceil(how["weights"] * how["bits"] / 8) - _bytes(file.tensors[f"{name}.codes"])
         elif name.startswith(MASK):
-            name, kept_as = f"mask {name.removeprefix(MASK)}", "bits or gaps"
+            plain, kept_as = math.ceil(masks[name] / 8), "bits or gaps"
+            name = f"mask {name.removeprefix(MASK)}"
         else:
-            kept_as = f"{str(tensors[0].dtype).removeprefix('torch.')} {list(tensors[0].shape)}"
-        yield name, kept_as, f"{sum(map(_bytes, tensors)):,}"
+            kept_as = f"{str(file.tensors[name].dtype).removeprefix('torch.')} {list(file.tensors[name].shape)}"
+        yield name, kept_as, plain, size
 
 
 def _bytes(tensor: Tensor) -> int:

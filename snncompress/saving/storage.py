@@ -200,9 +200,12 @@ def _packed(compression: CompressedWeight, stored: Tensor) -> tuple[dict[str, An
     if (found := gridded(compression, stored)) is None:
         return {"shape": list(kept.shape)}, {"values": compression.turned(stored)[kept]}
     grid, numbers = found
-    codes = pack_codes(numbers[kept].cpu().numpy().astype(np.uint16), grid.bits)
+    codes = numbers[kept].cpu().numpy().astype(np.uint16)
+    form, packed = pack_codes(codes, grid.bits)
     how = {"shape": list(kept.shape), "bits": grid.bits, "zero_point": grid.zero_point}
-    tensors = {"codes": torch.from_numpy(codes)}
+    if form != "bits":
+        how |= {"form": form, "weights": len(codes)}
+    tensors = {"codes": torch.tensor(packed)}
     if grid.scale.dim() == 0 and grid.scale.dtype == _wide(stored.dtype):
         return {**how, "scale": float(grid.scale)}, tensors
     return how, {**tensors, "scale": grid.scale}
@@ -260,6 +263,8 @@ def _unpacked(
     """A layer's weight; it is taken out of ``tensors``, and the layer quantizes to the grid that the file names."""
     kept = _kept(compression, target)
     count = int(kept.sum())
+    if how.get("weights", count) != count:
+        raise StorageError(f"{name} has {str(how['weights'])[:40]} weights in the file, {count} in the model.")
     if how.get("shape") != list(kept.shape):
         raise StorageError(
             f"{name} has the shape {str(how.get('shape'))[:80]} in the file, {list(kept.shape)} in the model."
@@ -273,7 +278,9 @@ def _unpacked(
     if codes.dtype != torch.uint8 or codes.dim() != 1:
         raise StorageError(f"{name} has no codes in bytes.")
     numbers = torch.zeros(kept.shape, dtype=grid.scale.dtype, device=target.device)
-    numbers[kept] = torch.from_numpy(unpack_codes(codes.numpy(), grid.bits, count).astype(np.int32)).to(numbers)
+    numbers[kept] = torch.from_numpy(
+        unpack_codes(how.get("form", "bits"), codes.numpy(), grid.bits, count).astype(np.int32)
+    ).to(numbers)
     hold(compression, grid)
     return compression.turned(torch.where(kept, grid.values(numbers, target.dtype), 0.0))
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +26,7 @@ import snncompress
 from snncompress import SNNCompressError, StorageError, load, save
 from snncompress.saving.compact import MASK
 from snncompress.saving.container import Container
+from snncompress.saving.describing import describe
 from tests.equivalence import same, snapshot
 from tests.saving.test_storage import WAYS
 from tests.structure.test_blocks import network
@@ -51,6 +55,30 @@ def _floats(metadata: dict[str, Any], tensors: dict[str, Tensor], value: float) 
     del metadata["packed"]["7.weight"]["bits"]
     codes = tensors.pop("7.weight.codes")
     tensors["7.weight.values"] = torch.full((2 * len(codes),), value)
+
+
+def _codes(
+    metadata: dict[str, Any], tensors: dict[str, Tensor], change: Callable[[bytes], bytes], **other: Any
+) -> None:
+    """In another form: what ``change`` makes of those of 4 bits, two in a byte."""
+    mask = next(e for e in metadata["plan"]["edits"] if e["edit"] == "mask_weights" and e["layer"] == "7")
+    count = int(np.unpackbits(tensors[mask["kept"]["tensor"]].numpy()).sum())
+    metadata["packed"]["7.weight"].update({"form": "deflated", "weights": count} | other)
+    codes = change(tensors["7.weight.codes"].numpy().tobytes())
+    tensors["7.weight.codes"] = torch.tensor(list(codes), dtype=torch.uint8)
+
+
+def _mask(metadata: dict[str, Any], tensors: dict[str, Tensor], change: Callable[[bytes], bytes], form: str) -> None:
+    """In another form: what ``change`` makes of its bitmap."""
+    kept = _edit(metadata, "mask_weights")["kept"]
+    bitmap = tensors[kept["tensor"]].numpy()
+    kept.update({"form": form, "weights": int(np.unpackbits(bitmap).sum())})
+    tensors[kept["tensor"]] = torch.tensor(list(change(bitmap.tobytes())), dtype=torch.uint8)
+
+
+def _bomb(_: bytes) -> bytes:
+    """30 MB of zeros in 30 kB."""
+    return zlib.compress(bytes(30_000_000))
 
 
 ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
@@ -101,6 +129,16 @@ ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "huge zero point": lambda m, t: m["packed"]["7.weight"].update(zero_point=1e300),
     "no codes": lambda m, t: t.pop("7.weight.codes"),
     "short codes": lambda m, t: t.update({"7.weight.codes": t["7.weight.codes"][:-1]}),
+    "codes of another form": lambda m, t: _codes(m, t, bytes, form="pickle"),
+    "codes that aren't deflated": lambda m, t: _codes(m, t, bytes),
+    "codes that are cut off": lambda m, t: _codes(m, t, lambda plain: zlib.compress(plain)[:-1]),
+    "codes with something behind": lambda m, t: _codes(m, t, lambda plain: zlib.compress(plain) + b"0"),
+    "too few deflated codes": lambda m, t: _codes(m, t, lambda plain: zlib.compress(plain[:-1])),
+    "codes of other weights": lambda m, t: _codes(m, t, zlib.compress, weights=10**12),
+    "codes that are a bomb": lambda m, t: _codes(m, t, _bomb),
+    "bitmap that is a bomb": lambda m, t: _mask(m, t, _bomb, "deflated bitmap"),
+    "gaps that are a bomb": lambda m, t: _mask(m, t, _bomb, "deflated gaps"),
+    "mask of other weights": lambda m, t: _mask(m, t, lambda b: zlib.compress(bytes(len(b))), "deflated bitmap"),
     "codes in floats": lambda m, t: t.update({"7.weight.codes": t["7.weight.codes"].float()}),
     "no scale": lambda m, t: m["packed"]["7.weight"].pop("scale"),
     "scale of another shape": lambda m, t: _scale(m, t, torch.ones(3)),
@@ -147,6 +185,28 @@ def test_absurd_content_under_a_valid_checksum(attack: str, whole: bytes, tmp_pa
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_deflated_by_others_is_read(whole: bytes, tmp_path: Path) -> None:
+    """What the attacks above change is otherwise right."""
+    path = tmp_path / "small"
+    path.write_bytes(whole)
+    damaged(path, lambda m, t: (_codes(m, t, zlib.compress), _mask(m, t, zlib.compress, "deflated bitmap")))
+    assert describe(path)
+    load(path, into=network("spikingjelly"))
+
+
+def test_a_bomb_takes_no_memory(whole: bytes, tmp_path: Path) -> None:
+    path, net = tmp_path / "small", network("spikingjelly")
+    path.write_bytes(whole)
+    damaged(path, ATTACKS["codes that are a bomb"])
+    tracemalloc.start()
+    try:
+        with pytest.raises(StorageError, match="hold more than the"):
+            load(path, into=net)
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_more_text_than_any_network_needs(tmp_path: Path) -> None:
     Container({"plan": " " * 8_000_000}, {}).write(tmp_path / "big")
     with pytest.raises(StorageError, match="more than 8,000,000 characters"):
@@ -165,11 +225,13 @@ def tiny() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Channels, weights and bits."""
+    """Channels, weights and bits, all codes and masks deflated."""
     path = tmp_path_factory.mktemp("tiny") / "tiny"
     options: dict[str, Any] = {"data": torch.rand(8, 6), "timesteps": 3, "skip": []}
     small = snncompress.apply(tiny(), "magnitude", 0.3, None, **options)
-    save(snncompress.apply(small, "weight_magnitude", 0.5, 4, **options), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("snncompress.base.packing._SAYING", -1000)
+        save(snncompress.apply(small, "weight_magnitude", 0.5, 4, **options), path)
     return path
 
 
@@ -225,7 +287,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8) | st.sampled_from([".plan.1", "gaps", "bitmap", "0.weight", "out", "rescaw", "mask_weights"]),
+    | st.text(max_size=8) | st.sampled_from([".plan.1", "gaps", "bitmap", "0.weight", "out", "deflated", "deflated gaps"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
@@ -266,7 +328,14 @@ TENSORS = st.sampled_from([torch.uint8, torch.int64, torch.float32, torch.float1
 def test_any_tensor_replaced(data: st.DataObject, tiny_file: Path, tmp_path: Path) -> None:
     file, net = Container.read(tiny_file), tiny()
     tensors = dict(file.tensors)
-    tensors[data.draw(st.sampled_from([*tensors, "more", ".plan.7"]))] = data.draw(TENSORS)
+    name = data.draw(st.sampled_from([*tensors, "more", ".plan.7"]))
+    if name in tensors and tensors[name].dtype == torch.uint8 and data.draw(st.booleans()):
+        content = bytearray(tensors[name].numpy().tobytes())  # a stream, damaged, cut off or made longer
+        at, byte, end = (data.draw(st.integers(0, n)) for n in (len(content) - 1, 255, len(content) + 1))
+        content[at] = byte
+        tensors[name] = torch.tensor(list((content + b"0")[:end]), dtype=torch.uint8)
+    else:
+        tensors[name] = data.draw(TENSORS)
     Container(file.data, tensors).write(tmp_path / "changed")
     before = snapshot(net)
     with suppress(SNNCompressError):

@@ -147,29 +147,36 @@ def test_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_a_weight_takes_its_bits(tmp_path: Path) -> None:
-    """100 × 200 weights at 3 bits: 7,500 bytes of codes. Of 0.9 masked: 2,000 · 3 / 8 = 750, and gaps
-    of a byte each (a bitmap would take 2,500).
+    """No more than the entropy of codes and mask, and a 50th.
 
-    Of 0.99 masked: 200 · 3 / 8 = 75, and gaps, whose mean is 99: a byte each, 255 seldom exceeded twice.
+    100 × 200 weights, even from −a to a, at 3 bits with γ = mean|W| = a/2: the values are a/7 apart. The six inner ones
+    have a 14th of the weights each; the two at the ends the quarter that is clamped and half of an inner one's share,
+    2/7. H = 2 · 2/7 · log2(7/2) + 6 · 1/14 · log2(14) = 2.664 bits, so 6,661 bytes instead of 7,500.
+
+    Of 0.9 masked: the entropy of the values that are left, and of the mask H(0.1) = 0.469 bits a weight: 1,173 bytes;
+    of 0.99 masked H(0.01) = 0.0808: 202.
     """
 
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(200, 100, bias=False), neuron.IFNode())
 
-    def sizes(ratio: float) -> dict[str, int]:
+    def sizes(ratio: float) -> tuple[float, dict[str, int]]:
         options: dict[str, Any] = {"data": torch.rand(4, 200), "timesteps": 2, "skip": [], "quantizer": PAPER}
-        save(snncompress.apply(build(), "weight_magnitude", ratio, 3, **options), tmp_path / "small")
-        return {
-            name: tensor.numel() * tensor.element_size()
-            for name, tensor in Container.read(tmp_path / "small").tensors.items()
-        }
+        small = snncompress.apply(build(), "weight_magnitude", ratio, 3, **options)
+        save(small, tmp_path / "small")
+        counts = small[0].weight[small[0].weight != 0].unique(return_counts=True)[1].double()
+        entropy = float(-(counts * (counts / counts.sum()).log2()).sum() / 8)
+        file = Container.read(tmp_path / "small")
+        return entropy, {name: tensor.numel() * tensor.element_size() for name, tensor in file.tensors.items()}
 
-    assert sizes(0.0) == {"0.weight.codes": 7500}
-    assert sizes(0.9) == {"0.weight.codes": 750, ".plan.1": 2000}
-    third = sizes(0.99)
-    assert third["0.weight.codes"] == 75
-    assert 200 <= third[".plan.1"] <= 300
+    entropy, found = sizes(0.0)
+    assert entropy == pytest.approx(6661, rel=0.03)
+    assert found["0.weight.codes"] <= 1.02 * entropy
+    for ratio, mask in ((0.9, 1173), (0.99, 202)):
+        entropy, found = sizes(ratio)
+        assert found["0.weight.codes"] <= 1.02 * entropy + 30  # and the stream's own table
+        assert found[".plan.1"] <= 1.02 * mask + 30
 
 
 def test_what_is_trained_on_stays_on_its_grid(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_files_of_others(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"wasn't written by snncompress.save"):
         load(tmp_path / "plain", into=net)
     for text, says in (
-        ('{"format": 2}', r"has format 2; this version reads format 1. Upgrade"),
+        ('{"format": 3}', r"has format 3; this version reads 1 and 2. Upgrade"),
         ('{"format": 1, "plan": ' + "[" * 100_000, "can't be read: RecursionError"),
         ("[]", "can't be read: TypeError"),
         ("{", "can't be read: JSONDecodeError"),

@@ -6,7 +6,7 @@ those who import it): plans, checkpoints, saved files and ``snncompress info`` k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -73,7 +73,7 @@ class Edit:
         return False
 
     @classmethod
-    def unpacked(cls, data: dict[str, Any], tensors: dict[str, Tensor], budget: Budget) -> Sequence[Edit]:
+    def unpacked(cls, data: dict[str, Any], tensors: dict[str, Tensor], budget: Budget) -> Iterable[Edit]:
         """The edits of a packed entry, whose tensors are taken out.
 
         A file may be a stranger's: what is unfolded is first spent from ``budget``. Raises PlanError, or any error of

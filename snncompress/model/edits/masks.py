@@ -91,9 +91,11 @@ class MaskWeights(Edit):
 
     def packed(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The mask as a tensor of bytes: bits, or the gaps between weights that exist where that is less."""
-        form, packed = pack_mask(self.mask().numpy().reshape(-1))
-        tensors[name] = torch.from_numpy(packed)
-        return {**self.to_dict(), "kept": {"form": form, "tensor": name}}
+        kept = self.mask().numpy().reshape(-1)
+        form, packed = pack_mask(kept)
+        tensors[name] = torch.tensor(packed)
+        count = {"weights": int(kept.sum())} if form.startswith("deflated") else {}
+        return {**self.to_dict(), "kept": {"form": form, "tensor": name, **count}}
 
     @classmethod
     def unpacked(cls, data: dict[str, Any], tensors: dict[str, Tensor], budget: Budget) -> list[Edit]:
@@ -104,13 +106,17 @@ class MaskWeights(Edit):
         if packed.dtype != torch.uint8 or packed.dim() != 1:
             raise PlanError(f"A mask is stored as bytes, not as {packed.dtype} {list(packed.shape)}.")
         kept = unpack_mask(data["kept"]["form"], np.asarray(packed), size)
+        if data["kept"].get("weights", count := int(kept.sum())) != count:
+            raise PlanError(f"A mask of {count} weights is said to be one of {str(data['kept']['weights'])[:40]}.")
         return [cls.of(str(data["layer"]), torch.from_numpy(kept).view(data["shape"]))]
 
     @classmethod
     def summary(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
         """Layer and numbers."""
-        size, packed = _size(data), tensors[data["kept"]["tensor"]].numpy()
-        kept = (packed != 255).sum() if data["kept"]["form"] == "gaps" else np.unpackbits(packed).sum()
+        size, kept = _size(data), data["kept"].get("weights")
+        if kept is None:  # not deflated
+            packed = tensors[data["kept"]["tensor"]].numpy()
+            kept = int((packed != 255).sum() if data["kept"]["form"] == "gaps" else np.unpackbits(packed).sum())
         return f"{data['layer']}: {size - kept} of {size} weights removed"
 
 

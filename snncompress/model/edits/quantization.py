@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,9 +83,9 @@ class QuantizeWeights(Edit):
         return True
 
     @classmethod
-    def unpacked(cls, data: dict[str, Any], tensors: dict[str, Tensor], budget: Budget) -> list[Edit]:
+    def unpacked(cls, data: dict[str, Any], tensors: dict[str, Tensor], budget: Budget) -> Iterator[Edit]:
         """An edit per layer."""
-        return [edit_from_dict({**data, "layer": layer}) for layer in data["layers"]]
+        return (edit_from_dict({**data, "layer": layer}) for layer in data["layers"])
 
     @classmethod
     def summary(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
