@@ -158,7 +158,7 @@ def unpack_mask(form: str, packed: Bytes, size: int) -> NDArray[np.bool_]:
     if plain == "bitmap":
         if len(packed) != math.ceil(size / 8):
             raise StorageError(f"The bitmap of {size} weights takes {math.ceil(size / 8)} bytes, not {len(packed)}.")
-        return np.unpackbits(packed, count=size).astype(bool)
+        return np.unpackbits(packed, count=size).view(bool)
     if len(packed) > size + size // _SKIP + 1:
         raise StorageError(f"The gaps of a mask of {size} weights take {len(packed)} bytes.")
     if len(packed) and packed[-1] == _SKIP:

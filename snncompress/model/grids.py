@@ -33,11 +33,13 @@ class Grid:
 
     def numbers(self, values: Tensor) -> Tensor:
         """The numbers of the nearest values, as floats; the gradient passes straight through."""
+        numbers, last = values.to(self.scale.dtype) / self.scale + self.zero_point, 2.0**self.bits - 1
+        if not numbers.requires_grad:
+            return numbers.round().clamp(0.0, last)
         from brevitas.function.ops_ste import round_ste, tensor_clamp_ste  # Brevitas takes a second to import
 
-        numbers = round_ste(values.to(self.scale.dtype) / self.scale + self.zero_point)
-        low, high = self.scale.new_zeros(()), self.scale.new_tensor(2.0**self.bits - 1)
-        return cast(Tensor, tensor_clamp_ste(numbers, low, high))
+        low, high = self.scale.new_zeros(()), self.scale.new_tensor(last)
+        return cast(Tensor, tensor_clamp_ste(round_ste(numbers), low, high))
 
 
 class FixedGrid(nn.Module):

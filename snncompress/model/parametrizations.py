@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -86,12 +87,36 @@ def compute_once_per_call(model: nn.Module) -> None:
     once_per_call(model, wanted=any(isinstance(module, CompressedWeight) for module in model.modules()))
 
 
+_GRIDS_FOLLOW = ContextVar("grids_follow", default=False)
+
+
+@contextmanager
+def grids_follow() -> Iterator[None]:
+    """Inside, quantizers aren't built, because Brevitas takes a second to import.
+
+    Whoever enters gives every quantized layer the grid that it is to :func:`hold`, or has it built after all.
+    """
+    token = _GRIDS_FOLLOW.set(True)
+    try:
+        yield
+    finally:
+        _GRIDS_FOLLOW.reset(token)
+
+
 def quantize_weight(module: nn.Module, quantizer: Quantizer, bits: int) -> None:
     """Quantize ``module.weight`` to ``bits`` bits, in place."""
-    tensor_quant = quantizer.tensor_quant(bits)
+    tensor_quant = None if _GRIDS_FOLLOW.get() else quantizer.tensor_quant(bits)
     compression = compression_of(module) or _attach(module)
     compression.quantizer, compression.bits = quantizer, bits
-    compression.tensor_quant = tensor_quant.to(stored_weight(module).device).train(module.training)
+    if tensor_quant is not None:
+        compression.tensor_quant = tensor_quant.to(stored_weight(module).device).train(module.training)
+
+
+def build_quantizer(compression: CompressedWeight, device: torch.device) -> None:
+    """Where :func:`grids_follow` left it out, and no grid came."""
+    if compression.tensor_quant is None and compression.quantizer is not None and compression.bits is not None:
+        tensor_quant = compression.quantizer.tensor_quant(compression.bits)
+        compression.tensor_quant = tensor_quant.to(device).train(compression.training)
 
 
 def mask_weight(module: nn.Module, kept: Tensor) -> None:
@@ -145,8 +170,10 @@ def computed_before(module: nn.Module) -> str:
     others = [type(p).__name__ for p in _chain(module) if not isinstance(p, CompressedWeight)]
     if others:
         return f"its weight is computed by {', '.join(others)}"
+    if compression_of(module) is not None:
+        return ""  # this was asked before it was compressed
     owner, tensor = home(module)
-    if not _chain(module) and tensor not in owner._parameters:
+    if tensor not in owner._parameters:
         return "its weight is computed from other parameters before each forward pass (weight_norm, prune …)"
     if quantized_by_brevitas(module):
         return f"Brevitas quantizes its weight already ({type(module).__name__})"

@@ -58,7 +58,7 @@ def describe(path: str | os.PathLike[str]) -> str:
 def _rows(file: Container) -> Iterator[tuple[str, str, int, int]]:
     """One row per weight, mask and other tensor: name, how it is kept, its bytes plain and in the file."""
     packed = part(file, "packed")
-    masks = {e["kept"]["tensor"]: math.prod(e["shape"]) for e in part(file, "plan")["edits"] if "kept" in e}
+    kept = {e["kept"]["tensor"]: e["shape"] for e in part(file, "plan")["edits"] if isinstance(e.get("kept"), dict)}
     parts: dict[str, list[str]] = defaultdict(list)
     for name in file.tensors:
         owner = name.rpartition(".")[0]
@@ -70,8 +70,8 @@ def _rows(file: Container) -> Iterator[tuple[str, str, int, int]]:
             kept_as = f"{how['bits']}-bit codes" if "bits" in how else "floats of the weights that exist"
             if "weights" in how:
                 plain += math.ceil(how["weights"] * how["bits"] / 8) - _bytes(file.tensors[f"{name}.codes"])
-        elif name.startswith(MASK):
-            plain, kept_as = math.ceil(masks[name] / 8), "bits or gaps"
+        elif name in kept:
+            plain, kept_as = math.ceil(math.prod(kept[name]) / 8), "bits or gaps"
             name = f"mask {name.removeprefix(MASK)}"
         else:
             kept_as = f"{str(file.tensors[name].dtype).removeprefix('torch.')} {list(file.tensors[name].shape)}"

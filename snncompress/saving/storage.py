@@ -18,8 +18,15 @@ from snncompress.errors import ModelError, OptionError, PlanError, StorageError
 from snncompress.interfaces import Adapter
 from snncompress.model.cells import cell_weights, layer_at, layer_of
 from snncompress.model.chance import undisturbed
-from snncompress.model.grids import Grid
-from snncompress.model.parametrizations import CompressedWeight, compression_of, gridded, hold
+from snncompress.model.grids import FixedGrid, Grid
+from snncompress.model.parametrizations import (
+    CompressedWeight,
+    build_quantizer,
+    compression_of,
+    gridded,
+    grids_follow,
+    hold,
+)
 from snncompress.model.plan import Plan, has_plan, plan_of, refuse_frozen
 from snncompress.version import __version__
 
@@ -111,7 +118,8 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
     total = sum(p.numel() for p in into.parameters()) + 1_000_000
     with undisturbed(into), torch.inference_mode(False), torch.no_grad():
         plan = expanded(part(file, "plan"), file.tensors, 64 * total)
-        model = plan.replayed(into, found, largest=64 * total)
+        with grids_follow():
+            model = plan.replayed(into, found, largest=64 * total)
         try:
             _fill(model, file, found)
         except StorageError as error:
@@ -196,13 +204,14 @@ def _compression(model: nn.Module, name: str) -> CompressedWeight | None:
 
 def _packed(compression: CompressedWeight, stored: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """How a layer's weight is kept, and in which tensors."""
-    kept = _kept(compression, stored)
+    turned, kept = compression.turned(stored), _kept(compression)
+    shape = {"shape": list(turned.shape)}
     if (found := gridded(compression, stored)) is None:
-        return {"shape": list(kept.shape)}, {"values": compression.turned(stored)[kept]}
+        return shape, {"values": _listed(turned, kept)}
     grid, numbers = found
-    codes = numbers[kept].cpu().numpy().astype(np.uint16)
+    codes = _listed(numbers, kept).cpu().numpy().astype(np.uint16)
     form, packed = pack_codes(codes, grid.bits)
-    how = {"shape": list(kept.shape), "bits": grid.bits, "zero_point": grid.zero_point}
+    how = {**shape, "bits": grid.bits, "zero_point": grid.zero_point}
     if form != "bits":
         how |= {"form": form, "weights": len(codes)}
     tensors = {"codes": torch.tensor(packed)}
@@ -216,10 +225,21 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _kept(compression: CompressedWeight, stored: Tensor) -> Tensor:
-    """Which weights exist, output channels first."""
-    mask = torch.ones_like(stored, dtype=torch.bool) if compression.mask is None else compression.mask
-    return compression.turned(mask)
+def _kept(compression: CompressedWeight) -> Tensor | None:
+    """Which weights exist, output channels first; None: all."""
+    return None if compression.mask is None else compression.turned(compression.mask)
+
+
+def _listed(weight: Tensor, kept: Tensor | None) -> Tensor:
+    """The weights that exist [n], in the order of memory."""
+    return weight.reshape(-1) if kept is None else weight.masked_select(kept)
+
+
+def _placed(listed: Tensor, kept: Tensor | None, shape: torch.Size) -> Tensor:
+    """The weights back at their places, 0 elsewhere."""
+    if kept is None:
+        return listed.view(shape)
+    return torch.zeros(shape, dtype=listed.dtype, device=listed.device).masked_scatter_(kept, listed)
 
 
 def _fill(model: nn.Module, file: Container, adapter: Adapter) -> None:
@@ -228,6 +248,9 @@ def _fill(model: nn.Module, file: Container, adapter: Adapter) -> None:
     aliases = {name: str(other) for name, other in part(file, "aliases").items()}
     moments = _moments(model, adapter)  # an adapter that didn't name them may have written the file
     left = {name: t for name, t in file.tensors.items() if not name.startswith(MASK) and name not in moments}
+    for name, target in _state(model, adapter).items():
+        if "bits" not in packed.get(name, {}) and (compression := _compression(model, name)) is not None:
+            build_quantizer(compression, target.device)
     state = {name: tensor for name, tensor in _state(model, adapter).items() if not _on_a_grid(name, packed)}
     found: dict[str, Tensor] = {}
     for name, target in state.items():
@@ -249,11 +272,14 @@ def _fill(model: nn.Module, file: Container, adapter: Adapter) -> None:
                 f"{name} is {_name(value.dtype)} {list(value.shape)} in the file and {_name(target.dtype)} "
                 f"{list(target.shape)} in the model."
             )
-        if value.is_floating_point() and bool(torch.isnan(value).any()):
+        if value.is_floating_point() and bool(value.sum().isnan()) and bool(value.isnan().any()):
             raise StorageError(f"{name} holds NaN.")
         target.copy_(value)
     for layer in _layers(model):
-        if compression_of(layer) is not None and not bool(torch.isfinite(cast(Tensor, layer.weight)).all()):
+        compression = compression_of(layer)
+        if compression is None or isinstance(compression.tensor_quant, FixedGrid):  # which is finite
+            continue
+        if not bool(torch.isfinite(cast(Tensor, layer.weight)).all()):
             raise StorageError(f"The weight of a {type(layer).__name__} comes out infinite, or as NaN.")
 
 
@@ -261,47 +287,51 @@ def _unpacked(
     compression: CompressedWeight, target: Tensor, name: str, how: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Tensor:
     """A layer's weight; it is taken out of ``tensors``, and the layer quantizes to the grid that the file names."""
-    kept = _kept(compression, target)
-    count = int(kept.sum())
+    shape, kept = compression.turned(target).shape, _kept(compression)
+    count = target.numel() if kept is None else int(kept.count_nonzero())
     if how.get("weights", count) != count:
         raise StorageError(f"{name} has {str(how['weights'])[:40]} weights in the file, {count} in the model.")
-    if how.get("shape") != list(kept.shape):
+    if how.get("shape") != list(shape):
         raise StorageError(
-            f"{name} has the shape {str(how.get('shape'))[:80]} in the file, {list(kept.shape)} in the model."
+            f"{name} has the shape {str(how.get('shape'))[:80]} in the file, {list(shape)} in the model."
         )
     if "bits" not in how:
-        value = torch.zeros(kept.shape, dtype=target.dtype, device=target.device)
-        value[kept] = _taken(tensors, f"{name}.values", target.dtype, (count,)).to(target.device)
-        return compression.turned(value)
-    grid = _grid(compression, kept, name, how, tensors, _wide(target.dtype))
-    codes = tensors.pop(f"{name}.codes", torch.zeros(0))
-    if codes.dtype != torch.uint8 or codes.dim() != 1:
+        values = _taken(tensors, f"{name}.values", target.dtype, (count,)).to(target.device)
+        return compression.turned(_placed(values, kept, shape))
+    grid = _grid(compression, shape, name, how, tensors, target)
+    packed = tensors.pop(f"{name}.codes", torch.zeros(0))
+    if packed.dtype != torch.uint8 or packed.dim() != 1:
         raise StorageError(f"{name} has no codes in bytes.")
-    numbers = torch.zeros(kept.shape, dtype=grid.scale.dtype, device=target.device)
-    numbers[kept] = torch.from_numpy(
-        unpack_codes(how.get("form", "bits"), codes.numpy(), grid.bits, count).astype(np.int32)
-    ).to(numbers)
+    codes = unpack_codes(how.get("form", "bits"), packed.numpy(), grid.bits, count)
+    numbers = torch.from_numpy(codes.astype(np.int32) if grid.bits > 8 else codes).to(grid.scale)
     hold(compression, grid)
-    return compression.turned(torch.where(kept, grid.values(numbers, target.dtype), 0.0))
+    if kept is None:
+        return compression.turned(grid.values(numbers.view(shape), target.dtype))
+    scale = grid.scale.expand(shape).masked_select(kept) if grid.scale.dim() else grid.scale
+    values = Grid(scale, grid.zero_point, grid.bits).values(numbers, target.dtype)
+    return compression.turned(_placed(values, kept, shape))
 
 
 def _grid(
-    compression: CompressedWeight, kept: Tensor, name: str, how: dict[str, Any], tensors: dict[str, Tensor],
-    dtype: torch.dtype,
+    compression: CompressedWeight, shape: torch.Size, name: str, how: dict[str, Any], tensors: dict[str, Tensor],
+    target: Tensor,
 ) -> Grid:  # fmt: skip
     """The grid that the file names; raises StorageError for one that can't be."""
     bits, zero_point, number = compression.bits, how.get("zero_point"), how.get("scale")
     if bits is None or how["bits"] != bits or not isinstance(zero_point, float) or not abs(zero_point) <= 2**17:
         raise StorageError(f"{name} has no bits and zero point that fit its layer.")
     if isinstance(number, float):
-        scale = torch.tensor(number, dtype=dtype)
+        scale = torch.tensor(number, dtype=_wide(target.dtype))
     else:
-        per_channel = (len(kept), *[1] * (kept.dim() - 1))
+        per_channel = (shape[0], *[1] * (len(shape) - 1))
         found = tensors.get(f"{name}.scale", torch.zeros(()))
         scale = _taken(tensors, f"{name}.scale", found.dtype, () if found.dim() == 0 else per_channel)
     if scale.dtype not in _SCALES or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise StorageError(f"{name} has a scale that is no positive number.")
-    return Grid(scale.to(kept.device), zero_point, bits)
+    ends = Grid(scale.max(), zero_point, bits).values(torch.tensor([0, 2**bits - 1]), target.dtype)
+    if not bool(torch.isfinite(ends).all()):
+        raise StorageError(f"{name} has a scale and zero point whose values are infinite.")
+    return Grid(scale.to(target.device), zero_point, bits)
 
 
 def _taken(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -287,7 +287,8 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8) | st.sampled_from([".plan.1", "gaps", "bitmap", "0.weight", "out", "deflated", "deflated gaps"]),
+    | st.text(max_size=8)
+    | st.sampled_from([".plan.1", "gaps", "bitmap", "0.weight", "out", "deflated", "deflated gaps"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip

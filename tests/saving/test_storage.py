@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,22 @@ class Uneven(Uniform):
                 return x + (x.sign() * x.abs().sqrt() - x).detach(), x.new_ones(()), x.new_zeros(()), x.new_tensor(2.0)
 
         return Sign()
+
+
+def test_loading_takes_no_brevitas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its import takes a second. Profiled and frozen, too; only a gradient needs it."""
+    small = chain(weights, bits(4))(network("spikingjelly"))
+    save(small, tmp_path / "small")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "brevitas"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "brevitas.function.ops_ste", None)
+    monkeypatch.setitem(sys.modules, "snncompress_rescaw.modules", None)
+    again = load(tmp_path / "small", into=network("spikingjelly"))
+    assert profile(again, DATA, timesteps=4).size_mb == profile(small, DATA, timesteps=4).size_mb
+    frozen = snncompress.freeze(again, DATA, timesteps=4)
+    assert not hasattr(frozen[7], "parametrizations")
+    with pytest.raises(ImportError):
+        again(DATA[0])
 
 
 def test_values_from_no_grid_are_kept_as_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,10 @@ class MaskWeights(Edit):
 
     def mask(self) -> Tensor:
         """The mask as a boolean tensor; raises PlanError where ``kept`` isn't one of this shape."""
+        bits = np.unpackbits(np.frombuffer(self._bits(), dtype=np.uint8), count=math.prod(self.shape))
+        return torch.from_numpy(bits.view(bool)).view(self.shape)
+
+    def _bits(self) -> bytes:
         size = math.prod(self.shape)
         try:
             packed = base64.b64decode(self.kept, validate=True)
@@ -50,8 +54,7 @@ class MaskWeights(Edit):
             raise PlanError(f"{self.layer}: its mask isn't base64: {error}.") from error
         if min(self.shape, default=0) < 0 or len(packed) != (size + 7) // 8:
             raise PlanError(f"{self.layer}: a mask of {len(packed)} bytes for a weight of shape {list(self.shape)}.")
-        bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=size)
-        return torch.from_numpy(bits.astype(bool)).view(self.shape)
+        return packed
 
     def check(self, model: nn.Module) -> None:
         """The layer must be there, with a weight of this shape that is its own parameter."""
@@ -65,7 +68,7 @@ class MaskWeights(Edit):
                 f"{self.layer} has a weight of shape {list(found)}, the plan's mask is {list(self.shape)}. The model "
                 f"isn't of the architecture that the plan was made for, or was compressed already."
             )
-        self.mask()
+        self._bits()
 
     def apply(self, model: nn.Module, adapter: Adapter) -> None:
         """Put the mask before the layer's weight."""
@@ -106,7 +109,7 @@ class MaskWeights(Edit):
         if packed.dtype != torch.uint8 or packed.dim() != 1:
             raise PlanError(f"A mask is stored as bytes, not as {packed.dtype} {list(packed.shape)}.")
         kept = unpack_mask(data["kept"]["form"], np.asarray(packed), size)
-        if data["kept"].get("weights", count := int(kept.sum())) != count:
+        if data["kept"].get("weights", count := int(np.count_nonzero(kept))) != count:
             raise PlanError(f"A mask of {count} weights is said to be one of {str(data['kept']['weights'])[:40]}.")
         return [cls.of(str(data["layer"]), torch.from_numpy(kept).view(data["shape"]))]
 
