@@ -4,8 +4,8 @@
 
 The four VGG-16 rows of QP-SNN at 8, 4 and 2 bits against Eq. 16; loading against building and ``load_state_dict`` of
 the dense network; the frozen network against a dense one of its shape, and against the one that isn't frozen; networks
-trained on MNIST, compressed, saved, and loaded in a new process (left out where MNIST is missing). One
-thread, ratios side by side in one process. Writes benchmarks/results/storage.md.
+trained on MNIST: against Eq. 16, their codes in other codecs, compressed, saved, and loaded in a new process (left out
+where MNIST is missing). One thread, ratios side by side in one process. Writes benchmarks/results/storage.md.
 """
 
 from __future__ import annotations
@@ -264,10 +264,10 @@ def main() -> None:
             print(f"Without the trained networks: {error}")
             trained = []
     text = [
-        "VGG-16 of QP-SNN, pruned and quantized; sizes in MB = 10⁶ bytes. Eq. 16 counts weights and parameters, removed "
-        "weights too; a file also holds batch norm statistics (buffers) and the plan. Plain is a file with each code at "
-        "its bit width and a bit for each weight of a mask, file the file as it is. The weights are random: even between two bounds, "
-        "of which γ = mean|W| clamps half.",
+        "VGG-16 of QP-SNN, pruned and quantized; sizes in MB = 10⁶ bytes. Eq. 16 counts weights and parameters, "
+        "removed weights too; a file also holds batch norm statistics (buffers) and the plan. Plain is a file with "
+        "each code at its bit width and a bit for each weight of a mask; file is what is on the disk. The weights are "
+        "random, even between two bounds, half of them clamped by γ = mean|W|.",
         "",
         "| parameters | bits | dense .pt | Eq. 16 | plain | file | file / Eq. 16 | dense / file |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

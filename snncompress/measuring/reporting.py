@@ -26,7 +26,8 @@ class LayerProfile:
             layers: named by the module that multiplies and torch's function), or ``"other"``: a module that holds
             parameters and is none of these.
         n_params: parameters, pruned ones that are still stored included.
-        size_mb: their size in MB = 10⁶ bytes.
+        size_mb: their size in MB = 10⁶ bytes, each weight at its bit width (Eq. 16 of QP-SNN), removed ones too. A
+            saved file is smaller, by their entropy; ``snncompress info`` prints both.
         n_mac, n_ac: multiply-accumulates and accumulates per sample (or per batch, see the conventions).
         energy_pj: their energy in pJ.
         firing_rate: mean spikes per neuron and timestep; neuron rows only.
