@@ -155,7 +155,9 @@ def weight_bits(module: nn.Module) -> int | None:
 
 def computed_weight(module: nn.Module) -> str:
     """Why this layer's weight is not a plain parameter, our own compression aside; empty where it is one."""
-    return computed_before(module) or computed_in_forward(module)
+    if why := computed_before(module):
+        return why
+    return "" if compression_of(module) is not None else computed_in_forward(module)  # asked before it was compressed
 
 
 def computed_in_forward(module: nn.Module) -> str:
@@ -170,10 +172,8 @@ def computed_before(module: nn.Module) -> str:
     others = [type(p).__name__ for p in _chain(module) if not isinstance(p, CompressedWeight)]
     if others:
         return f"its weight is computed by {', '.join(others)}"
-    if compression_of(module) is not None:
-        return ""  # this was asked before it was compressed
     owner, tensor = home(module)
-    if tensor not in owner._parameters:
+    if not _chain(module) and tensor not in owner._parameters:
         return "its weight is computed from other parameters before each forward pass (weight_norm, prune …)"
     if quantized_by_brevitas(module):
         return f"Brevitas quantizes its weight already ({type(module).__name__})"
