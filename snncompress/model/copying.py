@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -21,17 +21,18 @@ from .weight_norms import without_norms
 M = TypeVar("M", bound=nn.Module)
 
 
-def private_copy(model: M, adapter: Adapter, *, share: bool = False) -> M:
+def private_copy(model: M, adapter: Adapter, *, share: bool = False, blank: Iterable[object] = ()) -> M:
     """A deep copy with neurons reset; also of a model whose neurons still hold a live autograd graph.
 
     ``copy.deepcopy`` refuses tensors inside a graph, and resetting the user's model first would change it; so those
     tensors are replaced by detached clones on the way. With ``share`` the copy has the same parameters, which must not
-    be written into, but may be replaced.
+    be written into, but may be replaced. Values of parameters in ``blank`` aren't copied: the caller writes over them.
     """
     with torch.inference_mode(False):  # else the copy's parameters could never be changed
         memo: dict[int, Any] = {id(t): t.detach().clone() for t in _graph_tensors(model)}
         if share:
             memo |= {id(parameter): parameter for parameter in model.parameters()}
+        memo |= {id(p): nn.Parameter(torch.empty_like(p), p.requires_grad) for p in blank if type(p) is nn.Parameter}
         result = copy.deepcopy(model, memo)
         separate_classes(result)
         adapter.reset(result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -53,10 +53,13 @@ class Plan:
         weights = sum(p.numel() for p in model.parameters())
         return self.replayed(model, found, largest=_GROWTH * (weights + _GROWTH))
 
-    def replayed(self, model: M, adapter: Adapter, largest: int | None = None) -> M:
-        """:meth:`apply`, for those who know the adapter; no layer may grow beyond ``largest`` weights."""
+    def replayed(self, model: M, adapter: Adapter, largest: int | None = None, *, blank: Iterable[object] = ()) -> M:
+        """:meth:`apply`, for those who know the adapter; no layer may grow beyond ``largest`` weights.
+
+        Values of the parameters in ``blank`` aren't copied: the caller writes over them.
+        """
         refuse_frozen(model, "compressed")
-        result = private_copy(model, adapter)
+        result = private_copy(model, adapter, blank=blank)
         for edit in self.edits:
             try:
                 if largest is not None:

@@ -119,7 +119,7 @@ def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapte
     with undisturbed(into), torch.inference_mode(False), torch.no_grad():
         plan = expanded(part(file, "plan"), file.tensors, 64 * total)
         with grids_follow():
-            model = plan.replayed(into, found, largest=64 * total)
+            model = plan.replayed(into, found, 64 * total, blank=into.state_dict(keep_vars=True).values())
         try:
             _fill(model, file, found)
         except StorageError as error:
