@@ -280,7 +280,6 @@ def main() -> None:
         *(line for _, lines, _ in trained for line in lines),
         "",
         "Their 4-bit codes, coded in one way or another, as a share of their bits:",
-        "",
         *(
             line
             for framework, (*_, lines) in zip(NETS, trained, strict=False)
