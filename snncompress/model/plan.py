@@ -31,8 +31,9 @@ _DETACHED = "_snncompress_detached"
 class Plan:
     """What was done to a network.
 
-    ``edits`` in order; ``skipped`` says which layers kept all their channels, and why; ``origin`` which settings and
-    versions produced the plan. A plan is JSON: it reads back equal to itself.
+    ``edits`` in order; ``skipped`` says which layers kept all their channels, and why, or where nothing was pruned,
+    which can't be quantized; ``origin`` which settings and versions produced the plan. A plan is JSON: it reads back
+    equal to itself.
 
     >>> from snncompress import Plan, QuantizeWeights
     >>> plan = Plan((QuantizeWeights("conv2", "uniform", 4, {"ste": "clip"}),))

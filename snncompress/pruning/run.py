@@ -78,6 +78,8 @@ class Run(Generic[M]):
         computed = {n: why for n in self.quantized() if (why := computed_weight(layer_at(model, n)))}
         self.skips = Skips(self.skips.prune, {**self.skips.quantize, **computed})
         self.pruning, self.skipped = self._what_goes(network)
+        if settings.criterion is None:  # the plan says what is left of what was asked for
+            self.skipped = computed
         for name, bits in self.quantized().items():
             QuantizeWeights(name, "", bits, {}).check(model)  # before anything takes time
         if channels and (skip is None or (isinstance(skip, Mapping) and "prune" not in skip)):

@@ -185,6 +185,7 @@ def test_computed_weights_are_counted_as_they_are_used_and_left_alone(kind: type
     with pytest.warns(NothingToDoWarning, match=rf"'2': its forward computes another weight.*{kind.__name__}"):
         few = snncompress.apply(model, None, bits=2, data=X, timesteps=3, skip=[], repair=None)
     assert few[2].state_dict().keys() == model[2].state_dict().keys()
+    assert set(snncompress.plan_of(few).skipped) == {"2"}
     assert all(len(channel.unique()) <= 4 for channel in few[4].weight)
 
 
