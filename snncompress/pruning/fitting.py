@@ -22,7 +22,9 @@ from .rounding import passed_on
 
 RepairKind = Literal["membrane", "current"]
 Rounding = Literal["gptq", "nearest"]
-_RIDGE, _DAMPING = 1e-2, 1e-2
+RIDGE, FAINT_RIDGE = 1e-2, 1e-3
+"""How much the weights that are there count, relative to the mean power of what is read."""
+_DAMPING = 1e-2
 _LEAST = 1e-6
 """Of the gain of a batch norm: with less, nothing passes it."""
 _SAMPLES = 2048
@@ -70,6 +72,7 @@ class LayerFit:
     feed: Feed
     kind: RepairKind
     rounding: Rounding = "nearest"
+    ridge: float = RIDGE
     sums: Sums | None = None
 
     def __post_init__(self) -> None:
@@ -143,7 +146,7 @@ class LayerFit:
                 support = torch.cat([support, torch.ones_like(support[..., :1])], 2)
         errors = sums.errors(self._theta(self._effective(), offset))
         start = _Answer(old, offset, errors, torch.full_like(errors, torch.inf))
-        theta = solved(sums, self._theta(old, offset), _RIDGE * sums.scarcity(), support)
+        theta = solved(sums, self._theta(old, offset), self.ridge * sums.scarcity(), support)
         if self._offset and self.network.drives.get(self.name):
             wide = stretched(sums, theta)
             theta = wide.where((sums.errors(wide) < start.errors).unsqueeze(2), theta)
