@@ -35,8 +35,8 @@ WIDTHS = range(2, 9)
 """Bit widths among which "auto" chooses."""
 _TRIES = 6
 _CEILING = 0.95
-_CLOSE = 0.98
-"""Of a budget that much must be used up, where what can go comes in pieces small enough."""
+_CLOSE, _AIM = 0.98, 0.99
+"""Of a budget that much must be used up, where what can go comes in pieces small enough, and is aimed at."""
 
 
 def within(budget: Budget, table: Bench[Any], settings: Settings, skip: Any, progress: Progress | None) -> Settings:
@@ -58,6 +58,7 @@ def within(budget: Budget, table: Bench[Any], settings: Settings, skip: Any, pro
     if not budget.measured:
         trying = replace(trying, repair=None)
     most = goals = budget.most(before)
+    known: dict[str, list[tuple[float, float]]] = {kind: [] for kind in most}
     best: tuple[float, dict[str, Any]] = math.inf, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run that counts will say it
@@ -73,7 +74,9 @@ def within(budget: Budget, table: Bench[Any], settings: Settings, skip: Any, pro
                 best = used, found
             if _CLOSE <= used <= 1 or (not enough and used > 1):
                 break
-            goals = {kind: goals[kind] / over[kind] * (1 - (1 - _CLOSE) / 4) for kind in budget.kinds}
+            for kind, goal in goals.items():
+                known[kind].append((goal, over[kind]))
+            goals = {kind: _aim(known[kind], binding=over[kind] == used or over[kind] > 1) for kind in goals}
     if best[0] > 1:
         raise OptionError(
             f"The budget can't be met: {_told(most)} was asked for, and the least that was reached is "
@@ -82,6 +85,22 @@ def within(budget: Budget, table: Bench[Any], settings: Settings, skip: Any, pro
             f"cost falls with timesteps."
         )
     return replace(settings, **best[1])
+
+
+def _aim(known: list[tuple[float, float]], *, binding: bool) -> float:
+    """The next goal for a cost, from the goals so far and what share of the budget came of each.
+
+    Between one that was too low and one that was too high where both are known.
+
+    >>> _aim([(10.0, 1.2)], binding=True), _aim([(10.0, 1.2), (8.0, 0.9)], binding=True)  # 10 / 1.2, and 0.3 of the way
+    (8.25, 8.6)
+    """
+    goal, share = known[-1]
+    below, above = [k for k in known if k[1] <= 1], [k for k in known if k[1] > 1]
+    if below and above:
+        (low, less), (high, more) = max(below, key=lambda k: k[1]), min(above, key=lambda k: k[1])
+        return low + (high - low) * (_AIM - less) / (more - less)
+    return goal / share * _AIM if binding else goal
 
 
 def _measured(model: Any, table: Bench[Any]) -> Profile:
