@@ -26,6 +26,7 @@ from .errors import (
 )
 from .export.exporting import export
 from .export.freezing import freeze
+from .export.quickening import FrozenLayer, FrozenLayers, frozen_layers
 from .measuring.conventions import Conventions
 from .measuring.evaluation import Evaluation, evaluate
 from .measuring.gradients import GradientAwareLoss, GradientFlow, gradient_flow
@@ -62,6 +63,8 @@ __all__ = [
     "Edit",
     "EmptyLayerWarning",
     "Evaluation",
+    "FrozenLayer",
+    "FrozenLayers",
     "GradientAwareLoss",
     "GradientFlow",
     "GridUse",
@@ -107,6 +110,7 @@ __all__ = [
     "export",
     "finetune",
     "freeze",
+    "frozen_layers",
     "gradient_flow",
     "load",
     "plan_of",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -332,6 +332,20 @@ class Dynamics:
     inclusive: bool
 
 
+class Emission(Protocol):
+    """The spikes of consecutive timesteps, which a fast neuron fills in, in what form the network wants them."""
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each timestep its current, and floats of the same shape, to be set to 1 where the neuron fires, else 0.
+
+        They are taken over when the next timestep is asked for; the current stays as it is.
+        """
+
+    @property
+    def spikes(self) -> Tensor:
+        """All timesteps, [T, N, ...]."""
+
+
 class Memory(ABC):
     """A module of the library's own that remembers from timestep to timestep, as a framework's neurons do."""
 
@@ -356,6 +370,7 @@ class Adapter(ABC):
             "export": ("make_traceable", "single_step"),
             "states": ("states", "set_states"),
             "equations": ("dynamics",),
+            "inference": ("make_fast",),
         }
     )
     """Groups of methods that an adapter may leave as they are."""
@@ -509,3 +524,14 @@ class Adapter(ABC):
     def dynamics(self, neuron: nn.Module) -> Dynamics:
         """The neuron's equation; raises ModelError, with the reason, for a neuron that follows another one."""
         raise ModelError(f"the adapter of {self.framework} doesn't know its equation")
+
+    # --- optional, "inference": snncompress.freeze ---
+
+    def make_fast(self, neuron: nn.Module, emitted: Callable[[Tensor], Emission]) -> None:
+        """Let a neuron of a frozen copy compute in place, and put out ``emitted(currents).spikes``, both [T, N, ...].
+
+        It is called as before, with the same memory before and after each call, and fires alike but for rounding. Where
+        it is observed, differentiated or made traceable it computes as it did. Another call takes the place of the
+        first. Raises ModelError, with the reason, for a neuron that it can't be done for.
+        """
+        raise ModelError(f"the adapter of {self.framework} has no fast neurons")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from snncompress.extend import (
     Adapter,
     Dynamics,
+    Emission,
     ModelError,
     Observer,
     StandIn,
@@ -152,6 +155,7 @@ class SNNTorchAdapter(Adapter):
                 raise ModelError(
                     f"{type(neuron).__name__} needs all timesteps at once, so it can't be exported as one."
                 )
+            vars(neuron).pop("forward", None)  # a fast one
             neuron.spike_grad = _above_zero
             vars(neuron)["reset_mechanism_val"] = int(neuron._buffers.pop("reset_mechanism_val"))
 
@@ -214,6 +218,33 @@ class SNNTorchAdapter(Adapter):
         threshold = node.threshold.detach().double()
         return Dynamics(leak, torch.ones_like(leak), threshold, 0.0, reset, inclusive=False)
 
+    def make_fast(self, neuron: nn.Module, emitted: Callable[[Tensor], Emission]) -> None:
+        """Leaky and Lapicque, with all three resets; with ``reset_delay``, or reset to zero."""
+        node: Any = neuron
+        kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
+        if kind not in ("Leaky", "Lapicque"):
+            raise ModelError("of snnTorch's neurons Leaky and Lapicque have a fast form")
+        after = not getattr(node, "reset_delay", True)
+        unlike = {
+            "inhibition=True": node.inhibition,
+            "state_quant": node.state_quant,
+            "graded_spikes_factor": bool((node.graded_spikes_factor != 1).any()),
+            "a threshold below 0": bool((node.threshold < 0).any()),
+            "reset_delay=False with reset_mechanism='subtract'": after and node.reset_mechanism == "subtract",
+        }
+        if odd := [what for what, found in unlike.items() if found]:
+            raise ModelError(f"a neuron with {odd[0]} has no fast form")
+        gain: Tensor | None = None
+        if kind == "Leaky":
+            decay = node.beta.detach().clamp(0, 1)
+        else:
+            decay = torch.as_tensor(1 - node.time_step / (node.R * node.C)).detach()
+            gain = torch.as_tensor(node.R * (1 / (node.R * node.C)) * node.time_step).detach()
+        node.spike_grad = _above_zero  # a frozen network needs no gradient, and surrogates can't be pickled
+        wipes = kind == "Lapicque"
+        step = _Step(_plain(decay), _plain(gain), _plain(node.threshold.detach()), node.reset_mechanism, after, wipes)
+        vars(node)["forward"] = partial(_fast, node, emitted, step)
+
     @contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
         """``utils.reset`` in a user's code then resets this model, and not the one that it was copied from."""
@@ -236,6 +267,62 @@ class SNNTorchAdapter(Adapter):
     def _listed(self, model: nn.Module) -> list[nn.Module]:
         """Those that snnTorch itself keeps in its list."""
         return [n for n in self.neurons(model).values() if _derives(n, "SpikingNeuron")]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """m ← decay · m + gain · x; it fires where m > threshold, and is reset in the next step, or at the end of this one.
+
+    A reset to zero takes the potential alone, or with ``wipes``, as Lapicque has it, the next input too.
+    """
+
+    decay: Tensor | float
+    gain: Tensor | float | None
+    threshold: Tensor | float
+    reset: str
+    after: bool
+    wipes: bool
+
+    def __call__(self, m: Tensor, x: Tensor, fired: Tensor) -> Tensor:
+        """The next m; ``fired`` is filled."""
+        x = x if self.gain is None else x * self.gain
+        late = self.reset != "none" and not self.after
+        if late:
+            torch.gt(m, self.threshold, out=fired)
+        if late and self.reset == "zero" and not self.wipes:
+            m = torch.addcmul(m, m, fired, value=-1)
+        m = torch.add(x, m, alpha=self.decay) if isinstance(self.decay, float) else m * self.decay + x
+        if late and self.reset == "subtract":
+            if isinstance(self.threshold, float):
+                m.sub_(fired, alpha=self.threshold)
+            else:
+                m.addcmul_(fired, self.threshold, value=-1)
+        if late and self.wipes and self.reset == "zero":
+            m.addcmul_(m, fired, value=-1)
+        torch.gt(m, self.threshold, out=fired)
+        return m.addcmul_(m, fired, value=-1) if self.after and self.reset == "zero" else m
+
+
+def _plain(value: Tensor | None) -> Any:
+    """A number where there is one."""
+    return float(value) if value is not None and value.numel() == 1 else value
+
+
+def _fast(
+    node: Any, emitted: Callable[[Tensor], Emission], step: _Step, input_: Tensor, mem: Tensor | None = None
+) -> Any:
+    observed = "fire" in vars(node)
+    if observed or (torch.is_grad_enabled() and (input_.requires_grad or (mem is not None and mem.requires_grad))):
+        return type(node).forward(node, input_, mem)
+    if node.init_hidden and mem is not None:
+        raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+    emission = emitted(input_.unsqueeze(0))
+    mem = node.mem if mem is None else mem
+    for current, fired in emission.steps():
+        mem = step(mem if mem.shape == current.shape else torch.zeros_like(current), current, fired)
+    node.mem = mem
+    spikes = emission.spikes[0]
+    return spikes if node.init_hidden and not node.output else (spikes, mem)
 
 
 def _derives(module: nn.Module, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from snncompress.extend import (
     Adapter,
     Dynamics,
+    Emission,
     ModelError,
     Observer,
     StandIn,
@@ -180,6 +182,7 @@ class SpikingJellyAdapter(Adapter):
         """Ũ - θ ≥ 0, as the surrogate functions have it."""
         neuron: Any
         for neuron in self.neurons(model).values():
+            vars(neuron).pop("forward", None)  # a fast one
             neuron.surrogate_function = _AtLeastZero()
             neuron.store_v_seq = False
 
@@ -225,6 +228,54 @@ class SpikingJellyAdapter(Adapter):
             raise ModelError("of SpikingJelly's neurons IFNode, LIFNode and ParametricLIFNode are known by equation")
         threshold = torch.as_tensor(node.v_threshold, dtype=torch.float64)
         return Dynamics(leak, gain, threshold, node.v_reset or 0.0, node.v_reset, inclusive=True)
+
+    def make_fast(self, neuron: nn.Module, emitted: Callable[[Tensor], Emission]) -> None:
+        """IFNode, LIFNode and ParametricLIFNode with their step in as few passes over memory as torch allows."""
+        d, node = self.dynamics(neuron), cast(Any, neuron)
+        if node.store_v_seq or node._neuron_precision is not None:
+            raise ModelError("it stores its potentials, or computes in a precision of its own")
+        leak, gain, threshold = float(d.leak), float(d.gain), float(d.threshold)
+        vars(node)["forward"] = partial(_fast, node, emitted, _Step(leak, gain, leak * d.rest, threshold, d.reset))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """v ← (1 - leak) · v + gain · x + drift; it fires where v ≥ threshold, and is reset to ``reset``, else by θ."""
+
+    leak: float
+    gain: float
+    drift: float
+    threshold: float
+    reset: float | None
+
+    def __call__(self, v: Tensor | float, x: Tensor, fired: Tensor, *, out: Tensor | None) -> Tensor:
+        """The next v, in ``out`` where that is given."""
+        if not isinstance(v, Tensor):
+            v = torch.add(x * self.gain, (1 - self.leak) * v) if v else x * self.gain
+        elif self.gain == self.leak:
+            v = torch.lerp(v, x, self.leak, out=out)
+        else:
+            v = torch.add(x if self.gain == 1 else x * self.gain, v, alpha=1 - self.leak, out=out)
+        if self.drift:
+            v += self.drift
+        torch.ge(v, self.threshold, out=fired)
+        if self.reset is None:
+            return v.sub_(fired, alpha=self.threshold)
+        v.addcmul_(v, fired, value=-1)  # faster than masked_fill_
+        return v.add_(fired, alpha=self.reset) if self.reset else v
+
+
+def _fast(node: Any, emitted: Callable[[Tensor], Emission], step: _Step, x: Tensor) -> Tensor:
+    observed = not _lives_in(type(node.surrogate_function), "surrogate")
+    if observed or node.training or (torch.is_grad_enabled() and x.requires_grad):
+        return cast(Tensor, type(node).forward(node, x))
+    multi = _is_multi_step(node)
+    emission = emitted(x if multi else x.unsqueeze(0))
+    v, out = node.v, None
+    for current, fired in emission.steps():
+        v = out = step(v, current, fired, out=out)  # in place from the second step on, as the first v may be kept
+    node.v = v
+    return emission.spikes if multi else emission.spikes[0]
 
 
 class _AtLeastZero(nn.Module):

@@ -19,7 +19,8 @@ from snncompress.model.copying import private_copy
 from snncompress.model.modules import tensors_in
 from snncompress.running.bench import bench
 
-from .freezing import freeze
+from .freezing import folded
+from .integer_layers import make_float
 from .nir_export import nir_graph
 from .onnx_export import Step, onnx_model
 
@@ -97,11 +98,12 @@ def export(
     kind = _checked_format(format, path)
     with bench(model, data, timesteps, adapter=adapter) as table:
         found, batch = table.adapter, table.feed.first()
+        for module in table.model.modules():
+            make_float(module)  # of a network that was frozen for integers
         step, x = _one_step(table.copy(), found, batch.x, timesteps)
         _check_same(table.model, found, step, x)
         if kind == "nir":
-            frozen = freeze(model, [batch.raw], timesteps=timesteps, adapter=found)
-            step, x = _one_step(frozen, found, batch.x, timesteps)
+            step, x = _one_step(folded(table.copy().eval(), found, table.feed.example()), found, batch.x, timesteps)
         with found.alone(step):
             content = _nir_bytes(step, found, x) if kind == "nir" else onnx_model(Step(step, found), x)
     write_whole(path, lambda file: file.write(content))

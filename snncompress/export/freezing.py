@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import fusion
 
-from snncompress.errors import DataError
+from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, Forward
 from snncompress.model.cells import layer_at
 from snncompress.model.copying import private_copy
 from snncompress.model.network import WEIGHT_LAYERS, weight_layers
-from snncompress.model.parametrizations import bake, computed_weight
+from snncompress.model.parametrizations import bake, compression_of, computed_weight, gridded, stored_weight
 from snncompress.model.plan import detach
 from snncompress.running.bench import bench
 from snncompress.running.data import Run
 from snncompress.running.sameness import all_same, wire, wired_outputs
+
+from .integer_layers import Codes
+from .integer_layers import codes as codes_of
+from .quickening import quicken
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,6 +36,7 @@ def freeze(
     data: Any = None,
     *,
     timesteps: int | None = None,
+    integer: bool | Literal["auto"] = False,
     forward: Forward | None = None,
     adapter: Adapter | str | None = None,
 ) -> M:
@@ -44,20 +49,37 @@ def freeze(
     batch norms and neurons as wires: the outputs must stay. Elsewhere the batch norm stays.
 
     The copy is in eval mode, without gradients, and holds no plan: it can't be compressed further or saved with
-    :func:`snncompress.save`, but its weights are ordinary tensors. Its outputs are those of ``model.eval()`` up to the
+    :func:`snncompress.save`, but as a whole with ``torch.save``. Its outputs are those of ``model.eval()`` up to the
     rounding of floats, which can move a membrane potential that lies at its threshold to the other side.
+
+    It is made to be fast on a CPU: neurons whose equation the adapter knows compute in place, convolutions have their
+    channels last in memory, and a layer whose input is the same in every timestep (direct encoding) is computed once.
+
+    With ``integer``, layers whose weight was quantized to at most 8 bits and whose input is spikes compute
+
+        y_c = scale_c · Σ k_ci · s_i + bias_c
+
+    with spikes s and codes k of a byte each and exact sums in 32 bits, batch norm in the scale and the bias. Their
+    weights take a quarter of the memory. What is spikes is seen on the example: what neurons put out, through pooling
+    by maxima, reshaping and sums, or other whole numbers from 0 to 127. An input that turns out to be anything else is
+    computed in float, from the same weights. :func:`snncompress.frozen_layers` tells which layers compute in float, and
+    why. The operators are oneDNN's inside torch, and not part of its public interface: they are tried once, and without
+    them all layers compute in float.
 
     Args:
         model: a network, compressed or not; it stays as it is.
         data: an example of what it takes: a batch, a DataLoader, or an iterable of batches, of which one sample is
             used. None: noise of a shape that fits.
         timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds a batch as it is.
+        integer: whether layers compute with integers where they can. "auto" leaves those in float that are known to be
+            faster so. With True a network in which no layer can is an error.
         forward: ``forward(model, batch)`` for models with a signature of their own.
         adapter: a framework's name or an Adapter, where the model doesn't tell.
 
     Raises:
         DataError: the data don't fit the model, or none are given and no shape of noise fits.
-        ModelError: neurons of two frameworks, or an uninitialised layer.
+        ModelError: neurons of two frameworks, an uninitialised layer, or ``integer=True`` and no layer that can.
+        OptionError: another value of ``integer``.
 
     Example:
         >>> from spikingjelly.activation_based import layer, neuron
@@ -66,16 +88,39 @@ def freeze(
         >>> frozen[1]
         Identity()
     """
+    if not (isinstance(integer, bool) or integer == "auto"):
+        raise OptionError(f"integer must be True, False or 'auto', not {integer!r}.")
     with bench(model, data, timesteps, forward, adapter=adapter, plain=True, noise="structure") as table:
         frozen, found = table.model.eval(), table.adapter
-        for name in weight_layers(frozen):
-            bake(layer_at(frozen, name))
-        _fold(frozen, found, table.feed.example())
+        codes = {name: _codes(layer_at(frozen, name)) for name in weight_layers(frozen)} if integer else {}
+        folded(frozen, found, table.feed.example())
+        frozen = quicken(frozen, found, table.feed.example(), codes, integer=integer)
     found.reset(frozen)
     found.adopt(frozen)
-    detach(frozen)
-    frozen.requires_grad_(False)
     return frozen
+
+
+def folded(model: M, adapter: Adapter, run: Run) -> M:
+    """Bake the weights of a copy in eval mode, fold its batch norms and take its plan away, in place."""
+    for name in weight_layers(model):
+        bake(layer_at(model, name))
+    _fold(model, adapter, run)
+    adapter.reset(model)
+    detach(model)
+    model.requires_grad_(False)
+    return model
+
+
+def _codes(layer: nn.Module) -> Codes | str:
+    """A layer's weight as whole numbers, or why it isn't."""
+    compression = compression_of(layer)
+    if compression is None or compression.bits is None:
+        return "its weight isn't quantized"
+    on_grid = gridded(compression, stored_weight(layer))
+    if on_grid is None:
+        return "its weights don't lie on one grid"
+    mask = None if compression.mask is None else compression.turned(compression.mask)
+    return codes_of(*on_grid, mask)
 
 
 def _fold(model: nn.Module, adapter: Adapter, run: Run) -> None:

@@ -91,8 +91,8 @@ def test_the_same_function_without_norms_and_parametrizations(framework: str) ->
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in frozen.modules())
     assert not any(torch.nn.utils.parametrize.is_parametrized(m) for m in frozen.modules())
     assert all(type(p) is nn.Parameter and not p.requires_grad for p in frozen.parameters())
-    kinds = [type(m) for m in frozen]
-    assert kinds == [nn.Identity if isinstance(m, nn.modules.batchnorm._BatchNorm) else type(m) for m in net]
+    kinds = [nn.Identity if isinstance(m, nn.modules.batchnorm._BatchNorm) else type(m) for m in net]
+    assert all(map(isinstance, frozen, kinds))
     assert agree(scores(frozen), scores(small))
     assert not frozen.training
     assert float((frozen[4].weight == 0).float().mean()) > 0.3  # removed weights are plain zeros

@@ -1,0 +1,258 @@
+"""A frozen network made fast: neurons in place, channels last in memory, a constant input read once, integer layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from snncompress.base.display import number, table
+from snncompress.errors import ModelError, SNNCompressError
+from snncompress.interfaces import Adapter, Memory
+from snncompress.model.copying import private_copy
+from snncompress.model.modules import tensors_in
+from snncompress.model.network import WEIGHT_LAYERS
+from snncompress.model.spikes import Emitted, EmittedBytes, Spikes, counts_of, in_float
+from snncompress.running.data import Run
+from snncompress.running.sameness import same
+
+from .integer_layers import Codes, IntegerLayer, instructions, make_float, make_integer
+
+M = TypeVar("M", bound=nn.Module)
+_WHY = "_snncompress_why_float"
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """How one weight layer of a frozen network computes.
+
+    Fields:
+        name: of the module.
+        integer: whether it multiplies bytes, and adds up in 32 bits.
+        why: it computes in float; empty where it doesn't.
+        n_bytes: of its weight, scales and bias in memory, as far as torch tells: an instruction set may want blocks.
+    """
+
+    name: str
+    integer: bool
+    why: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class FrozenLayers:
+    """The weight layers of a frozen network; printed as a table."""
+
+    layers: tuple[FrozenLayer, ...]
+    instructions: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of all weight layers."""
+        return sum(layer.n_bytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [(row.name, "integer" if row.integer else "float", number(row.n_bytes), row.why) for row in self.layers]
+        text = table(("layer", "computes in", "bytes", "why"), rows, ("total", "", number(self.n_bytes), ""))
+        return f"{text}\nInstructions: {self.instructions}"
+
+
+def frozen_layers(model: nn.Module) -> FrozenLayers:
+    """Which layers of a network that :func:`snncompress.freeze` made compute with integers, and what they hold.
+
+    Example:
+        >>> net = snncompress.freeze(nn.Sequential(nn.Linear(4, 2)))
+        >>> print(frozen_layers(net).layers)
+        (FrozenLayer(name='0', integer=False, why='integer=False', n_bytes=40),)
+    """
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, IntegerLayer):
+            held = [module.scale] if module.bias is None else [module.scale, module.bias]
+            n_bytes = module.numbers.numel() + sum(t.numel() * t.element_size() for t in held)
+            rows.append(FrozenLayer(name, True, "", n_bytes))
+        elif isinstance(module, WEIGHT_LAYERS):
+            n_bytes = sum(t.numel() * t.element_size() for t in module.parameters(recurse=False))
+            rows.append(FrozenLayer(name, False, vars(module).get(_WHY, "it isn't frozen"), n_bytes))
+    return FrozenLayers(tuple(rows), instructions())
+
+
+class ConstantInput(nn.Module, Memory):
+    """What a layer becomes whose input is the same in every timestep (direct encoding); mixed into its own class.
+
+    Its output is computed once: along the first axis where all entries are equal there, else from call to call.
+    """
+
+    _read: Tensor | None
+    _made: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer has it."""
+        plain: Callable[[Tensor], Tensor] = cast(Any, super()).forward
+        if torch.is_grad_enabled() and x.requires_grad:
+            return plain(x)
+        if _has_time(self, x):
+            return plain(x[:1]).expand(len(x), *[-1] * (x.dim() - 1)) if _constant(x) else plain(x)
+        if self._read is None or self._made is None or not _equal(self._read, x):
+            self._read, self._made = x.clone(), plain(x)
+        return self._made.clone()  # which others may write into
+
+    def reset(self) -> None:
+        """Forget the last input."""
+        self._read = self._made = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self).__mro__[2],), {**vars(self), "_read": None, "_made": None}
+
+
+@cache
+def _constant_class(kind: type) -> type:
+    return type(f"Constant{kind.__name__}", (ConstantInput, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+
+
+def _blank(kind: type) -> nn.Module:
+    made: nn.Module = object.__new__(_constant_class(kind))
+    return made
+
+
+def _has_time(layer: Any, x: Tensor) -> bool:
+    """Has ``x`` an axis more than [N, C, *]?"""
+    return x.dim() > (len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else 2)
+
+
+def _constant(x: Tensor) -> bool:
+    return len(x) > 1 and (x.stride(0) == 0 or torch.equal(x[1:], x[:-1]))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+@dataclass
+class _Seen:
+    """What a weight layer was called with in an example."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Spikes, or whole numbers that aren't all 0, as those may be chance."""
+        return bool(self.inputs) and all(
+            isinstance(x, Spikes) or (counts_of(x) is not None and bool(x.any())) for x in self.inputs
+        )
+
+    def constant(self, layer: nn.Module) -> bool:
+        """The same in every timestep."""
+        if not self.inputs or any(isinstance(x, Spikes) for x in self.inputs):
+            return False
+        if all(_has_time(layer, x) for x in self.inputs):
+            return all(map(_constant, self.inputs))
+        return len(self.inputs) > 1 and all(_equal(self.inputs[0], x) for x in self.inputs[1:])
+
+
+def quicken(model: M, adapter: Adapter, run: Run, found: Mapping[str, Codes | str], *, integer: bool | str) -> M:
+    """A network with folded batch norms made fast in place; ``found`` has the codes of weights, or why there are none.
+
+    Raises ModelError where ``integer`` is True, and no layer can be one of integers.
+    """
+    before = private_copy(model, adapter)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)}
+    why = dict.fromkeys(layers, "integer=False")
+    wanted = bool(integer) and any(isinstance(code, Codes) for code in found.values())
+    seen: dict[str, _Seen] | None = None
+    if integer:
+        why = {name: _reason(found.get(name)) for name in layers}
+    if wanted and (seen := _tried(model, adapter, run, EmittedBytes, last=True)) is not None:
+        for name, layer in layers.items():
+            why[name] = _made_integer(layer, found.get(name), seen[name], lightly=integer == "auto")
+    elif wanted:
+        why = {name: reason or "the network can't hand its spikes on as whole numbers" for name, reason in why.items()}
+    made = any(not reason for reason in why.values())
+    if integer is True and not made:
+        raise ModelError(
+            f"No layer of this {type(model).__name__} can compute with integers: "
+            f"{'; '.join(f'{name}: {reason}' for name, reason in why.items())}. Quantize its weights to at most 8 bits "
+            f"with snncompress.apply(…, bits=…), or take integer='auto' or False."
+        )
+    if made:
+        model.register_forward_hook(_handed_out)
+    else:
+        seen = _tried(model, adapter, run, Emitted, last=True) or _tried(model, adapter, run, Emitted, last=False)
+        if seen is None:
+            model = before
+    for name, layer in layers.items():
+        if seen is not None and not isinstance(layer, IntegerLayer) and seen[name].constant(layer):
+            vars(layer).update(_read=None, _made=None)
+            layer.__class__ = _constant_class(cast(Any, type(layer)))
+        vars(model.get_submodule(name))[_WHY] = why[name]
+    return model
+
+
+def _reason(code: Codes | str | None) -> str:
+    return "its weight isn't quantized" if code is None else code if isinstance(code, str) else ""
+
+
+def _tried(
+    model: nn.Module, adapter: Adapter, run: Run, emitted: type[Emitted], *, last: bool
+) -> dict[str, _Seen] | None:
+    """Fast neurons, and with ``last`` channels last; what the layers then read in an example, or None if it fails."""
+    for neuron in adapter.neurons(model).values():
+        try:
+            adapter.make_fast(neuron, emitted)
+        except ModelError:
+            continue  # it stays as it is
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and "weight" in module._parameters:
+            flat = isinstance(module, nn.Conv2d)
+            order = torch.channels_last if flat else torch.channels_last_3d
+            module.weight.data = module.weight.data.contiguous(memory_format=order if last else torch.contiguous_format)
+    seen: dict[str, _Seen] = {}
+
+    def taken(kept: _Seen, module: nn.Module, args: Any, named: Any) -> None:
+        kept.inputs += [x if isinstance(x, Spikes) else x.clone() for x in list(tensors_in([args, named]))[:1]]
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, WEIGHT_LAYERS):
+                hook = partial(taken, seen.setdefault(name, _Seen()))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        try:
+            run(model)
+        except SNNCompressError:  # such as of a view of what isn't contiguous
+            return None
+    return seen
+
+
+def _made_integer(layer: nn.Module, code: Codes | str | None, seen: _Seen, *, lightly: bool) -> str:
+    """Make a layer one of integers, or say why not."""
+    if not isinstance(code, Codes):
+        return _reason(code)
+    if not seen.inputs:
+        return "the network doesn't call it"
+    if not seen.whole:
+        return "its input isn't spikes"
+    if (
+        lightly
+        and 1 < getattr(layer, "groups", 1) < cast(Any, layer).out_channels
+        and cast(Any, layer).weight.shape[1] == 1
+    ):
+        return "depthwise, with several outputs of each input, it is faster in float"
+    x = seen.inputs[0]
+    expected = layer.forward(in_float(x))
+    if reason := make_integer(layer, code):
+        return reason
+    if not same(expected, layer.forward(x)):
+        make_float(layer)
+        return f"{type(layer).__name__} computes something else than its weights say"
+    return ""
+
+
+def _handed_out(model: nn.Module, args: Any, output: Any) -> Any:
+    """What a network puts out are floats."""
+    return in_float(output)
