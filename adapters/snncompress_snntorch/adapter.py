@@ -240,7 +240,8 @@ class SNNTorchAdapter(Adapter):
         else:
             decay = torch.as_tensor(1 - node.time_step / (node.R * node.C)).detach()
             gain = torch.as_tensor(node.R * (1 / (node.R * node.C)) * node.time_step).detach()
-        node.spike_grad = _above_zero  # a frozen network needs no gradient, and surrogates can't be pickled
+        if not isinstance(node.spike_grad, _Surrogate):
+            node.spike_grad = _Surrogate(node.spike_grad)
         wipes = kind == "Lapicque"
         step = _Step(_plain(decay), _plain(gain), _plain(node.threshold.detach()), node.reset_mechanism, after, wipes)
         vars(node)["forward"] = partial(_fast, node, emitted, step)
@@ -301,6 +302,22 @@ class _Step:
             m.addcmul_(m, fired, value=-1)
         torch.gt(m, self.threshold, out=fired)
         return m.addcmul_(m, fired, value=-1) if self.after and self.reset == "zero" else m
+
+
+class _Surrogate:
+    """A surrogate function, which in snnTorch can't be pickled; from a file comes the comparison alone."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+    def __deepcopy__(self, memo: Any) -> _Surrogate:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Surrogate, (_above_zero,)
 
 
 def _plain(value: Tensor | None) -> Any:

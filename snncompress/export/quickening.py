@@ -67,7 +67,8 @@ def frozen_layers(model: nn.Module) -> FrozenLayers:
     """Which layers of a network that :func:`snncompress.freeze` made compute with integers, and what they hold.
 
     Example:
-        >>> net = snncompress.freeze(nn.Sequential(nn.Linear(4, 2)))
+        >>> from snncompress import freeze
+        >>> net = freeze(nn.Sequential(nn.Linear(4, 2)))
         >>> print(frozen_layers(net).layers)
         (FrozenLayer(name='0', integer=False, why='integer=False', n_bytes=40),)
     """

@@ -280,7 +280,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
 
 def _writes(func: Any, args: Any, kwargs: Any) -> bool:
     """Does a function write into Spikes?"""
-    name = getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "").partition(".")[0]  # an overload: mul_.Tensor
     inside = name == "__setitem__" or (
         name.startswith("__i") and name.endswith("__") and hasattr(Tensor, name[:2] + name[3:])
     )

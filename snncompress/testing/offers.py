@@ -1,4 +1,4 @@
-"""What an adapter may offer beyond what it must: books, conversion, export, states, equations."""
+"""What an adapter may offer beyond what it must: books, conversion, export, states, equations, inference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from snncompress.interfaces import Dynamics, Observer
 from snncompress.model.modules import tensors_in
+from snncompress.model.spikes import Emitted, EmittedBytes, in_float
 
 from .common import broken, calling
 from .trials import Trial, check_passes_on, equal, in_order, nearly
@@ -176,6 +177,25 @@ def check_equations(trial: Trial) -> None:
             current = next(tensors_in([calls[name].args, calls[name].named]))
             if not _follows(trial, neuron, equation, current):
                 raise broken(adapter, f"dynamics() of {name} predicts other spikes than the neuron's.")
+        adapter.reset(model)
+
+
+def check_inference(trial: Trial) -> None:
+    """``make_fast`` leaves what a neuron puts out and remembers as it was, as floats and as bytes."""
+    adapter, model = trial.adapter, trial.copy()
+    calls, neurons = trial.calls(), trial.neurons(model)
+    for name, call in calls.items():
+        if name not in neurons:
+            continue
+        neuron = neurons[name]
+        with trial.optional("inference", (name, neuron)):
+            wanted = [t for _ in range(2) for t in trial.call(neuron, call, "as it was")]
+            for emitted in (Emitted, EmittedBytes):
+                adapter.make_fast(neuron, emitted)
+                adapter.reset(model)
+                made = [t for _ in range(2) for t in trial.call(neuron, call, "after make_fast()")]
+                if not nearly([in_float(t) for t in made], wanted):
+                    raise broken(adapter, f"make_fast() changes what {name} puts out.")
         adapter.reset(model)
 
 

@@ -92,7 +92,8 @@ def test_our_adapters(adapter: type, make: Callable[[], tuple[nn.Module, Tensor,
     report = check_adapter(adapter(), model, x, timesteps)
     assert report.checked[:6] == ("is_neuron", "run", "reset", "observe", "identities", "remove_channels")
     assert {"conversion", "states"} <= set(report.checked)
-    assert all("equations of" in what or "export: lif" in what or "books: right" in what for what in report.missing)
+    known = "equations of", "inference of", "export: lif", "books: right"
+    assert all(any(part in what for part in known) for what in report.missing)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(module.training for module in model.modules())
 
@@ -102,9 +103,10 @@ def test_the_report_names_what_is_missing() -> None:
     assert str(report).splitlines()[0] == f"checked: {', '.join(report.checked)}"
     assert [line for line in str(report).splitlines()[1:]] == [f"missing: {what}" for what in report.missing]
     assert not {"export", "equations"} & set(report.checked)
-    export, equations = report.missing
+    export, equations, inference = report.missing
     assert export.startswith("export: lif (Synaptic) gets its state from Loop.forward")
     assert equations == "equations of lif (Synaptic): of snnTorch's neurons only Leaky is known by equation"
+    assert inference == "inference of lif (Synaptic): of snnTorch's neurons Leaky and Lapicque have a fast form"
 
 
 @pytest.mark.parametrize("options", [{"reset_delay": False}, {"beta": 1.0, "reset_delay": False}, {}], ids=str)
@@ -126,7 +128,7 @@ def test_an_adapter_that_does_only_what_it_must() -> None:
     report = check_adapter(BareAdapter(), model, x, 3)
     assert report.checked == ("is_neuron", "run", "reset", "observe", "identities", "remove_channels")
     assert [what.partition(" ")[0].rstrip(":") for what in report.missing] == [
-        "books", "conversion", "export", *["states"] * 2, *["equations"] * 2,
+        "books", "conversion", "export", *["states"] * 2, *["equations"] * 2, *["inference"] * 2,
     ]  # fmt: skip
     assert not any(BareAdapter().offers().values())
 
@@ -136,7 +138,7 @@ def test_samples_first() -> None:
     report = check_adapter(ToyAdapter(), model, x, 3)
     assert report.checked[6:] == ("states", "equations")
     assert ToyAdapter().offers() == {
-        "books": False, "conversion": False, "export": False, "states": True, "equations": True,
+        "books": False, "conversion": False, "export": False, "states": True, "equations": True, "inference": False,
     }  # fmt: skip
 
 
