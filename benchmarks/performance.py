@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inference
 import snntorch
 import torch
 from spikingjelly.activation_based import functional
@@ -38,6 +39,7 @@ import snncompress
 from examples.networks.sew_resnet18 import sew_resnet18
 from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
+from snncompress.export.integer_layers import instructions
 from snncompress.extend import Layer
 from snncompress.pruning.recording import record
 from snncompress.pruning.selection import resolve_skip, targets
@@ -361,6 +363,10 @@ def main() -> None:
     rows.append(("AC actually caused by spikes, dense / pruned", f"{before.n_ac / after.n_ac:.2f}×", "exact", ""))
 
     parts = [split(m, x, repeats) for m in (bench.model, pruned)]
+    torch.set_num_threads(1)
+    for row in inference.rows(images(8), repeats):  # on one thread
+        if not isinstance(row, str):
+            add(f"{row[0]} (one thread, {instructions()})", row[1], row[2])
     text = [
         "# Performance",
         "",

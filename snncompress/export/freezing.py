@@ -24,7 +24,7 @@ from snncompress.running.bench import bench
 from snncompress.running.data import Run
 from snncompress.running.sameness import all_same, wire, wired_outputs
 
-from .integer_layers import Codes
+from .integer_layers import Codes, make_float
 from .integer_layers import codes as codes_of
 from .quickening import quicken
 
@@ -92,6 +92,9 @@ def freeze(
         raise OptionError(f"integer must be True, False or 'auto', not {integer!r}.")
     with bench(model, data, timesteps, forward, adapter=adapter, plain=True, noise="structure") as table:
         frozen, found = table.model.eval(), table.adapter
+        if not integer:
+            for module in frozen.modules():
+                make_float(module)  # of a network that was frozen for integers
         codes = {name: _codes(layer_at(frozen, name)) for name in weight_layers(frozen)} if integer else {}
         folded(frozen, found, table.feed.example())
         frozen = quicken(frozen, found, table.feed.example(), codes, integer=integer)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from snncompress.model.grids import Grid
+from snncompress.model.parametrizations import PACKED
 from snncompress.model.spikes import MOST, counts_of, in_float
 
 _CONVOLUTIONS: tuple[tuple[type[_ConvNd], Callable[..., Tensor]], ...] = (
@@ -32,10 +33,12 @@ class Codes:
     Fields:
         numbers: int8, [C, ...].
         offset: 0, but where 8 bits have no number for 0: there half of one.
+        bits: of the grid, not of the codes.
     """
 
     numbers: Tensor
     offset: float = 0.0
+    bits: int = 8
 
 
 def codes(grid: Grid, numbers: Tensor, mask: Tensor | None) -> Codes | str:
@@ -52,7 +55,7 @@ def codes(grid: Grid, numbers: Tensor, mask: Tensor | None) -> Codes | str:
             exact = (numbers - grid.zero_point) * step
             exact = exact if mask is None else torch.where(mask, exact, 0.0)
             if not exact.numel() or -128 <= float(exact.min()) <= float(exact.max()) <= 127:
-                return Codes(exact.to(torch.int8))
+                return Codes(exact.to(torch.int8), bits=grid.bits)
     if grid.bits > 8 or not (grid.zero_point * 2).is_integer():
         return f"its weights have {grid.bits} bits, more than a byte"
     if mask is not None:
@@ -75,14 +78,16 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C, *] → [..., C', *], any number of axes in front."""
-        axes = _axes(self) + 1
-        lead = x.shape[: x.dim() - axes]
         differentiated = torch.is_grad_enabled() and x.requires_grad
         counts = None if differentiated or self.scale.dtype != torch.float32 else counts_of(x)
         if counts is None or not counts.numel() or counts.device.type != "cpu" or unavailable():
             return self._in_float(in_float(x))
-        made = self._summed(counts.reshape(-1, *x.shape[x.dim() - axes :]))
-        return made.view(*lead, *made.shape[1:])
+        lead = counts.dim() - _axes(self) - 1
+        if lead == 1:
+            return self._summed(counts)
+        shape = counts.shape
+        made = self._summed(counts.reshape(-1, *shape[lead:]))
+        return made.view(*shape[:lead], *made.shape[1:])
 
     def _summed(self, counts: Tensor) -> Tensor:
         if self._packed is None:
@@ -175,7 +180,7 @@ def make_integer(layer: nn.Module, found: Codes) -> str:
     module: Any = layer
     numbers = found.numbers
     del module._parameters["weight"]
-    vars(module).update(_numbers=numbers, _packed=None, offset=found.offset)
+    vars(module).update({"_numbers": numbers, "_packed": None, "offset": found.offset, PACKED: found.bits})
     module.register_buffer("scale", scale.float())
     module.__class__ = integer_class(cast(Any, type(module)))
     return ""
@@ -187,7 +192,7 @@ def make_float(layer: nn.Module) -> None:
         module: Any = layer
         weight = module.weight
         module.__class__ = type(module).__mro__[2]
-        for name in ("_numbers", "_packed", "offset"):
+        for name in ("_numbers", "_packed", "offset", PACKED):
             del vars(module)[name]
         del module._buffers["scale"]
         module.weight = nn.Parameter(weight, requires_grad=False)

@@ -165,7 +165,8 @@ def quicken(model: M, adapter: Adapter, run: Run, found: Mapping[str, Codes | st
     before = private_copy(model, adapter)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)}
     why = dict.fromkeys(layers, "integer=False")
-    wanted = bool(integer) and any(isinstance(code, Codes) for code in found.values())
+    already = any(isinstance(layer, IntegerLayer) for layer in layers.values())
+    wanted = bool(integer) and (already or any(isinstance(code, Codes) for code in found.values()))
     seen: dict[str, _Seen] | None = None
     if integer:
         why = {name: _reason(found.get(name)) for name in layers}
@@ -188,7 +189,7 @@ def quicken(model: M, adapter: Adapter, run: Run, found: Mapping[str, Codes | st
         if seen is None:
             model = before
     for name, layer in layers.items():
-        if seen is not None and not isinstance(layer, IntegerLayer) and seen[name].constant(layer):
+        if seen is not None and not isinstance(layer, (IntegerLayer, ConstantInput)) and seen[name].constant(layer):
             vars(layer).update(_read=None, _made=None)
             layer.__class__ = _constant_class(cast(Any, type(layer)))
         vars(model.get_submodule(name))[_WHY] = why[name]
@@ -232,6 +233,8 @@ def _tried(
 
 def _made_integer(layer: nn.Module, code: Codes | str | None, seen: _Seen, *, lightly: bool) -> str:
     """Make a layer one of integers, or say why not."""
+    if isinstance(layer, IntegerLayer):
+        return ""
     if not isinstance(code, Codes):
         return _reason(code)
     if not seen.inputs:

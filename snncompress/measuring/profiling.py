@@ -17,7 +17,7 @@ from snncompress.model.cells import cell_weights, home, layer_at, made_by, met_b
 from snncompress.model.computed_once import evaluating
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
 from snncompress.model.own_neurons import Neurons, named_neurons
-from snncompress.model.parametrizations import weight_bits
+from snncompress.model.parametrizations import PACKED, weight_bits
 from snncompress.model.weights_in_use import weight_in_use
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed, time_as_samples
@@ -340,6 +340,8 @@ class _Meter:
             # An update that was already counted as an AC isn't charged twice.
             apart = updates if self.conventions.neuron_updates == "apart" else 0.0
             n_params, n_quantized = owned[name]
+            if PACKED in vars(module):
+                n_params, n_quantized = n_params + n_weights, n_weights
             size_bits = n_quantized * (bits or FLOAT_BITS) + (n_params - n_quantized) * FLOAT_BITS
             yield LayerProfile(
                 name=name, kind=kind, n_params=n_params, size_mb=size_bits / 8e6, n_mac=n_mac, n_ac=n_ac,

@@ -27,6 +27,10 @@ from .weight_norms import resize_normed
 from .weights_in_use import computes_its_weight
 
 
+PACKED = "packed_bits"
+"""The attribute of a layer that holds its weight as whole numbers of so many bits, and not as a parameter."""
+
+
 class CompressedWeight(nn.Module):
     """Stored float weight w → mask · quant(mask · w); either part may be missing.
 
@@ -150,7 +154,7 @@ def weight_mask(module: nn.Module) -> Tensor | None:
 def weight_bits(module: nn.Module) -> int | None:
     """Bit width of this layer's weight, or None where it is not quantized."""
     found = compression_of(module)
-    return None if found is None else found.bits
+    return cast("int | None", vars(module).get(PACKED)) if found is None else found.bits
 
 
 def computed_weight(module: nn.Module) -> str:

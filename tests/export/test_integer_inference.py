@@ -278,3 +278,22 @@ def test_exports_of_an_integer_network(tmp_path: Any) -> None:
         graphs.append(nir.read(tmp_path / "net.nir"))
     assert graphs[0].edges == graphs[1].edges
     assert torch.allclose(*(torch.as_tensor(graph.nodes["2"].weight) for graph in graphs))
+
+
+def test_measured_and_frozen_again() -> None:
+    """Profiles count an integer layer's weight at its bits, and its operations as those in float."""
+    net = quantized(network("multi-step"))
+    whole, plain = freeze(net, X, timesteps=4, integer=True), freeze(net, X, timesteps=4)
+    counts = [snncompress.profile(model, X, timesteps=4) for model in (whole, plain)]
+    assert [(row.n_ac, row.n_mac, row.n_params) for row in counts[0].layers] == [
+        (row.n_ac, row.n_mac, row.n_params) for row in counts[1].layers
+    ]
+    conv = next(row for row in counts[0].layers if row.name == "4")
+    assert (conv.bits, conv.size_mb) == (4, (12 * 8 * 9 * 4 + 12 * 32) / 8e6)
+    again = freeze(whole, X, timesteps=4, integer=True)
+    assert torch.equal(scores(again), scores(whole))
+    back = freeze(whole, X, timesteps=4)
+    assert not any(row.integer for row in frozen_layers(back).layers)
+    assert agree(scores(back), scores(plain))
+    with torch.inference_mode():
+        assert torch.equal(scores(whole), scores(again))
