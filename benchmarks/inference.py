@@ -4,10 +4,10 @@
 
 The network is QP-SNN's spiking VGG-16 for CIFAR shapes, T = 4, in SpikingJelly's multi-step mode, with random weights
 and batch norms settled on the data; dense, and with 0.6 of its channels removed; 4 bits. "Plain" is the network with
-weights baked and batch norms folded, its neurons and layers being the framework's own. Processor time counts, A B A B …,
-and of the ratios the median. Then, for VGG-16 and for networks trained on MNIST (left out where the data folder is
-missing), how many spikes of the integer network the float one decides otherwise, every layer fed the same, and how many
-images both classify differently. Writes benchmarks/results/inference.md.
+its weights baked and batch norms folded, its neurons and layers being the framework's own. Processor time counts, in
+turn, A B A B …, and of the ratios the median. Then, for VGG-16 and for networks trained on MNIST (left out where the
+data folder is missing), how many spikes of the integer network the float one decides otherwise, every layer fed the
+same, and how many images both classify differently. Writes benchmarks/results/inference.md.
 """
 
 from __future__ import annotations
@@ -223,9 +223,9 @@ def main() -> None:
     text = [
         "# Inference of frozen networks",
         "",
-        f"VGG-16 (13 convolutions) for 3×32×32, batches of {options.batch_size}, T = {T}, SpikingJelly multi-step; seed 0; "
-        f"one thread, instructions {instructions()} ({platform.machine()}), Python {platform.python_version()}, torch "
-        f"{torch.__version__}, {datetime.date.today()}.",
+        f"VGG-16 (13 convolutions) for 3×32×32, batches of {options.batch_size}, T = {T}, SpikingJelly multi-step; "
+        f"seed 0; one thread, instructions {instructions()} ({platform.machine()}), "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}.",
         "",
         "| what | median | range | aim |",
         "| --- | ---: | ---: | ---: |",

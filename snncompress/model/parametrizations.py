@@ -26,7 +26,6 @@ from .grids import FixedGrid, Grid
 from .weight_norms import resize_normed
 from .weights_in_use import computes_its_weight
 
-
 PACKED = "packed_bits"
 """The attribute of a layer that holds its weight as whole numbers of so many bits, and not as a parameter."""
 

@@ -90,7 +90,10 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "threshold_sweep": (plain, lambda m, p: snncompress.threshold_sweep(m[0], m[1], (0.5,), 0.5, **T)),
     "utilization": (Noisy, lambda m, p: snncompress.utilization(m[0], bits=2)),
 }  # fmt: skip
-QUIET = {"plan_of", "criteria", "quantizers", "schedulers", "energy_models", "plugins", "cross_entropy", "finetune"}
+QUIET = {
+    "plan_of", "criteria", "quantizers", "schedulers", "energy_models", "plugins", "cross_entropy", "finetune",
+    "frozen_layers",
+}  # fmt: skip
 
 
 def generators() -> tuple[Any, ...]:
