@@ -184,7 +184,7 @@ def _differences(whole: nn.Module, quick: nn.Module, x: Tensor) -> str:
 
 def trained(folder: Path) -> Iterator[str]:
     """Networks of both frameworks, trained on MNIST for an epoch, compressed, trained for another, and frozen."""
-    train, (x, y) = some(read(folder, "train"), 10_000, seed=0), some(read(folder, "test"), 2_000, seed=0)
+    train, (x, y) = some(read(folder, "train"), 4_000, seed=0), some(read(folder, "test"), 2_000, seed=0)
     for name, build in NETS.items():
         torch.manual_seed(0)
         dense = build()
