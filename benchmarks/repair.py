@@ -11,10 +11,7 @@ in it stay as they were. All parts take about five hours of one core, most of it
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import multiprocessing
-import platform
 import re
 import resource
 import time
@@ -22,10 +19,10 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import add_data_option
+from jobs import here, known, note
 from repair_studies import HOWS, PARTS, SEEDS, TITLES, Case, header
 from repair_tasks import CACHE, HERE, TASKS, Task
 from rich.progress import track
@@ -134,21 +131,9 @@ def peak() -> float:
 # -- running and writing --
 
 
-def known() -> dict[str, dict[str, Any]]:
-    """Rows by their cases: the figures, and where they were measured."""
-    if not FIGURES.exists():
-        return {}
-    return {row["case"]: row for row in map(json.loads, FIGURES.read_text().splitlines())}
-
-
-def here(device: str) -> str:
-    machine = platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
-    return f"{machine}, one thread per job, torch {torch.__version__}, {datetime.date.today()}"
-
-
 def compute(cases: Sequence[Case], folder: Path, workers: int, device: str) -> None:
     """What isn't known yet goes to the file, as it comes."""
-    todo = [case for case in dict.fromkeys(cases) if case.key() not in known()]
+    todo = [case for case in dict.fromkeys(cases) if case.key() not in known(FIGURES)]
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
@@ -158,9 +143,7 @@ def compute(cases: Sequence[Case], folder: Path, workers: int, device: str) -> N
             done.result()
         futures = {pool.submit(job, case): case for case in sorted(todo, key=lambda case: case.seed)}
         for future in track(as_completed(futures), description="cases", total=len(futures)):
-            row = {"case": futures[future].key(), "figures": future.result(), "where": here(device)}
-            with FIGURES.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            note(FIGURES, futures[future].key(), future.result(), device)
 
 
 def write(texts: dict[str, str]) -> None:
@@ -195,7 +178,7 @@ def main() -> None:
         else:
             cases = list(PARTS[name].cases())
             compute(cases, options.data, options.workers, options.device)
-            rows = known()
+            rows = known(FIGURES)
             lines = list(PARTS[name].text(lambda case, rows=rows: rows[case.key()]["figures"]))
             places = sorted({rows[case.key()]["where"] for case in cases})
         lines += ["", f"({'; '.join(places)}.)"]
