@@ -121,12 +121,13 @@ class Ranks:
 
 @cache
 def images(folder: Path, budget: Budget, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normalized images [N, 3, 32, 32] and labels."""
+    """Normalized images [N, 3, 32, 32] and labels, always the same ones: a file may be sorted by class."""
     x, y = getattr(datasets, budget.dataset)(folder, split)
     count = budget.images if split == "train" else budget.test
-    x = torch.tensor(x[:count]).permute(0, 3, 1, 2).float() / 255
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:count].numpy()
+    x = torch.tensor(x[chosen]).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor([0.491, 0.482, 0.447]).view(3, 1, 1)) / torch.tensor([0.247, 0.243, 0.262]).view(3, 1, 1)
-    return x.contiguous().to(device), torch.tensor(y[:count]).long().to(device)
+    return x.contiguous().to(device), torch.tensor(y[chosen]).long().to(device)
 
 
 def augmented(x: Tensor) -> Tensor:
@@ -349,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     datasets.add_data_option(parser)
     parser.add_argument("--budget", choices=BUDGETS, default="small")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these tables alone")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time; under torchrun it is one")

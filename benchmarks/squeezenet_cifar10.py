@@ -1,12 +1,14 @@
 """CIFAR-10 study: does a spiking SqueezeNet lose anything when half of its fire modules go?
 
-    python benchmarks/squeezenet_cifar10.py [--budget small|full] [--seeds 2] [--device cpu] [--data FOLDER]
+    python benchmarks/squeezenet_cifar10.py [--budget small|full] [--epochs 6 12] [--seeds 2] [--device cpu]
+                                            [--data FOLDER]
 
-The schedules of SNN SqueezeNet-P and their CNN twins (a ReLU for each neuron), all trained from scratch under one
-budget; the set that ``ablation`` chooses, trained the same way; the three repairs; sets of fire modules, untrained
-after removal. The small budget takes two CPU cores an hour and a half, one process of one thread for each seed. What is
-done is kept in benchmarks/.cache, so that a run that was stopped goes on. Writes squeezenet_cifar10.md and .png to
-benchmarks/results.
+The nine schedules of SNN SqueezeNet-P and their CNN twins (a ReLU for each neuron), all trained from scratch under one
+budget, once for each number of epochs; the set that ``ablation`` chooses, trained the same way. Of the fewest epochs
+besides: the three repairs; sets of fire modules, untrained after removal. The image is the same at every timestep, so
+the first layer is charged for it once. One process of one thread for each seed; six epochs of six schedules took two
+CPU cores an hour and a half, so that nine schedules, six and twelve epochs are about six hours. What is done is kept in
+benchmarks/.cache, so that a run that was stopped goes on. Writes squeezenet_cifar10.md and .png to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -41,7 +43,8 @@ from examples.networks.squeezenet import squeezenet  # noqa: E402
 
 T = 4
 LR = 3e-3
-SCHEDULES = ("full", "head_1", "tail_2", "alt_1", "alt_2", "ref_1")
+SCHEDULES = tuple(snncompress_fire.SCHEDULES)
+CONVENTIONS = snncompress.Conventions(direct_encoding="once")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Budget:
     batch: int
 
 
-BUDGETS = {"small": Budget(10_000, 6, 50), "full": Budget(50_000, 60, 128)}
+BUDGETS = {"small": [Budget(10_000, epochs, 50) for epochs in (6, 12)], "full": [Budget(50_000, 60, 128)]}
 
 
 class Images:
@@ -142,7 +145,7 @@ def kept_by_ablation(net: nn.Module, calibration: Images, seed: int) -> list[int
 def measured(net: nn.Module, test: Images) -> dict[str, float]:
     """Accuracy and F1 on all test images, operations and energy on a thousand of them."""
     found = snncompress.evaluate(net, test, timesteps=T)
-    cost = snncompress.profile(net, test.some(1000), timesteps=T)
+    cost = snncompress.profile(net, test.some(1000), timesteps=T, conventions=CONVENTIONS)
     return {
         "accuracy": 100 * found.accuracy, "f1": found.f1, "parameters": cost.n_params, "AC": cost.n_ac / 1e6,
         "MAC": cost.n_mac / 1e6, "energy": cost.energy_pj / 1e6,
@@ -161,11 +164,15 @@ def repaired(
     return {"straight": 100 * straight, "one epoch": 100 * snncompress.evaluate(small, test, timesteps=T).accuracy}
 
 
-def study(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything for one seed."""
+def cache_of(options: argparse.Namespace, budget: Budget) -> Path:
+    return HERE / ".cache" / f"squeezenet-{options.budget}-{budget.epochs}-once"
+
+
+def study(seed: int, options: argparse.Namespace, budget: Budget, repairs: bool) -> dict[str, Any]:
+    """Everything for one seed and number of epochs; the repairs of the trained network on demand."""
     if options.device == "cpu":
         torch.set_num_threads(1)
-    budget, cache = BUDGETS[options.budget], HERE / ".cache" / f"squeezenet-{options.budget}"
+    cache = cache_of(options, budget)
     cache.mkdir(parents=True, exist_ok=True)
     train, test = images(options.data, budget, options.device)
     kept = cache / f"results-s{seed}.json"
@@ -175,7 +182,7 @@ def study(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         if key not in found:
             found[key] = measure()
             kept.write_text(json.dumps(found))
-            print(f"seed {seed}: {key}: {found[key]}", flush=True)
+            print(f"{budget.epochs} epochs, seed {seed}: {key}: {found[key]}", flush=True)
 
     def snn(name: str, keep: str | snncompress_fire.Keep | None = None) -> nn.Module:
         net = network(name if keep is None else keep, seed).to(options.device)
@@ -191,10 +198,10 @@ def study(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     for name in SCHEDULES:
         note(name, lambda name=name: measured(snn(name), test))
     note("ablation", lambda: measured(snn("ablation", by_ablation), test))
-    for repair in ("membrane", None, "reinit"):
+    for repair in ("membrane", None, "reinit") if repairs else ():
         keep = snncompress_fire.Keep.named("ref_1")
         note(f"ref_1, {repair}", lambda keep=keep, repair=repair: repaired(full, keep, repair, train, test, seed))
-    for repair in ("membrane", None, "reinit"):
+    for repair in ("membrane", None, "reinit") if repairs else ():
         keep, some = snncompress_fire.Keep(tuple(n for n in range(8) if n != 4)), test.some(2000)
         note(
             f"all but fire6, {repair}",
@@ -205,11 +212,11 @@ def study(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def pictures(options: argparse.Namespace) -> snncompress.BlockSearch:
+def pictures(options: argparse.Namespace, budget: Budget) -> snncompress.BlockSearch:
     """All sets of fire modules of the trained network of seed 0, and its gradients before and after training."""
     from matplotlib import pyplot
 
-    budget, cache = BUDGETS[options.budget], HERE / ".cache" / f"squeezenet-{options.budget}"
+    cache = cache_of(options, budget)
     train, test = images(options.data, budget, options.device)
     full = trained("full", network("full", 0).to(options.device), train, budget, T, 0, cache)
     result = snncompress.block_search(
@@ -242,40 +249,53 @@ def table(title: str, columns: dict[str, str], rows: dict[str, list[dict[str, fl
     return lines
 
 
+def networks(found: list[dict[str, Any]]) -> list[str]:
+    """The table of all networks, and what ablation kept."""
+    names = (*SCHEDULES, "ablation", *(f"CNN {s}" for s in SCHEDULES))
+    columns = {"accuracy": ".1f", "f1": ".3f", "parameters": ",.0f", "AC": ".2f", "MAC": ".2f", "energy": ".2f"}
+    kept = "; ".join(f"seed {n}: {one['kept by ablation']}" for n, one in enumerate(found))
+    rows = table("network", columns, {name: [one[name] for one in found] for name in names})
+    return [*rows, "", f"Kept by `ablation`: {kept}."]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", choices=BUDGETS, default="small")
+    parser.add_argument("--epochs", type=int, nargs="+", help="other numbers of epochs than the budget's")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     datasets.add_data_option(parser)
     options = parser.parse_args()
+    budgets = BUDGETS[options.budget]
+    if options.epochs:
+        budgets = [replace(budgets[0], epochs=epochs) for epochs in sorted(set(options.epochs))]
     jobs = os.cpu_count() if options.device == "cpu" else 1
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(study, range(options.seeds), [options] * options.seeds))
-    search = pictures(options)
-    networks = {k: [one[k] for one in found] for k in (*SCHEDULES, "ablation", *(f"CNN {s}" for s in SCHEDULES))}
-    repairs = {k: [one[k] for one in found] for k in found[0] if "straight" in found[0][k]}
+        futures = {
+            budget: [pool.submit(study, seed, options, budget, budget == budgets[0]) for seed in range(options.seeds)]
+            for budget in budgets
+        }
+        found = {budget: [future.result() for future in some] for budget, some in futures.items()}
+    first, shortest = found[budgets[0]], budgets[0]
+    search = pictures(options, shortest)
+    repairs = {k: [one[k] for one in first] for k in first[0] if "straight" in first[0][k]}
     fours = sorted((c for c in search.candidates if len(c.removed) == 4), key=lambda c: -c.accuracy)
     ref_1 = next(n for n, c in enumerate(fours, 1) if set(c.removed) == {"fire2", "fire3", "fire5", "fire7"})
-    budget = BUDGETS[options.budget]
     text = [
-        f"Spiking SqueezeNet on CIFAR-10: {budget.images:,} training images, {budget.epochs} epochs in batches of "
-        f"{budget.batch}, Adam at {LR:g} with a cosine schedule, random flips, T = {T}, batch norms, no neuron behind "
-        f"the last convolution; {options.seeds} seeds, mean ± half the range. Accuracy in % and macro F1 on the 10,000 "
-        f"test images, operations in millions and energy in µJ per image on 1,000 of them. {options.device} "
-        f"({platform.machine()}), one thread per seed, torch {torch.__version__}, {datetime.date.today()}.",
+        f"Spiking SqueezeNet on CIFAR-10: {shortest.images:,} training images in batches of {shortest.batch}, Adam at "
+        f"{LR:g} with a cosine schedule, random flips, T = {T}, batch norms, no neuron behind the last convolution; "
+        f"{options.seeds} seeds, mean ± half the range. Accuracy in % and macro F1 on the 10,000 test images, "
+        f"operations in millions and energy in µJ per image on 1,000 of them; the first layer multiplies once. "
+        f"{options.device} ({platform.machine()}), one thread per seed, torch {torch.__version__}, "
+        f"{datetime.date.today()}.",
+        *(line for budget in budgets for line in ("", f"{budget.epochs} epochs:", "", *networks(found[budget]))),
         "",
-        *table("network", {"accuracy": ".1f", "f1": ".3f", "parameters": ",.0f", "AC": ".2f", "MAC": ".2f",
-                           "energy": ".2f"}, networks),
-        "",
-        "Kept by `ablation`: " + "; ".join(f"seed {n}: {one['kept by ablation']}" for n, one in enumerate(found)) + ".",
-        "",
-        "The trained full network with four fire modules gone, or one: accuracy straight after removal, and after an "
-        "epoch (without fire6: on 2,000 test images).",
+        f"The full network, trained for {shortest.epochs} epochs, with four fire modules gone, or one: accuracy "
+        f"straight after removal, and after an epoch (without fire6: on 2,000 test images).",
         "",
         *table("removed, repair", {"straight": ".1f", "one epoch": ".1f"}, repairs),
         "",
-        f"{len(search.candidates)} networks: all sets of 0, 1, 2 and 4 fire modules out of the trained one (seed 0, "
+        f"{len(search.candidates)} networks: all sets of 0, 1, 2 and 4 fire modules out of that network (seed 0, "
         f"500 test images), repaired on the membrane, no fine-tuning. Of the {len(fours)} sets of four, ref_1 is "
         f"number {ref_1} by accuracy.",
         "",
@@ -284,7 +304,7 @@ def main() -> None:
         "```",
         "",
         "![accuracy against energy, and gradient flow](squeezenet_cifar10.png)",
-    ]  # fmt: skip
+    ]
     (HERE / "results" / "squeezenet_cifar10.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
