@@ -11,8 +11,8 @@ precision. Not known from the paper are learning rates, weight decay, batch and 
 momentum 0.9, 5e-4, 128, flips and shifts by up to 4 pixels, and the learning rates that stand below.
 
 A job is a dense network, or one step behind another job's network: quantize (first layer and classifier stay at 32
-bits), or prune by Table 10's ratios 0.3 and 0.6. With `--budget small` each runs in a process of its own, in one
-thread; under torchrun all processes share each job. Figures and networks are kept in benchmarks/.cache as they come, so
+bits), or prune by Table 10's ratios 0.3 and 0.6. Jobs run in --workers processes, each in one thread;
+under torchrun all processes share each job. Figures and networks are kept in benchmarks/.cache as they come, so
 a run that was stopped goes on with the job that it was at. --estimate measures training steps and says how long all
 that is still missing takes. Writes benchmarks/results/qp_snn.md (qp_snn_full.md), unless --images or --epochs make
 it a try, which has a folder of its own and prints its tables.
@@ -350,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     datasets.add_data_option(parser)
     parser.add_argument("--budget", choices=BUDGETS, default="small")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these tables alone")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="measure for these tables alone")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time; under torchrun it is one")
@@ -379,8 +379,10 @@ def main() -> None:
         return
     rows = known(cache / "figures.jsonl")
     tables = Tables(lambda case: rows[case.key()]["figures"], options.bits, seeds)
-    where = sorted({rows[case.key()]["where"] for case in wanted})
-    text = "\n".join(report(budget, tables, options.only, where))
+    found = {part: cases([part], options.bits, seeds) for part in PARTS}
+    parts = [part for part, some in found.items() if all(case.key() in rows for case in some)]  # earlier runs' too
+    where = sorted({rows[case.key()]["where"] for part in parts for case in found[part]})
+    text = "\n".join(report(budget, tables, parts, where))
     if not a_try:
         name = "qp_snn.md" if options.budget == "small" else f"qp_snn_{options.budget}.md"
         (HERE / "results" / name).write_text(text + "\n")
