@@ -18,8 +18,8 @@ smaller than with repetitions looked for; but where whole rows are alike, runs c
 def deflated(data: Bytes) -> Bytes:
     """The bytes as a zlib stream, the shortest of a few.
 
-    >>> len(deflated(np.zeros(10_000, np.uint8)))
-    39
+    >>> len(deflated(np.zeros(10_000, np.uint8))) < 50
+    True
     """
     return min((_stream(data, strategy) for strategy in _STRATEGIES), key=len)
 

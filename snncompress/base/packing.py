@@ -28,8 +28,8 @@ def pack_codes(codes: NDArray[np.integer], bits: int) -> tuple[str, Bytes]:
     >>> pack_codes(np.array([1, 2, 3]), 2)  # 01 10 11 and two bits of nothing
     ('bits', array([108], dtype=uint8))
     >>> form, packed = pack_codes(np.ones(10_000, int), 5)
-    >>> form, len(packed)
-    ('deflated', 39)
+    >>> form, len(packed) < 50
+    ('deflated', True)
     """
     return min(("bits", _dense(codes, bits)), ("deflated", deflated(_aligned(codes, bits))), key=_cost)
 

@@ -88,6 +88,7 @@ def profile(
         OptionError: an argument of a wrong type.
 
     Examples:
+        >>> import torch
         >>> from spikingjelly.activation_based import layer, neuron
         >>> first, last = layer.Linear(4, 3, bias=False), layer.Linear(3, 2, bias=False)
         >>> _ = nn.init.ones_(first.weight)
@@ -163,6 +164,7 @@ def compare(
             or energy models.
 
     Examples:
+        >>> import torch
         >>> from spikingjelly.activation_based import layer, neuron
         >>> wide, slim = (nn.Sequential(layer.Linear(4, n), neuron.IFNode()) for n in (8, 2))
         >>> compare({"wide": wide, "slim": slim}, torch.ones(1, 4)).ratios["slim"]["n_params"]

@@ -47,7 +47,7 @@ def refresh(
         DataError: the data don't fit the network.
 
     Example:
-        >>> import snncompress
+        >>> import snncompress, torch
         >>> from spikingjelly.activation_based import layer, neuron
         >>> net = nn.Sequential(layer.Linear(4, 8), layer.BatchNorm1d(8), neuron.IFNode(), layer.Linear(8, 2))
         >>> x = torch.rand(64, 4)

@@ -340,7 +340,7 @@ def test_errors() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).mean(0)
 
-    with pytest.raises(DataError, match=r"returned shape \[3, 2\].*forward=lambda"):
+    with pytest.raises(DataError, match=r"returned shape \[1, 2\].*forward=lambda"):
         temporal_analysis(Mean(), x)
     with pytest.raises(DataError, match=r"\[2, 3, 1\]"):
         temporal_analysis(Replay(), x[:, :, :1])
