@@ -39,6 +39,8 @@ from .model.own_neurons import OwnNeurons
 from .model.plan import Plan, plan_of
 from .pruning.apply import apply
 from .pruning.collapse import collapse
+from .pruning.distillation import Distillation
+from .pruning.epochs import Epoch
 from .pruning.refresh import refresh
 from .pruning.repair import repair
 from .pruning.training import finetune
@@ -60,8 +62,10 @@ __all__ = [
     "Conventions",
     "DataError",
     "DefaultSkipWarning",
+    "Distillation",
     "Edit",
     "EmptyLayerWarning",
+    "Epoch",
     "Evaluation",
     "FrozenLayer",
     "FrozenLayers",

@@ -416,7 +416,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
-        """Call ``observer`` at every step of this neuron until the returned function is called."""
+        """Call ``observer`` at every step of this neuron until the returned function is called.
+
+        Without ``membrane`` the spikes are what the neuron puts out, as a part of autograd's graph where that records:
+        training punishes and matches firing rates. Observers detach what they keep.
+        """
 
     @abstractmethod
     def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:

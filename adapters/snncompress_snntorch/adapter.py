@@ -94,14 +94,17 @@ class SNNTorchAdapter(Adapter):
 
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 spikes = output[0] if isinstance(output, tuple) else output
-                observer(_timed(neuron, spikes), _timed(neuron, output[1][0]) if membrane else None)
+                if membrane:
+                    observer(_timed(neuron, spikes.detach()), _timed(neuron, output[1][0].detach()))
+                else:
+                    observer(_timed(neuron, spikes), None)
 
             return neuron.register_forward_hook(hook).remove
 
         def tapped(fire: Any, offset: Any = 0) -> Callable[..., Tensor]:
             def call(*args: Any) -> Tensor:
                 spikes: Tensor = fire(*args)
-                observer(_timed(neuron, spikes), _timed(neuron, args[-1]) + offset)
+                observer(_timed(neuron, spikes.detach()), _timed(neuron, args[-1].detach()) + offset)
                 return spikes
 
             return call
@@ -367,8 +370,8 @@ def _all_steps(neuron: nn.Module) -> bool:
 
 
 def _timed(neuron: nn.Module, x: Tensor) -> Tensor:
-    """[T', N, ...], without gradient."""
-    return x.detach() if _all_steps(neuron) else x.detach().unsqueeze(0)
+    """[T', N, ...]."""
+    return x if _all_steps(neuron) else x.unsqueeze(0)
 
 
 def _wire(x: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class SpikingJellyAdapter(Adapter):
 
             def hook(module: nn.Module, args: Any, spikes: Any) -> None:
                 spikes = spikes[0] if isinstance(spikes, tuple) else spikes  # an LSTM's hidden state, and its cell's
-                spikes = spikes.detach().ne(0).to(spikes.dtype) if rate_coded else spikes.detach()
+                spikes = _ones(spikes) if rate_coded else spikes
                 observer(spikes if _is_multi_step(module) else spikes.unsqueeze(0), None)
 
             return neuron.register_forward_hook(hook).remove
@@ -318,6 +318,12 @@ class _Tap(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("surrogate"), name)
+
+
+def _ones(spikes: Tensor) -> Tensor:
+    """1 where spikes of some height are, with their gradient."""
+    height = spikes.detach().amax()
+    return spikes / torch.where(height > 0, height, 1)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

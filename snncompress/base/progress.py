@@ -11,21 +11,30 @@ Progress = bool | Callable[[str, int, int | None], None]
 T = TypeVar("T")
 
 
-def tracked(items: Iterable[T], progress: Progress | None, what: str) -> Iterator[T]:
-    """Yield the items and report on the way."""
+def tracked(items: Iterable[T], progress: Progress | None, what: str | Callable[[], str]) -> Iterator[T]:
+    """Yield the items and report on the way; ``what`` is asked before each of them, and only where it is shown."""
     total = _length(items)
     if callable(progress):
         for done, item in enumerate(items):
-            progress(what, done, total)
+            progress(_text(what), done, total)
             yield item
         return
     if progress is False or not sys.stderr.isatty():
         yield from items
         return
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress as Bar
 
-    yield from track(items, description=what, total=total, console=Console(stderr=True), transient=True)
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(_text(what), total=total)
+        for item in items:
+            bar.update(task, description=_text(what))
+            yield item
+            bar.advance(task)
+
+
+def _text(what: str | Callable[[], str]) -> str:
+    return what if isinstance(what, str) else what()
 
 
 def _length(items: object) -> int | None:

@@ -127,7 +127,7 @@ class OwnNeurons(Adapter):
             return stack.close
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            spikes: Tensor = (output[0] if isinstance(output, (tuple, list)) else output).detach()
+            spikes: Tensor = output[0] if isinstance(output, (tuple, list)) else output
             observer(spikes.unsqueeze(0) if self.time_dim is None else spikes.movedim(self.time_dim, 0), None)
 
         return neuron.register_forward_hook(hook).remove

@@ -29,6 +29,7 @@ from snncompress.structure.truncation import truncation
 from .block_pruning import BlockPruning
 from .checkpoint import Checkpoint
 from .fitting import Rounding
+from .recipe import Recipe
 from .refresh import refresh_statistics
 from .repair import fit
 from .selection import (
@@ -177,7 +178,7 @@ class Run(Generic[M]):
                 raise OptionError("finetune= must train the model that it is handed in place, not return another.")
             self.feed.adapter.reset(self.model)
         elif isinstance(finetune, int):
-            train(self.model, self.feed, finetune, progress=self.progress, what=what)
+            train(self.model, self.feed, Recipe(finetune), self.progress, what)
 
     def truncate(self) -> None:
         """Leave out timesteps, where that was asked for."""

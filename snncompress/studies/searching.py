@@ -22,9 +22,10 @@ from snncompress.model.copying import private_copy
 from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.block_pruning import BlockPruning
 from snncompress.pruning.fitting import RepairKind
+from snncompress.pruning.recipe import Recipe
 from snncompress.pruning.repair import fit
 from snncompress.pruning.settings import RepairChoice, fitting, resolve_repair
-from snncompress.pruning.training import check_training, train
+from snncompress.pruning.training import train
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed
 
@@ -204,7 +205,7 @@ def block_search(
         raise OptionError(f"Criterion {chosen.name!r} scores {chosen.granularity}s; block_search removes whole blocks.")
     if method not in get_args(Method):
         raise OptionError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}.")
-    check_training(epochs, lr)
+    recipe = Recipe(epochs, lr)
     word = resolve_repair(repair, chosen)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
     found = find_adapter(model, adapter)
@@ -234,7 +235,7 @@ def block_search(
             table.reseed()
             if epochs:
                 network = private_copy(network, found)
-                train(network, feed, epochs, lr, progress=False)
+                train(network, feed, recipe, progress=False)
             right = 0
 
             def watch(output: Any, batch: Batch) -> None:

@@ -70,7 +70,7 @@ class SinabsAdapter(Adapter):
             return tap.close
 
         def hook(neuron, args, spikes):
-            steps = spikes.detach().reshape(len(neuron.v_mem), -1, *neuron.v_mem.shape[1:])
+            steps = spikes.reshape(len(neuron.v_mem), -1, *neuron.v_mem.shape[1:])
             observer(steps.transpose(0, 1), None)
 
         return neuron.register_forward_hook(hook).remove
