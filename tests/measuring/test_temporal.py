@@ -342,7 +342,7 @@ def test_errors() -> None:
 
     with pytest.raises(DataError, match=r"returned shape \[1, 2\].*forward=lambda"):
         temporal_analysis(Mean(), x)
-    with pytest.raises(DataError, match=r"\[2, 3, 1\]"):
+    with pytest.raises(DataError, match=r"\[2, 1, 1\]"):
         temporal_analysis(Replay(), x[:, :, :1])
     with pytest.raises(DataError, match=r"Labels must be class indices \[3\].* not \[4\]"):
         temporal_analysis(Replay(), (x, torch.zeros(4, dtype=torch.long)))
