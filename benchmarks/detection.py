@@ -5,19 +5,19 @@
 ResNet10 of a quarter of the widths with a YOLOv3 head, on canvases of 64×64 with one to four digits; test scenes are
 made from test digits. mAP at an overlap of 0.5, by pycocotools, of the dense network, straight after compression
 without and with repair, and after fine-tuning; the labels are lists of boxes, handed to ``loss=``. The dense network
-is kept in benchmarks/.cache. One thread, ten to fifteen minutes. Writes benchmarks/results/detection.md. Needs MNIST
-and ``pip install "snncompress[spikingjelly,detection]"``.
+and the rows that are done are kept in benchmarks/.cache, so that it goes on where it was stopped. One thread, ten to
+fifteen minutes. Writes benchmarks/results/detection.md. Needs MNIST and ``pip install
+"snncompress[spikingjelly,detection]"``.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import platform
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import add_data_option
@@ -32,7 +32,7 @@ sys.path.append(str(HERE.parent))
 from examples.networks.yolo import Anchors, yolo  # noqa: E402
 
 SIZE, T, TEST, CALIBRATION, WIDTH = 64, 2, 500, 256, 16
-TUNE_EPOCHS, LR = 3, 2e-3
+TUNE_EPOCHS, LR = 2, 2e-3
 ANCHORS = Anchors(SIZE, (((20, 20), (14, 20)), ((14, 14), (9, 16), (5, 13))))
 
 # What is done to the dense network: the ratio of channels by layer, and the bits.
@@ -64,33 +64,44 @@ def main() -> None:
     torch.manual_seed(options.seed)
     dense = yolo(in_channels=1, width=WIDTH, anchors=(2, 3))
     functional.set_step_mode(dense, "m")
-    weights = HERE / ".cache" / f"detection-{options.scenes}-{options.epochs}-{options.seed}.pt"
-    if weights.exists():
-        dense.load_state_dict(torch.load(weights, weights_only=True))
-    else:
+    kept = HERE / ".cache" / f"detection-{options.scenes}-{options.epochs}-{options.seed}.pt"
+    kept.parent.mkdir(exist_ok=True)
+    if not kept.exists():
         tuned(dense, options.epochs)
-        weights.parent.mkdir(exist_ok=True)
-        torch.save(dense.state_dict(), weights)
-    began = time.process_time()
+        torch.save(dense.state_dict(), kept)
+    dense.load_state_dict(torch.load(kept, weights_only=True))
+    functional.reset_net(dense)
     before = snncompress.profile(dense, calibration, timesteps=T)
-    rows = [f"| dense | {before.n_params:,} | {before.size_mb:.3f} | {share(dense, test)} | | |"]
-    again = tuned(snncompress.apply(dense, None, bits=None, data=calibration, timesteps=T), TUNE_EPOCHS, LR / 2)
-    rows[0] = rows[0].removesuffix(" |") + f" {share(again, test)} |"
-    print(rows[0], flush=True)
-    for name, (ratio, bits) in HOWS.items():
 
-        def small(repair: Any, ratio: Any = ratio, bits: Any = bits) -> nn.Module:
-            criterion = None if ratio is None else "svs"
-            return snncompress.apply(
-                dense, criterion, ratio or 0.0, bits, data=calibration, timesteps=T, repair=repair, progress=False
+    def row(name: str) -> str:
+        if name == "dense":
+            again = tuned(snncompress.apply(dense, None, bits=None, data=calibration, timesteps=T), TUNE_EPOCHS, LR / 2)
+            cells = [f"{before.n_params:,}", f"{before.size_mb:.3f}", share(dense, test), "", share(again, test)]
+            return f"| dense | {' | '.join(cells)} |"
+        ratio, bits = HOWS[name]
+        bare, repaired = (
+            snncompress.apply(
+                dense, None if ratio is None else "svs", ratio or 0.0, bits, data=calibration, timesteps=T,
+                repair=repair, skip={"prune": []}, progress=False,  # ratio says what goes
             )
-
-        bare, repaired = small(None), small("membrane")
+            for repair in (None, "membrane")
+        )  # fmt: skip
         after = snncompress.profile(repaired, calibration, timesteps=T)
         cells = [share(bare, test), share(repaired, test), share(tuned(repaired, TUNE_EPOCHS, LR / 2), test)]
         size = f"{after.n_params:,} | {after.size_mb:.3f} (× {after.size_mb / before.size_mb:.3f})"
-        rows.append(f"| {name} | {size} | {' | '.join(cells)} |")
-        print(rows[-1], flush=True)
+        return f"| {name} | {size} | {' | '.join(cells)} |"
+
+    rows_kept = kept.with_suffix(".json")
+    rows = json.loads(rows_kept.read_text()) if rows_kept.exists() else {}
+    for name in ("dense", *HOWS):
+        if name not in rows:
+            rows[name] = row(name)
+            rows_kept.write_text(json.dumps(rows))
+        print(rows[name], flush=True)
+        write(options, [rows[name] for name in ("dense", *HOWS) if name in rows])
+
+
+def write(options: argparse.Namespace, rows: list[str]) -> None:
     text = [
         f"mAP at an overlap of 0.5, in %, on {TEST} scenes of {SIZE}×{SIZE} with one to four digits made from MNIST's "
         f"test images; trained on {options.scenes:,} scenes of its training images, {options.epochs} epochs, Adam "
@@ -98,14 +109,13 @@ def main() -> None:
         f"T = {T}. Channels by svs; {CALIBRATION} scenes calibrate, without their boxes; {TUNE_EPOCHS} epochs of "
         f"fine-tuning at {LR / 2:g}, which the dense network got too. The first layer and the two output layers stay "
         f"at 32 bits. Seed {options.seed}, one thread ({platform.machine()}), torch {torch.__version__}, "
-        f"{(time.process_time() - began) / 60:.0f} minutes of one core behind the training, {datetime.date.today()}.",
+        f"{datetime.date.today()}.",
         "",
         "| network | parameters | MB | straight after, bare | straight after, repaired | fine-tuned |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         *rows,
     ]
     (HERE / "results" / "detection.md").write_text("\n".join(text) + "\n")
-    print("\n".join(text))
 
 
 def share(net: nn.Module, test: list[Sample]) -> str:
