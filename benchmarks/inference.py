@@ -1,6 +1,6 @@
 """What freezing gives: floats and integers against the plain frozen form, side by side in one process, on one thread.
 
-    python benchmarks/inference.py [--data ../shared/data] [--repeats 9] [--batch-size 8]
+    python benchmarks/inference.py [--data FOLDER] [--repeats 9] [--batch-size 8]
 
 The network is QP-SNN's spiking VGG-16 for CIFAR shapes, T = 4, in SpikingJelly's multi-step mode, with random weights
 and batch norms settled on the data; dense, and with 0.6 of its channels removed; 4 bits. "Plain" is the network with
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import add_data_option
 from mnist import loader, read, some
 from mnist_models import NETS
 from torch import Tensor, nn
@@ -203,7 +204,7 @@ def trained(folder: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data")
+    add_data_option(parser)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args()

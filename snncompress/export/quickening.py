@@ -68,7 +68,8 @@ def frozen_layers(model: nn.Module) -> FrozenLayers:
 
     Example:
         >>> from snncompress import freeze
-        >>> net = freeze(nn.Sequential(nn.Linear(4, 2)))
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = freeze(nn.Sequential(nn.Linear(4, 2), neuron.IFNode()))
         >>> print(frozen_layers(net).layers)
         (FrozenLayer(name='0', integer=False, why='integer=False', n_bytes=40),)
     """
