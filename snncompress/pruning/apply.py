@@ -24,6 +24,7 @@ from .fitting import Rounding
 from .meeting import within
 from .run import Run
 from .settings import Finetune, RepairChoice, Settings
+from .smallest import check_max_drop, smallest
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,6 +55,8 @@ def apply(
     refresh: bool = False,
     budget: Mapping[str, float] | None = None,
     round_to: int = 1,
+    max_drop: float | None = None,
+    validation: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> M:
     """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
@@ -82,7 +85,9 @@ def apply(
             "prune_regrow" some come back in between.
         order: "qp" quantizes first, then prunes (QP-SNN); "pq" the reverse.
         finetune: None, a number of epochs for the built-in trainer (labels from ``data``, learning rate 1e-3), or
-            ``callable(model)``, which trains in place. Called after quantization and after each pruning step.
+            ``callable(model)``, which trains in place: a loop of yours, or :func:`snncompress.finetune` with options,
+            ``lambda net: snncompress.finetune(net, loader, epochs=3, lr=3e-3, timesteps=4, teacher=model)``. Called
+            after quantization and after each pruning step.
         skip: None: the first weight layer and the classifier stay at 32 bits and the classifier's input layer keeps
             its channels, unless it writes into a residual stream; a DefaultSkipWarning says so where that is more than
             a fifth of what could go. Names or globs of layers to leave alone altogether take the place of that
@@ -111,6 +116,14 @@ def apply(
             ``data``. How much goes from which layer is found by comparing what channels take with them, with what they
             save (:mod:`snncompress.pruning.allocation`), and by trying: the result keeps to the budget within 2 %,
             where channels are fine enough, before any fine-tuning, which may change how much it fires.
+        max_drop: the accuracy that may be lost, 0.01 for a point: the result is the smallest network that was found to
+            lose no more, on labelled data that were held out. What becomes small is the first kind of cost that
+            ``budget`` names, by default energy; what else it says holds, too. Shares are tried by bisection, each with
+            repair, and with fine-tuning where that is asked for; all trials stand in the plan's origin, and as its
+            budget the one that was met. Accuracy is known as exactly as the samples held out allow.
+        validation: what is held out. By default that is every fifth batch of ``data``, or of fewer than five batches
+            the last fifth of each one's samples, which then neither calibrates nor trains; the batches are gone
+            through once and kept in memory.
         round_to: layers with a multiple of so many channels are left one, as some hardware likes them.
         checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
             the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
@@ -144,23 +157,36 @@ def apply(
         data is None, round_to,
     )  # fmt: skip
     limits = None if budget is None else Budget.of(budget)
+    check_max_drop(max_drop, validation, data, checkpoint)
     if not weight_layers(model):
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune or quantize.")
     refuse_frozen(model, "compressed")
-    needs: dict[str, Any] = {"noise": "scores", "labels": settings.needs_labels, "seed": seed, "gradients": True}
-    with bench(model, data, timesteps, forward, loss, found, **needs, unknown=True) as table:
-        if limits is not None:
-            settings = within(limits, table, settings, skip, progress)
-        run = Run(table.model, table.feed, settings.settled(), skip, progress)
-        store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run), model)
-        run.carry_out(store)
+    compared = "" if max_drop is None or validation is not None else "max_drop, which compares accuracies, needs labels"
+    needs: dict[str, Any] = {"noise": "scores", "labels": settings.needs_labels or compared, "seed": seed}
+    origin: dict[str, Any] = {} if budget is None else {"budget": dict(budget)}
+    with bench(
+        model, data, timesteps, forward, loss, found, test=validation, **needs, gradients=True, unknown=True
+    ) as table:
+        if max_drop is not None:
+            if validation is None:
+                table.feed, table.test = table.feed.parted()
+            best = smallest(max_drop, budget, table, settings, skip, progress)
+            run, origin = best.run, best.origin
+        else:
+            if limits is not None:
+                settings = within(limits, table, settings, skip, progress)
+            run = Run(table.model, table.feed, settings.settled(), skip, progress)
+            store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run), model)
+            run.carry_out(store)
         run.try_out(model)
+    for warned in () if max_drop is None else best.warned:
+        warnings.warn(warned, stacklevel=2)
     if why := run.why_nothing():
         warnings.warn(why, NothingToDoWarning, stacklevel=2)
     found.reset(run.model)
     found.adopt(run.model)
     _restore_flags(model, run.model)
-    attach(run.model, continued(model, run.plan(budget)))
+    attach(run.model, continued(model, run.plan(origin)))
     return run.model
 
 

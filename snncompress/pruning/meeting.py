@@ -47,44 +47,67 @@ def within(budget: Budget, table: Bench[Any], settings: Settings, skip: Any, pro
 
     Raises OptionError where the budget can't be met.
     """
-    if budget.timesteps is not None:
-        settings = replace(settings, truncate=_timesteps(budget.timesteps, table))
-    if settings.bits == "auto" and "size" not in budget.kinds:
-        raise OptionError("bits='auto' finds the bits for a budget of 'size' (or 'size_mb'), and there is none.")
-    if not budget.kinds:
-        return settings
-    before = _measured(table.copy(), table)
-    trying = replace(settings, finetune=None, scheduler=registry().resolve("scheduler", "one_shot", Scheduler))
-    if not budget.measured:
-        trying = replace(trying, repair=None)
-    most = goals = budget.most(before)
-    known: dict[str, list[tuple[float, float]]] = {kind: [] for kind in most}
-    best: tuple[float, dict[str, Any]] = math.inf, {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run that counts will say it
-        guess = _guess(table, trying, skip, before, budget.kinds)
-        for _ in range(_TRIES):
-            found, enough = guess(goals)
-            run = Run(table.copy(), table.feed, replace(trying, **found), skip, progress)
-            run.carry_out()
-            now = _measured(run.model, table)
-            over = {kind: KINDS[kind](now) / most[kind] for kind in budget.kinds}
-            used = max(over.values())
-            if (used > best[0]) if max(used, best[0]) <= 1 else used < best[0]:
-                best = used, found
-            if _CLOSE <= used <= 1 or (not enough and used > 1):
-                break
-            for kind, goal in goals.items():
-                known[kind].append((goal, over[kind]))
-            goals = {kind: _aim(known[kind], binding=over[kind] == used or over[kind] > 1) for kind in goals}
-    if best[0] > 1:
-        raise OptionError(
-            f"The budget can't be met: {_told(most)} was asked for, and the least that was reached is "
-            f"{_told({kind: most[kind] * best[0] for kind in most})}. Likely cause: too little may go. ratio= says how "
-            f"much of a layer may go at most, skip= what stays whole, bits= how many bits are left; and what spikes "
-            f"cost falls with timesteps."
-        )
-    return replace(settings, **best[1])
+    meeting = Meeting(budget, table, settings, skip, progress)
+    return meeting.meet(budget.most(meeting.before)) if budget.kinds else meeting.settings
+
+
+class Meeting:
+    """Finds the settings of one network for limits on the kinds of costs that a budget names; scores it once."""
+
+    def __init__(
+        self, budget: Budget, table: Bench[Any], settings: Settings, skip: Any, progress: Progress | None
+    ) -> None:
+        if budget.timesteps is not None:
+            settings = replace(settings, truncate=_timesteps(budget.timesteps, table))
+        if settings.bits == "auto" and "size" not in budget.kinds:
+            raise OptionError("bits='auto' finds the bits for a budget of 'size' (or 'size_mb'), and there is none.")
+        self.settings, self._table, self._skip, self._progress = settings, table, skip, progress
+        if not budget.kinds:
+            return
+        self.before = measured(table.copy(), table)
+        one_shot = registry().resolve("scheduler", "one_shot", Scheduler)
+        self._trying = replace(settings, finetune=None, scheduler=one_shot)
+        if not budget.measured:
+            self._trying = replace(self._trying, repair=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run that counts will say it
+            self._guess = _guess(table, self._trying, skip, self.before, budget.kinds)
+
+    def meet(self, most: Mapping[str, float]) -> Settings:
+        """Those with which each kind comes to at most so much; raises OptionError where that can't be."""
+        goals = most
+        known: dict[str, list[tuple[float, float]]] = {kind: [] for kind in most}
+        best: tuple[float, dict[str, Any]] = math.inf, {}
+        tried: list[dict[str, Any]] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(_TRIES):
+                found, enough = self._guess(goals)
+                if found in tried:
+                    break
+                tried.append(found)
+                run = Run(
+                    self._table.copy(), self._table.feed, replace(self._trying, **found), self._skip, self._progress
+                )
+                run.carry_out()
+                now = measured(run.model, self._table)
+                over = {kind: KINDS[kind](now) / most[kind] for kind in most}
+                used = max(over.values())
+                if (used > best[0]) if max(used, best[0]) <= 1 else used < best[0]:
+                    best = used, found
+                if _CLOSE <= used <= 1 or (not enough and used > 1):
+                    break
+                for kind, goal in goals.items():
+                    known[kind].append((goal, over[kind]))
+                goals = {kind: _aim(known[kind], binding=over[kind] == used or over[kind] > 1) for kind in goals}
+        if best[0] > 1:
+            raise OptionError(
+                f"The budget can't be met: {_told(most)} was asked for, and the least that was reached is "
+                f"{_told({kind: most[kind] * best[0] for kind in most})}. Likely cause: too little may go. ratio= says "
+                f"how much of a layer may go at most, skip= what stays whole, bits= how many bits are left; and what "
+                f"spikes cost falls with timesteps."
+            )
+        return replace(self.settings, **best[1])
 
 
 def _aim(known: list[tuple[float, float]], *, binding: bool) -> float:
@@ -103,7 +126,8 @@ def _aim(known: list[tuple[float, float]], *, binding: bool) -> float:
     return goal / share * _AIM if binding else goal
 
 
-def _measured(model: Any, table: Bench[Any]) -> Profile:
+def measured(model: Any, table: Bench[Any]) -> Profile:
+    """What a network costs, on the data of the bench."""
     energy: EnergyModel = registry().resolve("energy model", "horowitz_45nm", EnergyModel)
     return measure(model, table.feed, energy, resolve_conventions(None))
 

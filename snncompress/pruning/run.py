@@ -227,11 +227,9 @@ class Run(Generic[M]):
         else:
             edit.apply(self.model, self.feed.adapter)
 
-    def plan(self, budget: Mapping[str, float] | None = None) -> Plan:
-        """What was done, and what it came from."""
-        origin = self.settings.origin(self.feed.adapter.framework)
-        if budget is not None:
-            origin["budget"] = dict(budget)
+    def plan(self, asked: Mapping[str, Any]) -> Plan:
+        """What was done, and what it came from; ``asked`` is what the settings were found for."""
+        origin = {**self.settings.origin(self.feed.adapter.framework), **asked}
         if self.repaired:
             origin["repaired"] = self.repaired
         return Plan(tuple(self.edits), self.whole(), origin)

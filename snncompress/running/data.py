@@ -6,6 +6,7 @@ checked at the door, and runs a model on one of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,6 +132,36 @@ class Feed:
         if self._first is None:
             self._first = next(iter(self))
         return self._first
+
+    def parted(self) -> tuple[Feed, Feed]:
+        """Data to work with and data held out: every fifth batch, or the last fifth of each where there are fewer.
+
+        The batches are gone through once and kept. Raises DataError where they can't be taken apart.
+        """
+        batches = list(self._data)
+        kept, out = [raw for number, raw in enumerate(batches, 1) if number % 5], batches[4::5]
+        if not out:
+            cut = [self._cut(raw, number) for number, raw in enumerate(batches)]
+            kept, out = [part for part, _ in cut], [part for _, part in cut]
+        return self._of(kept), self._of(out)
+
+    def _cut(self, raw: Any, number: int) -> tuple[Any, Any]:
+        batch = self._checked(raw, number)
+        axis, y = self.samples_axis(batch), batch.y
+        count = None if axis is None else batch.x.shape[axis]
+        if count is None or count < 2 or not isinstance(y, (Tensor, list)) or len(y) != count:
+            raise DataError(
+                f"No samples of these data can be held out: there are fewer than five batches, and batch {number} "
+                f"isn't two or more samples with a label each. Pass more batches, or other data as validation=."
+            )
+        left = count - max(1, count // 5)
+        x = batch.x
+        return (x.narrow(axis, 0, left), y[:left]), (x.narrow(axis, left, count - left), y[left:])
+
+    def _of(self, batches: list[Any]) -> Feed:
+        feed = copy.copy(self)
+        feed._data, feed._first = batches, None
+        return feed
 
     def labels(self, batch: Batch) -> Any:
         """What a loss is handed as ``y``, or None: of a batch that names no labels, the user's loss gets all of it."""
