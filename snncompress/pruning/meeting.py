@@ -48,7 +48,23 @@ def within(budget: Budget, table: Bench[Any], settings: Settings, skip: Any, pro
     Raises OptionError where the budget can't be met.
     """
     meeting = Meeting(budget, table, settings, skip, progress)
-    return meeting.meet(budget.most(meeting.before)) if budget.kinds else meeting.settings
+    if not budget.kinds:
+        return meeting.settings
+    most = budget.most(meeting.before)
+    found, used = meeting.meet(most)
+    if used > 1:
+        raise not_met(most, used)
+    return found
+
+
+def not_met(most: Mapping[str, float], used: float) -> OptionError:
+    """For a budget of which the least that was ``used`` is more than 1."""
+    return OptionError(
+        f"The budget can't be met: {_told(most)} was asked for, and the least that was reached is "
+        f"{_told({kind: most[kind] * used for kind in most})}. Likely cause: too little may go. ratio= says how much "
+        f"of a layer may go at most, skip= what stays whole, bits= how many bits are left; and what spikes cost falls "
+        f"with timesteps."
+    )
 
 
 class Meeting:
@@ -73,8 +89,8 @@ class Meeting:
             warnings.simplefilter("ignore")  # the run that counts will say it
             self._guess = _guess(table, self._trying, skip, self.before, budget.kinds)
 
-    def meet(self, most: Mapping[str, float]) -> Settings:
-        """Those with which each kind comes to at most so much; raises OptionError where that can't be."""
+    def meet(self, most: Mapping[str, float]) -> tuple[Settings, float]:
+        """Those with which each kind comes to at most so much, or near to it, and which share of that is then used."""
         goals = most
         known: dict[str, list[tuple[float, float]]] = {kind: [] for kind in most}
         best: tuple[float, dict[str, Any]] = math.inf, {}
@@ -100,14 +116,7 @@ class Meeting:
                 for kind, goal in goals.items():
                     known[kind].append((goal, over[kind]))
                 goals = {kind: _aim(known[kind], binding=over[kind] == used or over[kind] > 1) for kind in goals}
-        if best[0] > 1:
-            raise OptionError(
-                f"The budget can't be met: {_told(most)} was asked for, and the least that was reached is "
-                f"{_told({kind: most[kind] * best[0] for kind in most})}. Likely cause: too little may go. ratio= says "
-                f"how much of a layer may go at most, skip= what stays whole, bits= how many bits are left; and what "
-                f"spikes cost falls with timesteps."
-            )
-        return replace(self.settings, **best[1])
+        return replace(self.settings, **best[1]), best[0]
 
 
 def _aim(known: list[tuple[float, float]], *, binding: bool) -> float:

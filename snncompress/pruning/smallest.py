@@ -16,7 +16,7 @@ from snncompress.model.chance import held
 from snncompress.running.bench import Bench
 
 from .budgets import KINDS, UNITS, Budget
-from .meeting import Meeting, measured
+from .meeting import Meeting, measured, not_met
 from .run import Run
 from .settings import Settings
 
@@ -63,6 +63,9 @@ def smallest(
     the same random state, and each is the whole run, with repair and fine-tuning. Accuracy is taken to fall with the
     share that is left; where it doesn't, a smaller network may be missed.
 
+    A trial says which share was asked for, which was reached, and the accuracy; None where no network is that small,
+    and the share is then the least.
+
     Raises OptionError where the mildest budget costs more accuracy already.
     """
     kinds = {UNITS[key][0] if key in UNITS else key: key for key in asked or {}}
@@ -78,12 +81,12 @@ def smallest(
         table.reseed()
         with held(table.feed.generators()), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            try:
-                found = meeting.meet({**most, kind: min(most[kind], share * whole)})
-            except OptionError:
+            limits = {**most, kind: min(most[kind], share * whole)}
+            found, used = meeting.meet(limits)
+            if used > 1:
                 if not trials:
-                    raise
-                trials.append({"asked": share, "reached": None, "accuracy": None})
+                    raise not_met(limits, used)
+                trials.append({"asked": share, "reached": used * share, "accuracy": None})
                 return None
             run = Run(table.copy(), table.feed, found.settled(), skip, progress)
             run.carry_out()
@@ -100,7 +103,7 @@ def smallest(
         raise OptionError(
             f"max_drop lowers the {kind}, and there is none. Name another kind: budget={{'params': 1.0}}."
         )
-    low, high = 0.0, min(1.0, most[kind] / whole)
+    low, least, high = 0.0, 0.0, min(1.0, most[kind] / whole)
     best = tried(high)
     if best is None:
         right = trials[0]["accuracy"] or 0.0
@@ -109,12 +112,15 @@ def smallest(
             f"{right:.4f} and was {dense:.4f}. Take more bits=, or None, let finetune= train, or allow more."
         )
     high = min(high, trials[0]["reached"] or high)
-    while high - low > _FINE * high and len(trials) < _MOST:
-        share = (low + high) / 2
-        smaller = tried(share)
-        if smaller is None:
-            low = share
+    while high - max(low, least) > _FINE * high and len(trials) < _MOST:
+        share = max((low + high) / 2, least)
+        smaller, trial = tried(share), trials[-1]
+        reached = trial["reached"] or share
+        if smaller is not None:
+            best, high = smaller, min(share, reached)
+        elif trial["accuracy"] is None:
+            least = reached
         else:
-            best, high = smaller, min(share, trials[-1]["reached"] or share)
+            low = share
     best.origin["trials"] = trials
     return best
