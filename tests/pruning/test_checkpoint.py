@@ -31,7 +31,10 @@ def in_a_process(framework: str, folder: Path, criterion: str, kill_at: object) 
 # One epoch is 3 batches, so 3 events: 3 to quantize and fine-tune, then in each of three steps 3 of calibration and 3
 # of fine-tuning. The first process dies in step 2, so the second begins there and dies when it would keep that step;
 # the third begins there again and dies in step 3.
-@pytest.mark.parametrize(("framework", "criterion"), [("spikingjelly", "cqp"), ("snntorch", "taylor")])
+@pytest.mark.parametrize(
+    ("framework", "criterion"),
+    [("spikingjelly", "cqp"), pytest.param("snntorch", "taylor", marks=pytest.mark.slow)],
+)
 def test_killed_again_and_again_it_ends_with_the_same_plan_and_weights(
     tmp_path: Path, framework: str, criterion: str
 ) -> None:
