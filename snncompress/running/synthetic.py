@@ -83,4 +83,6 @@ def _refusal(model: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | Non
             adapter.run(model, x, timesteps)
     except Exception as error:  # the model is the user's: anything can come out of it
         return f"{type(error).__name__}: {error}"
+    if not adapter.neurons(model):  # an ordinary network
+        return ""
     return "" if rows == {_PROBE} else f"neurons that saw {sorted(rows)} rows for {_PROBE} samples"

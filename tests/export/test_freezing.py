@@ -216,3 +216,9 @@ def test_an_ordinary_network() -> None:
     frozen = freeze(net, X)
     assert isinstance(frozen[1], nn.Identity)
     assert torch.allclose(frozen(X), net(X), atol=1e-5)
+
+
+def test_an_ordinary_network_needs_no_data() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 2))
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(snncompress.freeze(net.eval())(x), net(x), rtol=1e-4, atol=1e-5)
