@@ -37,7 +37,7 @@ class Charge(nn.Module):
             self.v = self.v + current
             spike = _Surrogate.apply(self.v - self.threshold)
             if self.seen is not None:
-                self.seen(spike.detach().unsqueeze(0), self.v.detach().unsqueeze(0))
+                self.seen(spike.unsqueeze(0), self.v.detach().unsqueeze(0))
             self.v = self.v * (1 - spike)
             spikes.append(spike)
         return torch.stack(spikes, 1)

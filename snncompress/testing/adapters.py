@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from snncompress.interfaces import Adapter, Memory
 from snncompress.model.copying import private_copy
+from snncompress.model.modules import tensors_in
 
 from .common import broken, calling, check_name
 from .offers import check_books, check_conversion, check_equations, check_export, check_inference, check_states
@@ -131,7 +133,31 @@ def _check_observe(trial: Trial, *, membrane: bool) -> None:
         steps = sum(len(spikes) for spikes, _ in seen[name])
         if trial.timesteps not in (None, steps):
             raise broken(adapter, f"{name} {asked}: {steps} timesteps observed, not {trial.timesteps}.")
+    if not membrane:
+        _note_gradients(trial)
     trial.checked["observe"] = None
+
+
+def _note_gradients(trial: Trial) -> None:
+    """What a neuron puts out has a gradient: has what its observer gets?"""
+    put_out: set[str] = set()
+    shown: set[str] = set()
+
+    def note(found: set[str], name: str, spikes: Tensor) -> None:
+        if spikes.requires_grad:
+            found.add(name)
+
+    with ExitStack() as stack:
+        for name, neuron in trial.neurons().items():
+            hook = partial(lambda name, module, args, output: note(put_out, name, next(tensors_in(output))), name)
+            stack.callback(neuron.register_forward_hook(hook).remove)
+            look = partial(lambda name, spikes, _: note(shown, name, spikes), name)
+            stack.callback(trial.adapter.observe(neuron, look, membrane=False))
+        with trial.adapter.differentiable(trial.model):
+            trial.run(grad=True)
+    trial.adapter.reset(trial.model)
+    for name in sorted(put_out - shown):
+        trial.missing.append(f"gradients of {name}: observe() detaches its spikes, so training can't lower its rate")
 
 
 def _check_shown(adapter: Adapter, name: str, outputs: list[Tensor], shown: _Shown, *, membrane: bool) -> None:

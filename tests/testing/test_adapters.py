@@ -123,6 +123,20 @@ def test_snntorchs_equations(options: dict[str, Any]) -> None:
     assert report.missing == ()
 
 
+class Detaching(ToyAdapter):
+    def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
+        return super().observe(neuron, lambda s, u: observer(s.detach(), u), membrane=membrane)
+
+
+def test_spikes_without_their_gradient_are_missing() -> None:
+    model, x = toy_layers()
+    missing = [check_adapter(adapter(), model, x, 3).missing for adapter in (ToyAdapter, Detaching)]
+    assert [what.partition(":")[0] for what in missing[1] if what not in missing[0]] == [
+        "gradients of 1",
+        "gradients of 3",
+    ]
+
+
 def test_an_adapter_that_does_only_what_it_must() -> None:
     model, x = toy_layers()
     report = check_adapter(BareAdapter(), model, x, 3)
