@@ -5,8 +5,8 @@
 ResNet10 of a quarter of the widths with a YOLOv3 head, on canvases of 64×64 with one to four digits; test scenes are
 made from test digits. mAP at an overlap of 0.5, by pycocotools, of the dense network, straight after compression
 without and with repair, and after fine-tuning; the labels are lists of boxes, handed to ``loss=``. The dense network
-and the rows that are done are kept in benchmarks/.cache, so that it goes on where it was stopped. One thread, ten to
-fifteen minutes. Writes benchmarks/results/detection.md. Needs MNIST and ``pip install
+and the rows that are done are kept in benchmarks/.cache, so that it goes on where it was stopped. One thread, ten
+minutes. Writes benchmarks/results/detection.md. Needs MNIST and ``pip install
 "snncompress[spikingjelly,detection]"``.
 """
 
@@ -40,7 +40,6 @@ HOWS: dict[str, tuple[dict[str, float] | None, int | None]] = {
     "4 bits": (None, 4),
     "2 bits": (None, 2),
     "4 bits, 30 % of the backbone's channels": ({"layer*": 0.3}, 4),
-    "4 bits, 50 % of the backbone's channels": ({"layer*": 0.5}, 4),
 }
 
 
