@@ -21,6 +21,8 @@ from snncompress.model.grids import Grid
 from snncompress.model.parametrizations import PACKED
 from snncompress.model.spikes import MOST, counts_of, in_float
 
+from .mixing import blank, mixed
+
 _CONVOLUTIONS: tuple[tuple[type[_ConvNd], Callable[..., Tensor]], ...] = (
     (nn.Conv1d, F.conv1d), (nn.Conv2d, F.conv2d), (nn.Conv3d, F.conv3d),
 )  # fmt: skip
@@ -149,22 +151,11 @@ class IntegerLayer(nn.Module):
         return {**vars(self), "_numbers": self.numbers, "_packed": None}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (type(self).__mro__[2],), self.__getstate__()
+        return blank, (IntegerLayer, type(self).__mro__[2]), self.__getstate__()
 
     def extra_repr(self) -> str:
         """The layer's own, and that it computes with integers."""
         return f"{cast(Any, super()).extra_repr()}, integer"
-
-
-@cache
-def integer_class(kind: type) -> type:
-    """The class of integer layers for a class of layers."""
-    return type(f"Integer{kind.__name__}", (IntegerLayer, kind), {"__module__": __name__, "__doc__": kind.__doc__})
-
-
-def _blank(kind: type) -> nn.Module:
-    made: nn.Module = object.__new__(integer_class(kind))
-    return made
 
 
 def make_integer(layer: nn.Module, found: Codes) -> str:
@@ -182,7 +173,7 @@ def make_integer(layer: nn.Module, found: Codes) -> str:
     del module._parameters["weight"]
     vars(module).update({"_numbers": numbers, "_packed": None, "offset": found.offset, PACKED: found.bits})
     module.register_buffer("scale", scale.float())
-    module.__class__ = integer_class(cast(Any, type(module)))
+    module.__class__ = mixed(IntegerLayer, cast(Any, type(module)))
     return ""
 
 

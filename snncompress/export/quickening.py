@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +23,7 @@ from snncompress.running.data import Run
 from snncompress.running.sameness import same
 
 from .integer_layers import Codes, IntegerLayer, instructions, make_float, make_integer
+from .mixing import blank, mixed
 
 M = TypeVar("M", bound=nn.Module)
 _WHY = "_snncompress_why_float"
@@ -110,17 +111,7 @@ class ConstantInput(nn.Module, Memory):
         self._read = self._made = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (type(self).__mro__[2],), {**vars(self), "_read": None, "_made": None}
-
-
-@cache
-def _constant_class(kind: type) -> type:
-    return type(f"Constant{kind.__name__}", (ConstantInput, kind), {"__module__": __name__, "__doc__": kind.__doc__})
-
-
-def _blank(kind: type) -> nn.Module:
-    made: nn.Module = object.__new__(_constant_class(kind))
-    return made
+        return blank, (ConstantInput, type(self).__mro__[2]), {**vars(self), "_read": None, "_made": None}
 
 
 def _has_time(layer: Any, x: Tensor) -> bool:
@@ -192,7 +183,7 @@ def quicken(model: M, adapter: Adapter, run: Run, found: Mapping[str, Codes | st
     for name, layer in layers.items():
         if seen is not None and not isinstance(layer, (IntegerLayer, ConstantInput)) and seen[name].constant(layer):
             vars(layer).update(_read=None, _made=None)
-            layer.__class__ = _constant_class(cast(Any, type(layer)))
+            layer.__class__ = mixed(ConstantInput, cast(Any, type(layer)))
         vars(model.get_submodule(name))[_WHY] = why[name]
     return model
 
