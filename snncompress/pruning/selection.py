@@ -179,7 +179,7 @@ def targets(
         found.append(Target(group, group.size, share))
     for groups in network.tied:
         found = _in_proportion(found, network, groups, skipped)
-    for together in [*_tied(found, network), *([t] for t in found if not t.portion)]:
+    for together in [*in_step(found, network), *([t] for t in found if not t.portion)]:
         _round(together, round_to)
     for target in found:
         group = target.group
@@ -196,7 +196,8 @@ def targets(
     return found, {name: why for name, why in skipped.items() if name not in cut}
 
 
-def _tied(found: list[Target], network: Network) -> list[list[Target]]:
+def in_step(found: list[Target], network: Network) -> list[list[Target]]:
+    """Those that must stay in proportion, together."""
     return [[target for target in found if any(target.group is group for group in groups)] for groups in network.tied]
 
 

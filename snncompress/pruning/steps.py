@@ -23,7 +23,7 @@ from snncompress.running.data import Feed
 from snncompress.structure.confirming import Confirm
 
 from .recording import Groups, record
-from .selection import Target, highest, lowest
+from .selection import Target, highest, in_step, lowest
 
 Share = Callable[[float], float]
 """A layer's target → the share that must be gone after this step."""
@@ -102,9 +102,7 @@ class ChannelPruning(LayerPruning):
     ) -> None:  # fmt: skip
         super().__init__(model, adapter, criterion, network)
         self.targets, self._confirm = targets, confirm
-        self._tied = [
-            [target for target in targets if any(target.group is group for group in groups)] for groups in network.tied
-        ]
+        self._tied = in_step(targets, network)
         self.left: dict[str, str] = {}
         """Layers that lost nothing in some step, since just the channels chosen can't go, with the reason."""
 
@@ -160,12 +158,12 @@ class ChannelPruning(LayerPruning):
         """Those that can go together; of groups that stay in proportion all or none."""
         while self._confirm and (whys := self._confirm(self.model, [(t.group, removed) for t, removed in chosen])):
             refused = {id(target): whys[id(target.group)] for target, _ in chosen if id(target.group) in whys}
-            for tied in self._tied:
-                at_fault = next((target for target in tied if id(target) in refused), None)
+            for group in self._tied:
+                at_fault = next((target for target in group if id(target) in refused), None)
                 if at_fault is not None:
                     name, why = at_fault.group.names("out")[0], refused[id(at_fault)]
                     why = f"forward counts on as many channels in {name}, which stays whole: {why}"
-                    refused = {**{id(target): why for target in tied}, **refused}
+                    refused = {**{id(target): why for target in group}, **refused}
             for target, _ in chosen:
                 if why := refused.get(id(target), ""):
                     self.left.update((n, why) for n in target.group.names("out") if n in self.network.layers)
