@@ -146,7 +146,7 @@ class LayerFit:
                 support = torch.cat([support, torch.ones_like(support[..., :1])], 2)
         errors = sums.errors(self._theta(self._effective(), offset))
         start = _Answer(old, offset, errors, torch.full_like(errors, torch.inf))
-        theta = solved(sums, self._theta(old, offset), self.ridge * sums.scarcity(), support)
+        theta = solved(sums, self._prior(old, offset), self.ridge * sums.scarcity(), support)
         if self._offset and self.network.drives.get(self.name):
             wide = stretched(sums, theta)
             theta = wide.where((sums.errors(wide) < start.errors).unsqueeze(2), theta)
@@ -160,6 +160,16 @@ class LayerFit:
             return False
         self._put_intercept(best.offset - offset)
         return True
+
+    def _prior(self, weights: Tensor, offset: Tensor) -> Tensor:
+        """θ that is stayed near: what is there, or what undoes the change of the norm behind, row by row the better."""
+        there = self._theta(weights, offset)
+        if self._through is None:
+            return there
+        gain, shift = (part.double() for part in self._through)
+        undone = self._theta(gain.unsqueeze(2) * weights, gain * offset + shift)
+        sums = cast(Sums, self.sums)
+        return undone.where((sums.errors(undone) < sums.errors(there)).unsqueeze(2), there)
 
     def _better(self, start: _Answer, best: _Answer, weights: Tensor, theta: Tensor) -> _Answer:
         """What comes nearer to θ and isn't worse than the start, row by row.
