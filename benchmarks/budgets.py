@@ -1,19 +1,18 @@
 """Budgets: are they met, and is allocation over layers better than one ratio for all?
 
-    python benchmarks/budgets.py [--data FOLDER] [--only met equal] [--seeds 0 1 2]
+    python benchmarks/budgets.py [--data FOLDER] [--only met exponent equal] [--seeds 0 1 2]
 
 "met": what was asked for and what came out, on the networks of benchmarks/repair.py and on untrained ones of
-examples/networks. "equal": at the same energy, or the same parameters, straight after compression with repair and
-after one epoch: channels allocated by the budget against one ratio for all layers. Figures are kept in
+examples/networks. "exponent": how much savings should count against losses in the allocation, on training images of
+CIFAR-10 that don't calibrate, seed 0. "equal": at the same energy, or the same parameters, straight after compression
+with repair and after one epoch: channels allocated by the budget against one ratio for all layers. Figures are kept in
 benchmarks/.cache, so a run that was stopped goes on. One thread. Writes benchmarks/results/budgets.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import sys
 import time
 import warnings
@@ -23,10 +22,12 @@ from typing import Any
 
 import torch
 from datasets import add_data_option
+from jobs import known, note
 from repair_tasks import CACHE, HERE, TASKS, Task
 from torch import nn
 
 import snncompress
+from snncompress.pruning import allocation
 
 sys.path.insert(0, str(HERE.parent / "examples"))
 from networks.resnet20 import resnet20
@@ -34,7 +35,9 @@ from networks.sew_resnet18 import sew_resnet18
 from networks.spikingformer import spikingformer
 from networks.vgg16 import vgg16
 
-RESULT, STORE = HERE / "results" / "budgets.md", CACHE / "budgets.json"
+RESULT, STORE = HERE / "results" / "budgets.md", CACHE / "budgets.jsonl"
+HELD = 2_000
+allocation_weight = allocation._WEIGHT
 KINDS = {"energy": "energy_pj", "size": "size_mb", "params": "n_params", "synops": "n_ac"}
 SHARES = (0.7, 0.5, 0.3, 0.1)
 UNTRAINED: dict[str, Callable[[], nn.Module]] = {
@@ -43,6 +46,7 @@ UNTRAINED: dict[str, Callable[[], nn.Module]] = {
     "ResNet20, a quarter of its widths": lambda: resnet20(10, widths=(16, 32, 64, 128)),
     "Spikingformer-2-96": lambda: spikingformer(10, depth=2, dim=96),
 }
+EXPONENTS = (0.0, 0.25, 0.5, 1.0)
 EQUAL = ("mnist-spikingjelly", "mnist-snntorch", "cifar")
 
 
@@ -71,6 +75,20 @@ def compressed(task: Task, net: nn.Module, seed: int, **how: Any) -> nn.Module:
         net, "magnitude", how.pop("ratio", None), None, data=task.calibration(task.images, seed),
         timesteps=task.timesteps, seed=seed, progress=False, skip=[], **how,
     )  # fmt: skip
+
+
+def exponent(task: Task, kind: str, share: float, weight: float) -> dict[str, float]:
+    """Accuracy in % straight after, and what of the cost is left."""
+    allocation._WEIGHT = weight
+    net = task.dense(0)
+    small = compressed(task, net, 0, budget={kind: share})
+    x, y = task.data["train"]
+    apart = torch.ones(len(x), dtype=torch.bool)
+    apart[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: task.images]] = False
+    held = apart.nonzero().flatten()[::20][:HELD]
+    right = snncompress.evaluate(small, list(zip(x[held].split(250), y[held].split(250), strict=True)), timesteps=2)
+    allocation._WEIGHT = allocation_weight
+    return {"accuracy": 100 * right.accuracy, "left": cost(task, small, 0, kind) / cost(task, net, 0, kind)}
 
 
 def one_ratio(task: Task, net: nn.Module, seed: int, kind: str, most: float) -> nn.Module:
@@ -105,6 +123,7 @@ def equal(task: Task, seed: int, kind: str, share: float) -> dict[str, float]:
 
 
 Job = tuple[str, ...]
+PARTS = ("met", "exponent", "equal")
 
 
 def jobs(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Job, Callable[[], dict[str, float]]]]:
@@ -115,6 +134,12 @@ def jobs(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Job, Call
             for kind in KINDS:
                 for share in SHARES:
                     yield ("met", name, kind, str(share)), lambda a=(task, build, kind, share): met(*a)
+    if "exponent" in parts:
+        for kind in ("params", "energy"):
+            for share in (0.5, 0.3):
+                for weight in EXPONENTS:
+                    args = (TASKS["cifar"], kind, share, weight)
+                    yield ("exponent", "cifar", kind, str(share), str(weight)), lambda a=args: exponent(*a)
     if "equal" in parts:
         for seed in seeds:
             for name in EQUAL if seed == 0 else EQUAL[:2]:
@@ -124,8 +149,9 @@ def jobs(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Job, Call
                         yield ("equal", name, kind, str(share), str(seed)), lambda a=args: equal(*a)
 
 
-def report(found: dict[str, dict[str, float]]) -> str:
-    """Both tables, of what is known."""
+def report(rows_known: dict[str, dict[str, Any]]) -> str:
+    """The tables, of what is known."""
+    found = {key: row["figures"] for key, row in rows_known.items()}
     text = ["# Budgets", "", "Written by benchmarks/budgets.py; criterion magnitude, skip=[]."]
     rows: dict[str, list[str]] = {}
     for key, figures in found.items():
@@ -138,6 +164,19 @@ def report(found: dict[str, dict[str, float]]) -> str:
         text += ["", "## Asked for, and what is left of the original's cost (seconds of one core)", ""]
         text += [f"| network | budget | {' | '.join(map(str, SHARES))} |", "| --- | --- |" + " ---: |" * len(SHARES)]
         text += [f"{head} {' | '.join(cells)} |" for head, cells in rows.items()]
+    tried: dict[str, list[str]] = {}
+    for key, figures in found.items():
+        part, name, kind, share, *weight = json.loads(key)
+        if part == "exponent":
+            row = tried.setdefault(f"| {name} | {kind} {share} |", ["—"] * len(EXPONENTS))
+            row[EXPONENTS.index(float(weight[0]))] = f"{figures['accuracy']:.1f}"
+    if tried:
+        text += ["", f"## The exponent of savings: accuracy (%) on {HELD:,} training images", ""]
+        text += [
+            f"| network | budget | {' | '.join(map(str, EXPONENTS))} |",
+            "| --- | --- |" + " ---: |" * len(EXPONENTS),
+        ]
+        text += [f"{head} {' | '.join(cells)} |" for head, cells in tried.items()]
     groups: dict[str, list[dict[str, float]]] = {}
     for key, figures in found.items():
         part, name, kind, share, *_ = json.loads(key)
@@ -150,14 +189,14 @@ def report(found: dict[str, dict[str, float]]) -> str:
         for head, several in groups.items():
             cells = [f"{mean(figures[column] for figures in several):.1f}" for column in columns]
             text.append(f"{head} | {len(several)} | {' | '.join(cells)} |")
-    where = f"{platform.machine()}, one thread, torch {torch.__version__}, {datetime.date.today()}"
-    return "\n".join([*text, "", f"({where}.)", ""])
+    places = "; ".join(sorted({row["where"] for row in rows_known.values()}))
+    return "\n".join([*text, "", f"({places}.)", ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_option(parser)
-    parser.add_argument("--only", nargs="+", choices=("met", "equal"), default=["met", "equal"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -165,17 +204,15 @@ def main() -> None:
     CACHE.mkdir(exist_ok=True)
     for task in TASKS.values():
         task.folder = options.data
-    found: dict[str, dict[str, float]] = json.loads(STORE.read_text()) if STORE.exists() else {}
     for job, compute in jobs(options.only, options.seeds):
         key = json.dumps(job)
-        if key in found:
+        if key in known(STORE):
             continue
         if job[1] in TASKS and not TASKS[job[1]].weights(int(job[4]) if job[0] == "equal" else 0).exists():
             TASKS[job[1]].train(int(job[4]) if job[0] == "equal" else 0)
-        found[key] = compute()
-        print(key, found[key], flush=True)
-        STORE.write_text(json.dumps(found))
-        RESULT.write_text(report(found))
+        note(STORE, key, compute(), "cpu")
+        print(key, known(STORE)[key]["figures"], flush=True)
+        RESULT.write_text(report(known(STORE)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ turn. For single channels this ranks as LAMP does (Lee et al., ICLR 2021, Eq. 1)
 
 until every budget is met; then what was taken too much comes back, the dearest first. With the savings as they are,
 layers that cost much are emptied and the network suffers; without them, they are spared. The exponent was measured
-(benchmarks/budgets.py).
+(benchmarks/budgets.py, part "exponent").
 """
 
 from __future__ import annotations

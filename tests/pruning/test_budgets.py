@@ -42,9 +42,10 @@ def test_a_share_is_met_from_below(kind: str) -> None:
 
 
 def test_numbers_in_units_and_several_at_once() -> None:
-    _, now, _ = within({"size_kb": 12.0, "params": 4000, "energy": 0.6})
+    _, now, before = within({"size_kb": 12.0, "params": 4000, "energy": 0.6})
     assert now.size_mb <= 0.012
     assert now.n_params <= 4000
+    assert now.energy_pj <= 0.6 * before.energy_pj
 
 
 def test_bits_are_shared_out_with_channels() -> None:
@@ -62,10 +63,9 @@ def test_single_weights_within_a_budget_of_additions() -> None:
 
 
 def test_timesteps() -> None:
-    small, now, _ = within({"timesteps": 0.7}, ratio=0.25)
-    assert plan_of(small).origin["truncate"] == 2
-    assert small[0].out_channels == 18
-    del now
+    small, _, _ = within({"timesteps": 0.7}, ratio=0.25)
+    assert plan_of(small).origin["truncate"] == 2  # of 3
+    assert small[0].out_channels == 18  # of 24
 
 
 def test_ratio_is_a_ceiling_and_widths_are_rounded() -> None:
