@@ -11,9 +11,7 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +22,7 @@ from typing import Any
 
 import torch
 from datasets import add_data_option
+from jobs import known, note
 from mnist import CACHE, Split, T, accuracy, loader, read, some, tune
 from mnist_models import spikingjelly_net
 from rich.progress import track
@@ -32,7 +31,6 @@ from snncompress_schedules import Gradual, PruneRegrow
 from torch import nn
 
 import snncompress
-from snncompress.base.files import write_whole
 from snncompress.contract.detection import find_adapter
 from snncompress.extend import Layer
 from snncompress.model.network import by_layer
@@ -40,7 +38,7 @@ from snncompress.pruning.recording import record
 from snncompress.running.data import Feed
 from snncompress.structure.tracing import trace
 
-RESULT = Path(__file__).resolve().parent / "results" / "prune_regrow.md"
+RESULT, STORE = Path(__file__).resolve().parent / "results" / "prune_regrow.md", CACHE / "prune_regrow.jsonl"
 TRAIN, EPOCHS = 6_000, 3  # images and epochs of the dense network
 TUNE, LR = 1_000, 2e-3  # images in an epoch of fine-tuning, and its learning rate
 CALIBRATION = 512  # of these
@@ -119,7 +117,9 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def report(found: dict[str, dict[str, Any]], seeds: Sequence[int]) -> None:
+def report(rows: dict[str, dict[str, Any]], seeds: Sequence[int]) -> None:
+    found = {key: row["figures"] for key, row in rows.items()}
+
     def of(key: str, *case: Any) -> list[float]:
         results = (found.get(json.dumps((seed, *case)), {}) for seed in seeds)
         return [result[key] for result in results if key in result]
@@ -165,7 +165,7 @@ def report(found: dict[str, dict[str, Any]], seeds: Sequence[int]) -> None:
         ]
     lines += [
         "",
-        f"({platform.machine()}, one thread, torch {torch.__version__}, {datetime.date.today()}.)",
+        f"({'; '.join(sorted({row['where'] for row in rows.values()}))}.)",
         "",
     ]
     RESULT.write_text("\n".join(lines))
@@ -178,16 +178,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     CACHE.mkdir(exist_ok=True)
-    store = CACHE / "prune_regrow.json"
-    found: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
     train, test = read(options.data, "train"), read(options.data, "test")
-    for job in track([job for job in jobs(options.seeds) if json.dumps(job) not in found], "jobs"):
-        found[json.dumps(job)] = run(job, train, test)
-        write_whole(store, lambda file: file.write(json.dumps(found).encode()))
-        report(found, options.seeds)
+    todo = [job for job in jobs(options.seeds) if json.dumps(job) not in known(STORE)]
+    for job in track(todo, "jobs"):
+        note(STORE, json.dumps(job), run(job, train, test), "cpu")
+        report(known(STORE), options.seeds)
     for seed in options.seeds:
-        found[json.dumps(("agreement", seed))] = agreement(seed, train)
-    report(found, options.seeds)
+        note(STORE, json.dumps(("agreement", seed)), agreement(seed, train), "cpu")
+    report(known(STORE), options.seeds)
     print(RESULT.read_text())
 
 
