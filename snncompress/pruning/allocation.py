@@ -9,7 +9,7 @@ quantization error ‖W − Ŵ‖² / ‖W‖² of a layer at b bits,
 add up to −log of the product, over all groups and layers, of the shares that are left: a signal has to pass them in
 turn. For single channels this ranks as LAMP does (Lee et al., ICLR 2021, Eq. 1). What is cheapest goes first,
 
-    price = loss / saving^¼
+    price = loss / √saving
 
 until every budget is met; then what was taken too much comes back, the dearest first. With the savings as they are,
 layers that cost much are emptied and the network suffers; without them, they are spared. The exponent was measured
@@ -28,7 +28,7 @@ from torch import Tensor
 _STEPS = 48
 """At most so many steps down in a group, that it doesn't take long; what is taken too much comes back one by one."""
 
-_WEIGHT = 0.25
+_WEIGHT = 0.5
 
 
 @dataclass
