@@ -33,6 +33,7 @@ from .direct_encoding import Clock, Repetition
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 FLOAT_BITS = 32
+_EXACT = 2**24  # all whole numbers up to it are float32s
 _MAPS_KEPT = 16  # shapes per layer; more only where every batch has a size of its own
 
 
@@ -47,7 +48,10 @@ def is_spikes(x: Tensor, values: SpikeValues = "integers") -> bool:
     [False, False, False, True]
     """
     if values == "integers":
-        return not x.is_floating_point() or bool(x.frac().eq(0).all())
+        if not x.is_floating_point() or not x.numel():
+            return True
+        low, high = torch.aminmax(x.frac())  # one pass each, where comparing takes two; NaN stays NaN
+        return bool(low == 0) and bool(high == 0)
     if values == "two_valued":
         low, high = torch.aminmax(x)
         return bool(low >= 0) and bool(high <= 1) and bool((x.eq(low) | x.eq(high)).all())
@@ -80,11 +84,12 @@ def fan_out(
              [1., 2., 1.]]], dtype=torch.float64)
     """
     weight = _weight(layer).detach()
-    # A float64 0/1 mask; on the CPU where the device has no float64.
+    # In float64; on the CPU where the device has none.
     device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-    mask = (torch.ones_like(weight) if zero_weights else weight.ne(0)).to(device, torch.float64)
+    mask = torch.ones_like(weight, dtype=torch.bool) if zero_weights else weight.ne(0)
+    mask = _summed_outputs(layer, mask.to(device)).double()
     if isinstance(layer, nn.Linear):
-        return mask.sum(0)
+        return mask[0]
     # Users may run their model in inference mode, where no gradient could be taken.
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.zeros(1, *sample_shape, dtype=torch.float64, device=device, requires_grad=True)
@@ -328,7 +333,9 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def spike_sum(x: Tensor, dims: int = 0) -> Tensor:
-    """Σ |x| over all but the last ``dims`` dimensions, in float64.
+    """Σ |x| over all but the last ``dims`` dimensions, as float64; exact for whole numbers.
+
+    Summed in float32, which takes a tenth of the time, where that is as exact: up to 2²⁴.
 
     >>> spike_sum(torch.tensor([[2.0, -1.0], [0.0, 1.0]]), 1)
     tensor([2., 2.], dtype=torch.float64)
@@ -336,7 +343,22 @@ def spike_sum(x: Tensor, dims: int = 0) -> Tensor:
     if x.device.type == "mps":  # has no float64
         x = x.cpu()
     x = x.reshape(-1, *x.shape[x.dim() - dims :])
-    return (x if x.dtype == torch.bool else x.abs()).sum(0, dtype=torch.float64)
+    if x.dtype == torch.bool:
+        return x.view(torch.uint8).sum(0, dtype=torch.int64).double()
+    x = x.abs()
+    if x.dtype == torch.float32:
+        total = x.sum(0)
+        if not total.numel() or bool(total.max() < _EXACT):
+            return total.double()
+    return x.sum(0, dtype=torch.float64)
+
+
+def _summed_outputs(layer: nn.Module, mask: Tensor) -> Tensor:
+    """The synapses of all outputs of a group in one: a weight like the layer's, with one output per group."""
+    groups = getattr(layer, "groups", 1)
+    if isinstance(layer, _ConvTransposeNd):
+        return mask.sum(1, keepdim=True)
+    return mask.view(groups, -1, *mask.shape[1:]).sum(1)
 
 
 def _convolve(layer: _ConvNd, x: Tensor, weight: Tensor, output_shape: Sequence[int] | None = None) -> Tensor:

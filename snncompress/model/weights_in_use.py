@@ -65,7 +65,9 @@ def weight_in_use(layer: nn.Module) -> Tensor | None:
     >>> torch.equal(weight_in_use(layer), layer.weight)
     True
     """
-    return cast("Tensor | None", getattr(layer, "weight", None)) if _plain_class(layer) else _watched(layer)[0]
+    if _plain_class(layer) or not computes_its_weight(layer):
+        return cast("Tensor | None", getattr(layer, "weight", None))
+    return _watched(layer)[0]
 
 
 def computes_its_weight(layer: nn.Module) -> bool:
