@@ -136,9 +136,14 @@ class Target:
     silent: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def count(self, ratio: float) -> int:
-        """How many more channels must go to reach ``ratio`` of the original ones: ⌈ratio · c⌉ in all."""
+        """How many more channels must go to reach ``ratio`` of the original ones: ⌈ratio · c⌉ in all.
+
+        Of a group that can lose a half and nothing else, the half goes from a ratio of a quarter on.
+        """
         portion = self.portion or self.group.portion
         local = self.original // portion
+        if local == 2 and self.group.step > 1:
+            ratio = 0.5 * (ratio >= 0.25)
         most = local - 1 if self.group.part else local  # a layer that loses enough may have parts that can't
         wanted = min(math.ceil(round(ratio * local, 9)), most) * portion
         return max(0, wanted - (self.original - self.group.size))

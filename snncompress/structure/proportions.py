@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from snncompress.model.network import ChannelGroup, portions
 
 from .branches import owner
-from .elimination import is_at
+from .elimination import is_at, sound_together
 from .trial import Flaw, Removal, Trial
 
 
@@ -26,8 +26,9 @@ class Proportions:
 
     What a share leaves has no divisor in common with the whole, so that no number in forward fits it by chance. Where
     that fails, those at fault lose a multiple of a number that the code that failed can read, or are tied to what they
-    are made of, and so in other modules of the same class; if need be all that meet in that code, in the end all.
-    ``some`` and ``others`` are the removals of the last trial, and their complements; ``flaw`` is how it ended.
+    are made of, and so in other modules of the same class; if need be all that meet in that code, in the end all. Where
+    nothing of this helps, some may lose a half and nothing else: what is left must divide another number. ``some`` and
+    ``others`` are the removals of the last trial, and their complements; ``flaw`` is how it ended.
     """
 
     def __init__(self, groups: list[ChannelGroup], model: nn.Module, trial: Trial, generator: torch.Generator) -> None:
@@ -36,6 +37,8 @@ class Proportions:
         self.flaw = self._tried(trial)
         while self.flaw is not None and (self._in_steps(self.flaw, trial) or self._tie(self.flaw)):
             self.flaw = self._tried(trial)
+        if self.flaw is not None:
+            self._in_halves(groups, trial)
 
     @property
     def groups(self) -> list[ChannelGroup]:
@@ -43,6 +46,13 @@ class Proportions:
         return [group for tied in self.tied for group in tied]
 
     def _tried(self, trial: Trial) -> Flaw | None:
+        self._draw()
+        if not self.some:
+            return None
+        flaw = trial.difference(self.some)
+        return trial.difference(self.others) if flaw is None else flaw
+
+    def _draw(self) -> None:
         removals = list[tuple[ChannelGroup, Tensor, Tensor]]()
         order = torch.randperm(len(self.tied), generator=self._generator).tolist()
         for number, groups in zip(order, self.tied, strict=True):
@@ -53,10 +63,6 @@ class Proportions:
                 removals.append((group, *_chosen(group, count, self._generator)))
         self.some: list[Removal] = [(group, some) for group, some, _ in removals]
         self.others: list[Removal] = [(group, others) for group, _, others in removals]
-        if not removals:
-            return None
-        flaw = trial.difference(self.some)
-        return trial.difference(self.others) if flaw is None else flaw
 
     def _code(self, flaw: Flaw) -> tuple[str | None, list[str]]:
         """The module whose code failed, and what names of modules below it, and below those alike, begin with."""
@@ -82,6 +88,27 @@ class Proportions:
                 return True
         self.tied, (self.some, self.others) = before, tried
         return False
+
+    def _in_halves(self, groups: list[ChannelGroup], trial: Trial) -> None:
+        """Let some of the untied groups lose a half or nothing, and the others any share, if nothing fails then."""
+        before, self.tied = (self.tied, self.some, self.others, self.flaw), [[_in_half(group)] for group in groups]
+        halved = {id(group.members) for group in self.groups if group.step > 1}
+        self.flaw = self._tried(trial) if halved else before[3]
+        if self.flaw is not None:
+            self.tied, self.some, self.others, self.flaw = before
+            return
+        halves = {id(removal[0].members): removal for removal in self.some}
+        self.tied = [[group] for group in groups]
+
+        def difference(uneven: list[Removal]) -> Flaw | None:
+            ids = {id(group.members) for group, _ in uneven}
+            return trial.difference([*uneven, *(half for one, half in halves.items() if one not in ids)])
+
+        self._draw()
+        coarse = set[int]()
+        sound_together(self.some, difference, lambda group, _: coarse.add(id(group.members)))
+        self.tied = [[_in_half(group) if id(group.members) in coarse else group] for group in groups]
+        self.flaw = self._tried(trial)
 
     def _tie(self, flaw: Flaw) -> bool:
         """Tie groups that were not so before, if there are any: those at fault and what they are made of, or more."""
@@ -114,6 +141,12 @@ def _stepped(group: ChannelGroup, step: int, wheres: list[str]) -> ChannelGroup:
     local = group.size // group.runs
     here = any(m.side == "out" and m.module.startswith(where) for m in group.members for where in wheres)
     return replace(group, step=step) if here and group.step == 1 and local % step == 0 and local // step > 2 else group
+
+
+def _in_half(group: ChannelGroup) -> ChannelGroup:
+    """The group in steps of half its channels, if it has an even number of them and goes in no other steps."""
+    local = group.size // group.runs
+    return replace(group, step=local // 2) if group.step == 1 and local % 2 == 0 and local > 2 else group
 
 
 def _uneven(parts: int, share: float) -> int:

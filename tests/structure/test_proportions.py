@@ -108,3 +108,24 @@ def test_a_number_in_forward_does_not_fit_by_chance(width: int | None, left: int
     whole = snncompress.plan_of(small).skipped
     assert ("a" in whole) == (width is None)
     assert width or "forward, behind fire_a, counts on how many there are" in whole["a"]
+
+
+class Dividing(nn.Module):
+    """What comes out last is cut into as many pieces as ``embed`` has channels: their number must divide it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lif, self.free, self.free_lif = nn.Linear(6, 16), fire(), nn.Linear(16, 24), fire()
+        self.head = nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.lif(self.embed(x))
+        return self.head(self.free_lif(self.free(hidden))).reshape(*x.shape[:2], hidden.shape[-1], -1).flatten(2)
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.2, (16, 19)), (0.3, (8, 16)), (0.7, (8, 7))])
+def test_a_half_goes_where_no_other_share_can(ratio: float, left: tuple[int, int]) -> None:
+    model = Dividing().double().eval()
+    small = snncompress.apply(model, "random", ratio, None, data=X, skip=[], repair=None)
+    assert (small.embed.out_features, small.free.out_features) == left
+    assert largest_difference(model, small, Feed(find_adapter(model), X)) < 1e-9
