@@ -81,8 +81,14 @@ class _Walk:
         return [(part == number).nonzero().flatten() for number in part.unique().tolist()]
 
     def _across_heads(self, part: Tensor) -> bool:
-        """Isn't it as many channels side by side in each head?"""
-        return self.heads > 1 and (len(part) % self.heads > 0 or int(part[-1] - part[0]) >= len(part))
+        """Isn't it as many channels in each head, side by side there or in all?"""
+        if self.heads == 1 or len(part) % self.heads:
+            return self.heads > 1
+        head = torch.arange(self.heads)[:, None]
+        in_each = torch.equal(
+            part.view(self.heads, -1) * self.heads // self.size, head.expand(-1, len(part) // self.heads)
+        )
+        return not in_each and int(part[-1] - part[0]) >= len(part)
 
     def _group(self, part: Tensor) -> ChannelGroup:
         members = [self._member(space, colours, part) for space, colours in self.colours.items()]
@@ -158,8 +164,15 @@ class _Walk:
         self._in_heads(link.heads)
         for other in self.found.links[target]:  # multiplied and summed with these
             alike = other.made is None and other.heads == link.heads and other.source != link.source
-            if alike and self.found.widths[other.source] == self.found.widths[link.source]:
-                self._colour(self._out(other.source), self.colours[space])
+            mine, its = self._mixed(link), self._mixed(other)
+            if alike and len(mine) == len(its):
+                colours = torch.full((self.found.widths[other.source],), -1)
+                colours[its] = self.colours[space][mine]
+                self._colour(self._out(other.source), colours)
+
+    def _mixed(self, link: Link) -> Tensor:
+        """The channels of its source that are mixed in heads."""
+        return torch.arange(self.found.widths[link.source]) if link.read is None else link.read
 
     def _side_by_side(self, space: Space, target: str, onto: Tensor) -> None:
         """All channels that make one of the target's go with it."""

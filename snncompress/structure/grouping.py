@@ -186,18 +186,21 @@ def add_lost_groups(
     """Of layers in groups, which channels are."""
 
     def place(group: ChannelGroup) -> bool:
-        """Note its channels; False where some are in another group."""
+        """Note its channels; False where some are in another group, and not all of that are in this."""
         outs = [m for m in group.members if m.side == "out" and m.module in network.layers]
         for member in outs:
             channels = width(model.get_submodule(member.module), "out")
             placed.setdefault(member.module, torch.zeros(channels, dtype=torch.bool))
         if any(bool(placed[m.module][m.index].any()) for m in outs):
-            return False
+            met = [other for other in network.groups if _meet(group, other)]
+            if not all(_contains(group, other) for other in met):
+                return False
+            network.groups = [other for other in network.groups if not any(other is one for one in met)]
         for member in outs:
             placed[member.module][member.index] = True
         return True
 
-    for group in network.groups:
+    for group in list(network.groups):
         place(group)
     final = {*placed, *skipped, *network.classifiers, *(n for n, why in network.skipped.items() if why.startswith(ALL))}
     lost = [n for n in network.layers if n not in final]
@@ -221,6 +224,23 @@ def add_lost_groups(
                 network.groups.append(group)
                 for name in names:
                     network.skipped.pop(name, None)
+
+
+def _meet(group: ChannelGroup, other: ChannelGroup) -> bool:
+    """Are some outputs of layers in both?"""
+    theirs = {m.module: m.index for m in other.members if m.side == "out"}
+    return any(
+        m.side == "out" and m.module in theirs and bool(torch.isin(m.index, theirs[m.module]).any())
+        for m in group.members
+    )
+
+
+def _contains(group: ChannelGroup, other: ChannelGroup) -> bool:
+    """Are all of the other's channels in it, as many and as they go together there, and more?"""
+    if group.size != other.size or len(group.members) <= len(other.members):
+        return False
+    mine = {(m.module, m.side): m.index for m in group.members}
+    return all((m.module, m.side) in mine and torch.equal(mine[m.module, m.side], m.index) for m in other.members)
 
 
 def _read_by(cells: dict[str, str], model: nn.Module, group: ChannelGroup) -> ChannelGroup:

@@ -37,6 +37,7 @@ class Link:
     ``parts``, as into q, k and v, or into heads that a neuron doesn't tell apart, ``made`` names a channel of one of
     them, and the others' channels in its place make the same or are mixed. Where each of the module's channels is made
     of several, side by side, as behind an unflattening, ``onto`` names it for each of the source's channels instead.
+    Where only some of the source's channels are mixed in heads, ``read`` names them.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Link:
     heads: int = 1
     parts: int = 1
     onto: Tensor | None = None
+    read: Tensor | None = None
 
 
 @dataclass
@@ -148,7 +150,7 @@ class _Cut:
         links = []
         for (name, leaf, own), labels in zip(sources, one_each, strict=True):
             count = leaf.shape[own]
-            made, heads, parts = _made(labels, torch.arange(n)), 1, 1
+            made, heads, parts, read = _made(labels, torch.arange(n)), 1, 1, None
             if made is None and n % count == 0:
                 for places in (torch.arange(n) // (n // count), torch.arange(n) % count):
                     if made is None:
@@ -160,10 +162,10 @@ class _Cut:
                 parts = count // int((one >= 0).sum())
                 made = _made(one, torch.arange(n))
                 if bool((labels == -2).any()):  # as q and k are, beside v
-                    heads = _heads(x, weights, axis, (name, leaf, own), parts)
+                    heads, _ = _heads(x, weights, axis, (name, leaf, own), parts)
             elif made is None:
-                heads = _heads(x, weights, axis, (name, leaf, own))
-            links.append(Link(name, made, heads, parts))
+                heads, read = _heads(x, weights, axis, (name, leaf, own))
+            links.append(Link(name, made, heads, parts, read=read))
         return links
 
     @staticmethod
@@ -184,21 +186,26 @@ def _tells(links: list[Link]) -> int:
     return max(known, default=0)
 
 
-def _heads(x: Tensor, weights: Tensor, axis: int, source: tuple[str, Tensor, int], parts: int = 1) -> int:
+def _heads(
+    x: Tensor, weights: Tensor, axis: int, source: tuple[str, Tensor, int], parts: int = 1
+) -> tuple[int, Tensor | None]:
     """Into how many parts channels fall of which each mixes only with its like: those that make the first tell.
 
-    Where the source itself is split in ``parts``, each of them does so; where only some of its channels are read, side
-    by side, those do.
+    Where the source itself is split in ``parts``, each of them does so; where only some of its channels are read, those
+    do, which come second: they stand side by side, or as many in each part of the source.
     """
     n, width = x.shape[axis], source[1].shape[source[2]]
     first, all_read = (_touched(x, weights, axis, torch.arange(n) < end, [source])[0] for end in (1, n))
     read = all_read.nonzero().flatten() if parts == 1 else torch.arange(width)
     count = len(read) // parts
     heads = count // max(1, int(first[read].view(parts, count).sum(1).max()))
-    if heads < 2 or count % heads or n % heads or int(read[-1] - read[0]) >= len(read):
-        return 1
+    if heads < 2 or count % heads or n % heads:
+        return 1, None
+    head = torch.arange(count) // (count // heads)
+    if int(read[-1] - read[0]) >= len(read) and (width % heads or not torch.equal(read // (width // heads), head)):
+        return 1, None
     labels = _labels(x, weights, axis, torch.arange(n) // (n // heads), [source])[0][read]
-    return heads if torch.equal(labels, (torch.arange(count) // (count // heads)).repeat(parts)) else 1
+    return (heads, None if len(read) == width else read) if torch.equal(labels, head.repeat(parts)) else (1, None)
 
 
 def _one_part(labels: Tensor) -> Tensor | None:

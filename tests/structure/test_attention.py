@@ -157,6 +157,39 @@ def test_a_transformer_shrinks_whole_and_exactly(attention: str, currents: bool)
     assert torch.equal(outputs(replayed, feed)[0], outputs(small, feed)[0])
 
 
+class Dual(nn.Module):
+    """SpikingResformer: one layer makes two tensors of each head; the first is multiplied with what it reads itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lif, self.w = nn.Linear(6, WIDTH), fire(), nn.Linear(WIDTH, 2 * WIDTH)
+        self.attn_lif, self.out_lif = fire(0.5), fire(0.2)
+        self.proj, self.last, self.head = nn.Linear(WIDTH, WIDTH), fire(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        (t, n, length, width), x = stream.shape, self.lif(stream)
+        y = self.w(x).transpose(2, 3).reshape(t, n, HEADS, 2 * width // HEADS, length)
+        first, second = y[..., : width // HEADS, :], y[..., width // HEADS :, :]
+        each = x.transpose(2, 3).reshape(t, n, HEADS, width // HEADS, length)
+        mixed = second @ self.attn_lif(first.transpose(-1, -2) @ each * WIDTH**-0.5)
+        spikes = self.out_lif(mixed.reshape(t, n, width, length)).transpose(2, 3)
+        return self.head(self.last(stream + self.proj(spikes)))
+
+
+def test_halves_of_heads_that_meet_the_stream_they_are_made_of() -> None:
+    model = Dual().double().eval()
+    x = torch.rand(3, 2, 5, 6, dtype=torch.float64)
+    small = snncompress.apply(model, "random", 0.5, None, data=x, skip=[], repair=None)
+    plan, feed = snncompress.plan_of(small), Feed(find_adapter(model), x)
+    assert set(plan.skipped) == {"head"}
+    gone, half = plan.removed_channels(), WIDTH // HEADS
+    assert small.w.weight.shape == (WIDTH, WIDTH // 2)
+    assert [i for i in gone["w"] if i % WIDTH < half] == [i + half * (i // half) for i in gone["embed"]]
+    assert largest_difference(model, small, feed) < 1e-9
+    assert not torch.allclose(outputs(model, feed)[0], outputs(small, feed)[0])
+
+
 class Gated(nn.Module):
     """A neuron says which tokens pass, one number per head, or which channels, in each head by itself.
 
