@@ -17,13 +17,15 @@ from snncompress.model.patches import as_matrix, as_weight, outputs, patches, po
 from snncompress.running.data import Batch, Feed
 
 from .integration import POSITIONS, decay, input_of, timesteps_of
-from .least_squares import Sums, solved, stretched
+from .least_squares import Sums, chosen_ridge, solved, stretched
 from .rounding import passed_on
 
 RepairKind = Literal["membrane", "current"]
 Rounding = Literal["gptq", "nearest"]
-RIDGE, FAINT_RIDGE = 1e-2, 1e-3
-"""How much the weights that are there count, relative to the mean power of what is read."""
+RIDGE = 1e-2
+"""How much the weights that are there count, relative to the mean power of what is read, where a sample is all."""
+_PIECES = 8
+"""Of a batch; every other one goes to the other half of the data."""
 _DAMPING = 1e-2
 _LEAST = 1e-6
 """Of the gain of a batch norm: with less, nothing passes it."""
@@ -72,8 +74,9 @@ class LayerFit:
     feed: Feed
     kind: RepairKind
     rounding: Rounding = "nearest"
-    ridge: float = RIDGE
     sums: Sums | None = None
+    others: Sums | None = None
+    """The other half of the data."""
 
     def __post_init__(self) -> None:
         self.layer: Any = self.model.get_submodule(self.name)
@@ -129,13 +132,14 @@ class LayerFit:
         read = patches(self.layer, x, state.where[shape])
         if self._offset:
             read = torch.cat([read, torch.full_like(read[..., :1], state.one)], 2)
-        if self.sums is None:
-            self.sums = Sums(read.shape[1], read.shape[2], wanted.shape[2], read.device)
-        self.sums.add(read, wanted, first=state.one == 1)
+        if self.sums is None or self.others is None:
+            sizes = read.shape[1], read.shape[2], wanted.shape[2], read.device
+            self.sums, self.others = Sums(*sizes), Sums(*sizes, dtype=torch.float32)
+        for number, piece in enumerate(zip(read.chunk(_PIECES), wanted.chunk(_PIECES), strict=True)):
+            (self.others if number % 2 else self.sums).add(*piece, first=state.one == 1)
 
     def solve(self) -> bool:
         """Put better weights in, row by row; False where the old ones are as good."""
-        sums = cast(Sums, self.sums)
         stored, offset = stored_weight(self.layer), self._intercept()
         old = as_matrix(self.layer, stored.detach()).double()
         mask = weight_mask(self.layer)
@@ -144,9 +148,12 @@ class LayerFit:
             support = kept = as_matrix(self.layer, mask)
             if self._offset:
                 support = torch.cat([support, torch.ones_like(support[..., :1])], 2)
+        sums, ridge = self._whole(old, offset, support)
         errors = sums.errors(self._theta(self._effective(), offset))
         start = _Answer(old, offset, errors, torch.full_like(errors, torch.inf))
-        theta = solved(sums, self._prior(old, offset), self.ridge * sums.scarcity(), support)
+        theta = self._prior(old, offset)
+        if ridge is not None:
+            theta = solved(sums, theta, ridge, support)
         if self._offset and self.network.drives.get(self.name):
             wide = stretched(sums, theta)
             theta = wide.where((sums.errors(wide) < start.errors).unsqueeze(2), theta)
@@ -160,6 +167,15 @@ class LayerFit:
             return False
         self._put_intercept(best.offset - offset)
         return True
+
+    def _whole(self, weights: Tensor, offset: Tensor, support: Tensor | None) -> tuple[Sums, float | None]:
+        """The sums of all data, and the ridge to fit with, found on their halves; None for what is there already."""
+        sums, others = cast(Sums, self.sums), cast(Sums, self.others)
+        found = chosen_ridge(sums, others, self._prior(weights, offset), support) if others.samples else None
+        ridge = found if others.samples else RIDGE * sums.scarcity()
+        sums.absorb(others)
+        self.others = None
+        return sums, ridge
 
     def _prior(self, weights: Tensor, offset: Tensor) -> Tensor:
         """θ that is stayed near: what is there, or what undoes the change of the norm behind, row by row the better."""

@@ -1,16 +1,23 @@
 """Least squares from streamed sums: rows of weights that give back, from what is left to read, what is wanted.
 
 For each of G groups, min over θ of Σ ‖y − θ u‖² + ridge · ‖θ − θ₀‖², from H = Σ u uᵀ, B = Σ u yᵀ and Σ y² alone. The
-ridge draws towards the weights θ₀ that are there, so that what the data say nothing about stays as it is.
+ridge draws towards the weights θ₀ that are there, so that what the data say nothing about stays as it is. How much, the
+data say too: what is fitted on one half of them must help on the other.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor
 
 _TRIES = 4
 _ITERATIONS = 300
+_RIDGES, _FIRST = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2), 2
+"""Those that are tried, and which of them first."""
+_ROWS = 64
+"""Of a layer, for which they are tried."""
 _AT_ONCE = 1024
 """Rows whose products are taken together: adding a matrix D × D up costs as much as the products of many rows."""
 _BLOCK, _BLOCKS = 512, 4
@@ -20,16 +27,18 @@ _BLOCK, _BLOCKS = 512, 4
 class Sums:
     """H [G, D, D], B [G, D, R] and Σ y² [G, R] of what was read, u [n, G, D], and is wanted, y [n, G, R]."""
 
-    def __init__(self, groups: int, reads: int, rows: int, device: torch.device) -> None:
-        self._gram = torch.zeros(groups, reads, reads, dtype=torch.float64, device=device)
-        self._cross = torch.zeros(groups, reads, rows, dtype=torch.float64, device=device)
-        self._square = torch.zeros(groups, rows, dtype=torch.float64, device=device)
+    def __init__(
+        self, groups: int, reads: int, rows: int, device: torch.device, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self._gram = torch.zeros(groups, reads, reads, dtype=dtype, device=device)
+        self._cross = torch.zeros(groups, reads, rows, dtype=dtype, device=device)
+        self._square = torch.zeros(groups, rows, dtype=dtype, device=device)
         self.samples = 0
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._waiting = 0
 
     def add(self, read: Tensor, wanted: Tensor, *, first: bool = True) -> None:
-        """More of it; products in float32 or better, sums in float64. Only what is ``first`` seen says anything new.
+        """More of it; products in float32 or better. Only what is ``first`` seen says anything new.
 
         Later timesteps repeat it, more or less.
         """
@@ -72,6 +81,27 @@ class Sums:
             self._gram[:, rows, :start] = self._gram[:, :start, rows].transpose(1, 2)
         self._cross += u.transpose(1, 2) @ y
         self._square += y.double().square().sum(1)
+
+    def absorb(self, other: Sums) -> None:
+        """Add another's up, too."""
+        self._flush()
+        self._gram += other.gram
+        self._cross += other.cross
+        self._square += other.square
+        self.samples += other.samples
+
+    def rows(self, chosen: Tensor) -> Sums:
+        """Those of some rows."""
+        self._flush()
+        some = copy.copy(self)
+        some._cross, some._square = self._cross[..., chosen], self._square[:, chosen]
+        return some
+
+    def gain(self, theta: Tensor, other: Tensor) -> float:
+        """Σ (y − θ' u)² − Σ (y − θ u)²: by how much θ does better than another."""
+        change = (theta - other).to(self.gram)
+        slope = self.cross.transpose(1, 2) - other.to(self.gram) @ self.gram
+        return float((change * (2 * slope - change @ self.gram)).sum())
 
     def scarcity(self) -> float:
         """1 where there are many more samples than unknowns; by how much more the sums must be damped with fewer."""
@@ -130,6 +160,27 @@ def solved(sums: Sums, start: Tensor, ridge: float, support: Tensor | None = Non
         if bool(torch.isfinite(found).all()):
             return found
     return start
+
+
+def chosen_ridge(one: Sums, other: Sums, start: Tensor, support: Tensor | None = None) -> float | None:
+    """The ridge with which what is fitted on one half of the data helps most on the other; None where none does.
+
+    Twice the data need half of it. Found on some of the rows, downhill from the middle.
+    """
+    some = torch.linspace(0, start.shape[1] - 1, min(_ROWS, start.shape[1]), device=start.device).round().long()
+    start, one, other = start[:, some], one.rows(some), other.rows(some)
+    support = None if support is None else support[:, some]
+
+    def gain(number: int) -> float:
+        return other.gain(solved(one, start, _RIDGES[number], support), start)
+
+    best, most = _FIRST, gain(_FIRST)
+    for step in (1, -1):
+        while 0 <= best + step < len(_RIDGES) and (found := gain(best + step)) > most:
+            best, most = best + step, found
+        if best != _FIRST:
+            break
+    return _RIDGES[best] / 2 if most > 0 else None
 
 
 def factorized(matrix: Tensor) -> Tensor | None:

@@ -26,14 +26,14 @@ from snncompress.errors import OptionError, PlanError
 from snncompress.interfaces import Adapter, Forward
 from snncompress.model.computed_once import evaluating
 from snncompress.model.copying import private_copy
-from snncompress.model.edits import Edit, RemoveBlock
+from snncompress.model.edits import Edit
 from snncompress.model.network import Network, computed_or_shared
 from snncompress.model.plan import Plan, attach, has_plan, plan_of, refuse_frozen
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
 from snncompress.structure.tracing import trace
 
-from .fitting import FAINT_RIDGE, RIDGE, LayerFit, RepairKind, Rounding, channels
+from .fitting import LayerFit, RepairKind, Rounding, channels
 from .integration import MOST_READS, reads, timelines
 
 M = TypeVar("M", bound=nn.Module)
@@ -133,8 +133,6 @@ def fit(
     removed, shrunk = plan.removed_channels(), plan.removed_channels("neuron")
     neurons = feed.adapter.neurons(model)
     left_alone = computed_or_shared(model)
-    # weights that read what a removed block read are no place to stay near
-    ridge = FAINT_RIDGE if any(isinstance(edit, RemoveBlock) for edit in edits) else RIDGE
     fitted = []
     with evaluating(model), evaluating(before):
         lines = timelines(before, feed)
@@ -145,7 +143,7 @@ def fit(
             holder = next((neuron for neuron in neurons if name.startswith(f"{neuron}.")), None)
             gone = removed.get(name, []) if holder is None else shrunk.get(holder, [])
             task = LayerFit(
-                model, before, name, lines[name], _kept(model, before, name, gone), network, feed, kind, rounding, ridge
+                model, before, name, lines[name], _kept(model, before, name, gone), network, feed, kind, rounding
             )
             if task.gather(seed) and task.solve():
                 fitted.append(name)
