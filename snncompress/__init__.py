@@ -5,7 +5,7 @@ compressed = snncompress.apply(model, criterion="svs", ratio=0.6, bits=4)
 Who writes a plugin or an adapter imports from :mod:`snncompress.extend`.
 """
 
-from .contract.registry import criteria, energy_models, plugins, quantizers, schedulers
+from .contract.registry import criteria, energy_models, plugins, quantizers, schedulers, targets
 from .conversion.converting import convert
 from .errors import (
     DataError,
@@ -29,6 +29,7 @@ from .export.freezing import freeze
 from .export.quickening import FrozenLayer, FrozenLayers, frozen_layers
 from .measuring.conventions import Conventions
 from .measuring.evaluation import Evaluation, evaluate
+from .measuring.fits import Fit, fits
 from .measuring.gradients import GradientAwareLoss, GradientFlow, gradient_flow
 from .measuring.profiling import compare, profile
 from .measuring.reporting import Comparison, LayerProfile, Profile
@@ -67,6 +68,7 @@ __all__ = [
     "EmptyLayerWarning",
     "Epoch",
     "Evaluation",
+    "Fit",
     "FrozenLayer",
     "FrozenLayers",
     "GradientAwareLoss",
@@ -113,6 +115,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "fits",
     "freeze",
     "frozen_layers",
     "gradient_flow",
@@ -128,6 +131,7 @@ __all__ = [
     "schedulers",
     "scores",
     "sensitivity",
+    "targets",
     "temporal_analysis",
     "threshold_sweep",
     "utilization",

@@ -221,6 +221,11 @@ class SNNTorchAdapter(Adapter):
         threshold = node.threshold.detach().double()
         return Dynamics(leak, torch.ones_like(leak), threshold, 0.0, reset, inclusive=False)
 
+    def reset_rule(self, neuron: nn.Module) -> Literal["subtract", "value", ""]:
+        """What ``reset_mechanism`` says."""
+        rules: dict[Any, Literal["subtract", "value"]] = {"subtract": "subtract", "zero": "value"}
+        return rules.get(getattr(neuron, "reset_mechanism", None), "")
+
     def make_fast(self, neuron: nn.Module, emitted: Callable[[Tensor], Emission]) -> None:
         """Leaky and Lapicque, with all three resets; with ``reset_delay``, or reset to zero."""
         node: Any = neuron

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import pluggy
 
-from snncompress.interfaces import Adapter, Criterion, EnergyModel, Quantizer, Scheduler
+from snncompress.interfaces import Adapter, Criterion, EnergyModel, Quantizer, Scheduler, Target
 
 PROJECT = "snncompress"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -47,6 +47,11 @@ def register_schedulers(register: Callable[[type[Scheduler]], None]) -> None:
 @hookspec
 def register_energy_models(register: Callable[[type[EnergyModel]], None]) -> None:
     """Offer energy models."""
+
+
+@hookspec
+def register_targets(register: Callable[[type[Target]], None]) -> None:
+    """Offer chips, and what they can hold."""
 
 
 @hookspec

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import pluggy
 
 from snncompress.errors import OptionError, PluginError, UnknownNameError
-from snncompress.interfaces import Adapter, Criterion, EnergyModel, Quantizer, Scheduler
+from snncompress.interfaces import Adapter, Criterion, EnergyModel, Quantizer, Scheduler, Target
 
 from . import hookspecs
 
@@ -30,6 +30,7 @@ _KINDS: dict[str, tuple[str, type, str]] = {
     "register_quantizers": ("quantizer", Quantizer, "name"),
     "register_schedulers": ("scheduler", Scheduler, "name"),
     "register_energy_models": ("energy model", EnergyModel, "name"),
+    "register_targets": ("target", Target, "name"),
     "register_adapters": ("adapter", Adapter, "framework"),
 }
 
@@ -187,6 +188,7 @@ criteria = _lister("criterion")
 quantizers = _lister("quantizer")
 schedulers = _lister("scheduler")
 energy_models = _lister("energy model")
+targets = _lister("target")
 
 
 def adapters() -> Iterator[Adapter]:

@@ -15,6 +15,7 @@ from .adapters import check_adapter
 from .criteria import check_criterion
 from .numbers import check_energy_model, check_scheduler
 from .quantizers import check_quantizer
+from .targets import check_target
 from .trials import AdapterReport
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "check_energy_model",
     "check_quantizer",
     "check_scheduler",
+    "check_target",
 ]

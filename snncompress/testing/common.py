@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from snncompress.errors import PluginError
-from snncompress.interfaces import Criterion, EnergyModel, Quantizer, Scheduler
+from snncompress.interfaces import Criterion, EnergyModel, Quantizer, Scheduler, Target
 
 
 def broken(plugin: object, what: str) -> PluginError:
@@ -34,7 +34,7 @@ def check_name(plugin: object, attribute: str = "name") -> None:
         raise broken(plugin, f"{attribute!r} must be the name that users write, not {name!r}.")
 
 
-def check_options(plugin: Criterion | Quantizer | Scheduler | EnergyModel) -> dict[str, Any]:
+def check_options(plugin: Criterion | Quantizer | Scheduler | EnergyModel | Target) -> dict[str, Any]:
     """The options are the same after a round trip through JSON; returns them."""
     with calling(plugin, "options()"):
         options = plugin.options()

@@ -16,7 +16,7 @@ from snncompress.contract.registry import PluginRecord, Registry, registry
 _number = itertools.count()
 
 HEADER = """
-from snncompress.extend import Criterion, EnergyModel, Quantizer, Scheduler, hookimpl
+from snncompress.extend import Criterion, EnergyModel, Quantizer, Scheduler, Target, hookimpl
 
 class Scored(Criterion):
     def score(self, layer, state):
@@ -90,6 +90,9 @@ def test_one_plugin_may_offer_every_kind(site: Site) -> None:
             name = "e"
             def energy_pj(self, counts): ...
 
+        class T(Target):
+            name = "t"
+
         class A(Adapter):
             framework = "a"
             def is_neuron(self, module): ...
@@ -109,14 +112,19 @@ def test_one_plugin_may_offer_every_kind(site: Site) -> None:
         def register_energy_models(register): register(E)
 
         @hookimpl
+        def register_targets(register): register(T)
+
+        @hookimpl
         def register_adapters(register): register(A)
         """,
     )
     found = site.registry()
-    assert {kind: names(found, kind) for kind in ("quantizer", "scheduler", "energy model", "adapter")} == {
+    kinds = ("quantizer", "scheduler", "energy model", "target", "adapter")
+    assert {kind: names(found, kind) for kind in kinds} == {
         "quantizer": ["q"],
         "scheduler": ["s"],
         "energy model": ["e"],
+        "target": ["t"],
         "adapter": ["a"],
     }
 
@@ -298,6 +306,7 @@ def test_what_is_listed_can_be_found() -> None:
         "quantizer": snncompress.quantizers,
         "scheduler": snncompress.schedulers,
         "energy model": snncompress.energy_models,
+        "target": snncompress.targets,
     }
     for kind, listing in listings.items():
         entries = listing()
