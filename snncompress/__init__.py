@@ -35,7 +35,16 @@ from .measuring.profiling import compare, profile
 from .measuring.reporting import Comparison, LayerProfile, Profile
 from .measuring.temporal import TemporalAnalysis, temporal_analysis
 from .model.channel_map import ChannelMap
-from .model.edits import Edit, MaskWeights, QuantizeWeights, RemoveBlock, RemoveChannels, Resized, TruncateTimesteps
+from .model.edits import (
+    Edit,
+    FoldNorm,
+    MaskWeights,
+    QuantizeWeights,
+    RemoveBlock,
+    RemoveChannels,
+    Resized,
+    TruncateTimesteps,
+)
 from .model.own_neurons import OwnNeurons
 from .model.plan import Plan, plan_of
 from .pruning.apply import apply
@@ -69,6 +78,7 @@ __all__ = [
     "Epoch",
     "Evaluation",
     "Fit",
+    "FoldNorm",
     "FrozenLayer",
     "FrozenLayers",
     "GradientAwareLoss",

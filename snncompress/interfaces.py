@@ -516,9 +516,9 @@ class Target(_Plugin):
     operations: tuple[str, ...] | None = None
 
     def options(self) -> dict[str, Any]:
-        """The fields that have a value."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+        """The fields whose values aren't the class's own."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def limits(self, stage: Stage) -> Iterator[Limit]:
         """What the stage needs of the chip, field by field."""

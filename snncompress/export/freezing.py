@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from contextlib import ExitStack
-from functools import partial
 from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils import fusion
+from torch import nn
 
-from snncompress.errors import DataError, OptionError
+from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward
 from snncompress.model.cells import layer_at
-from snncompress.model.copying import private_copy
-from snncompress.model.network import WEIGHT_LAYERS, weight_layers
-from snncompress.model.parametrizations import bake, compression_of, computed_weight, gridded, stored_weight
+from snncompress.model.edits.norms import fold_norm
+from snncompress.model.network import weight_layers
+from snncompress.model.parametrizations import bake, compression_of, gridded, stored_weight
 from snncompress.model.plan import detach
 from snncompress.running.bench import bench
 from snncompress.running.data import Run
-from snncompress.running.sameness import all_same, wire, wired_outputs
+from snncompress.structure.folding import foldable
 
 from .integer_layers import Codes, make_float
 from .integer_layers import codes as codes_of
@@ -107,7 +100,8 @@ def folded(model: M, adapter: Adapter, run: Run) -> M:
     """Bake the weights of a copy in eval mode, fold its batch norms and take its plan away, in place."""
     for name in weight_layers(model):
         bake(layer_at(model, name))
-    _fold(model, adapter, run)
+    for layer, norm in foldable(model, adapter, run):
+        fold_norm(model, layer, norm)
     adapter.reset(model)
     detach(model)
     model.requires_grad_(False)
@@ -124,76 +118,3 @@ def _codes(layer: nn.Module) -> Codes | str:
         return "its weights don't lie on one grid"
     mask = None if compression.mask is None else compression.turned(compression.mask)
     return codes_of(*on_grid, mask)
-
-
-def _fold(model: nn.Module, adapter: Adapter, run: Run) -> None:
-    """Fold what can be: all at once if the outputs stay, else one by one."""
-    probe = private_copy(model, adapter)
-    pairs = _pairs(probe, adapter, run)
-    _randomize([probe.get_submodule(norm) for _, norm in pairs])
-    expected = wired_outputs(probe, adapter, run)
-
-    def stays(folds: list[tuple[str, str]]) -> bool:
-        trial = private_copy(probe, adapter)
-        try:
-            for fold in folds:
-                _fold_pair(trial, *fold)
-            found = wired_outputs(trial, adapter, run)
-        except (RuntimeError, DataError):  # of a norm over another axis than the layer's channels
-            return False
-        return all_same(expected, found)
-
-    for fold in pairs if stays(pairs) else [fold for fold in pairs if stays([fold])]:
-        _fold_pair(model, *fold)
-
-
-def _pairs(model: nn.Module, adapter: Adapter, run: Run) -> list[tuple[str, str]]:
-    """(layer, batch norm): the norm gets the layer's output, and nothing else, each time it is called."""
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no identity is used twice
-    calls: Counter[str] = Counter()
-    sources: dict[str, list[str]] = defaultdict(list)
-
-    def made_by(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        made[id(output)] = name, output
-        calls[name] += 1
-
-    def taken_by(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        sources[name].append(made.get(id(args[0]), ("", args[0]))[0] if args else "")
-
-    with ExitStack() as stack:
-        stack.enter_context(adapter.identities(model, wire))
-        for name, module in model.named_modules():
-            if isinstance(module, WEIGHT_LAYERS) and not computed_weight(module):
-                stack.callback(module.register_forward_hook(partial(made_by, name)).remove)
-            elif isinstance(module, _BatchNorm) and module.running_var is not None:
-                stack.callback(module.register_forward_pre_hook(partial(taken_by, name)).remove)
-        run(model)
-    norms = Counter(source for found in sources.values() for source in set(found))
-    return [
-        (found[0], norm)
-        for norm, found in sources.items()
-        if set(found) == {found[0]} and found[0] and len(found) == calls[found[0]] and norms[found[0]] == 1
-    ]
-
-
-def _fold_pair(model: nn.Module, layer: str, norm: str) -> None:
-    before: Any = model.get_submodule(layer)
-    bn: Any = model.get_submodule(norm)
-    gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
-    beta = torch.zeros_like(bn.running_var) if bn.bias is None else bn.bias
-    args = before.weight, before.bias, bn.running_mean, bn.running_var, bn.eps, gamma, beta
-    if isinstance(before, nn.Linear):
-        before.weight, before.bias = fusion.fuse_linear_bn_weights(*args)
-    else:
-        before.weight, before.bias = fusion.fuse_conv_bn_weights(*args, transpose=isinstance(before, _ConvTransposeNd))
-    model.set_submodule(norm, nn.Identity())
-
-
-def _randomize(norms: list[Any]) -> None:
-    """A norm that has learned nothing yet would hide a wrong fold."""
-    generator = torch.Generator().manual_seed(0)
-    for norm in norms:
-        tensors = ((norm.weight, 0.5), (norm.bias, -0.5), (norm.running_mean, -0.5), (norm.running_var, 0.5))
-        for tensor, low in tensors:
-            if tensor is not None:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)

@@ -181,12 +181,17 @@ def fitted(target: Target, found: Sequence[Stage], title: str = "model") -> Fit:
         if stage.name in widths:
             steps.append(f"leave {stage.name!r} {widths[stage.name]:,} of its {stage.out_channels:,} output channels")
     if any(_by_width(row) for row in rows) and not widths:
-        steps += _steps(row for row in rows if _by_width(row))
+        steps += too_much(target, found)
     notes = [_NO_GRID] if any(stage.state_bits is None and stage.neuron for stage in found) else []
     if notes and target.state_bits is not None:
         notes = [f"{_NO_GRID}; the chip has {target.state_bits} bits, to which its tools round them"]
     notes += [target.caveat] if target.caveat else []
     return Fit(target.name, rows, placement.cores, widths, tuple(steps), tuple(notes), title)
+
+
+def too_much(target: Target, found: Sequence[Stage]) -> tuple[str, ...]:
+    """What of the stages is exceeded and would be less with fewer channels, in words."""
+    return tuple(_steps(row for row in judged(target, found)[0] if _by_width(row)))
 
 
 def judged(target: Target, found: Sequence[Stage]) -> tuple[tuple[Row, ...], Placement]:

@@ -12,7 +12,7 @@ from torch import nn
 from snncompress.base.progress import Progress
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, NothingToDoWarning
-from snncompress.interfaces import Adapter, Criterion, Forward, Loss, Quantizer, Scheduler
+from snncompress.interfaces import Adapter, Criterion, Forward, Loss, Quantizer, Scheduler, Target
 from snncompress.model.network import weight_layers
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.plan import attach, continued, refuse_frozen
@@ -25,6 +25,7 @@ from .meeting import within
 from .run import Run
 from .settings import Finetune, RepairChoice, Settings
 from .smallest import check_max_drop, smallest
+from .targeting import confirmed, prepared
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,6 +59,7 @@ def apply(
     max_drop: float | None = None,
     validation: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    target: Target | str | None = None,
 ) -> M:
     """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
 
@@ -128,6 +130,13 @@ def apply(
         checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
             the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
             torch's generators or the data loader's, as the built-in trainer's does).
+        target: a chip that the result must fit on, a name (:func:`snncompress.targets`) or an instance. Nothing is
+            skipped then unless ``skip`` says so, ``ratio`` is the most that may go from a layer (0.95 where nothing
+            else is said), and only what the chip can't hold goes, besides what ``budget`` asks for. Bits are those that
+            were asked for, lowered to what it holds; the first weight layer and the classifier get as many as it holds,
+            where ``bits`` names no layers. Where it has one scale per layer, batch norms are folded first, and a
+            quantizer that is named gets one scale, too. What compression can't change (neurons that leak where the chip
+            has none such, max pooling) is an error that lists it.
 
     Returns:
         A new model of the same class, with the same call contract, flags and hooks (which run on calibration batches
@@ -154,7 +163,7 @@ def apply(
     found = find_adapter(model, named_neurons(adapter, neurons, time_dim))
     settings = Settings.of(
         criterion, ratio, bits, quantizer, scheduler, order, finetune, seed, truncate, repair, rounding, refresh,
-        data is None, round_to,
+        data is None, round_to, target,
     )  # fmt: skip
     limits = None if budget is None else Budget.of(budget)
     check_max_drop(max_drop, validation, data, checkpoint)
@@ -167,18 +176,20 @@ def apply(
     with bench(
         model, data, timesteps, forward, loss, found, test=validation, **needs, gradients=True, unknown=True
     ) as table:
+        settings, skip = prepared(table, settings, skip)
         if max_drop is not None:
             if validation is None:
                 table.feed, table.test = table.feed.parted()
             best = smallest(max_drop, budget, table, settings, skip, progress)
             run, origin = best.run, best.origin
         else:
-            if limits is not None:
-                settings = within(limits, table, settings, skip, progress)
+            if limits is not None or settings.chip is not None:
+                settings = within(limits or Budget({}, {}), table, settings, skip, progress)
             run = Run(table.model, table.feed, settings.settled(), skip, progress)
             store = None if checkpoint is None else Checkpoint(checkpoint, _asked(run), model)
             run.carry_out(store)
         run.try_out(model)
+        confirmed(table, run.model, run.settings)
     for warned in () if max_drop is None else best.warned:
         warnings.warn(warned, stacklevel=2)
     if why := run.why_nothing():

@@ -16,7 +16,8 @@ from snncompress.base.progress import Progress
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError
 from snncompress.interfaces import EnergyModel, Quantizer, Scheduler
-from snncompress.measuring.conventions import resolve_conventions
+from snncompress.measuring.conventions import Conventions, resolve_conventions
+from snncompress.measuring.fits import staged
 from snncompress.measuring.profiling import measure
 from snncompress.measuring.reporting import Profile
 from snncompress.model.cells import layer_at
@@ -30,11 +31,14 @@ from .run import Run
 from .selection import Target, combined
 from .settings import Settings
 from .steps import ChannelPruning, WeightPruning
+from .targeting import Chip
 
 WIDTHS = range(2, 9)
 """Bit widths among which "auto" chooses."""
 _TRIES = 6
 _CEILING = 0.95
+_NOTHING = Profile((), Conventions(), "", 0, 0)
+"""Of a network whose costs aren't asked for."""
 _CLOSE, _AIM = 0.98, 0.99
 """Of a budget that much must be used up, where what can go comes in pieces small enough, and is aimed at."""
 
@@ -49,7 +53,7 @@ def within(budget: Budget, table: Bench[Any], settings: Settings, skip: Any, pro
     """
     meeting = Meeting(budget, table, settings, skip, progress)
     if not budget.kinds:
-        return meeting.settings
+        return meeting.settings if settings.chip is None else meeting.for_the_chip()
     most = budget.most(meeting.before)
     found, used = meeting.meet(most)
     if used > 1:
@@ -78,9 +82,9 @@ class Meeting:
         if settings.bits == "auto" and "size" not in budget.kinds:
             raise OptionError("bits='auto' finds the bits for a budget of 'size' (or 'size_mb'), and there is none.")
         self.settings, self._table, self._skip, self._progress = settings, table, skip, progress
-        if not budget.kinds:
+        if not budget.kinds and settings.chip is None:
             return
-        self.before = measured(table.copy(), table)
+        self.before = measured(table.copy(), table) if budget.kinds else _NOTHING
         one_shot = registry().resolve("scheduler", "one_shot", Scheduler)
         self._trying = replace(settings, finetune=None, scheduler=one_shot)
         if not budget.measured:
@@ -88,6 +92,13 @@ class Meeting:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run that counts will say it
             self._guess = _guess(table, self._trying, skip, self.before, budget.kinds)
+
+    def for_the_chip(self) -> Settings:
+        """Those with which nothing but the chip is kept to, which can be told without running what comes of them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, _ = self._guess({})
+        return replace(self.settings, **found)
 
     def meet(self, most: Mapping[str, float]) -> tuple[Settings, float]:
         """Those with which each kind comes to at most so much, or near to it, and which share of that is then used."""
@@ -175,13 +186,16 @@ def _guess(table: Bench[Any], settings: Settings, skip: Any, before: Profile, ki
     quantized = first.quantized()
     errors = {name: _errors(first.model, name, settings.quantizer) for name in quantized} if auto else {}
     pruning = first.pruning
+    chip = None if settings.chip is None else Chip(settings.chip, staged(table, known=not settings.synthetic))
     if isinstance(pruning, WeightPruning):
+        if chip is not None and not kinds:
+            return lambda goals: ({"ratio": settings.ratio or 0.0}, True)
         return _shares(pruning, before, kinds)
     if pruning is not None and not isinstance(pruning, ChannelPruning):
         raise OptionError("A budget is met by removing channels, or single weights, and criterion= ranks whole blocks.")
     targets = [] if pruning is None else pruning.targets
     scores = {} if pruning is None or not targets else pruning.score(table.feed, settings.seed + 1, False)
-    allocation = Allocation(first.model, first.network, targets, scores, before, kinds, quantized, errors)
+    allocation = Allocation(first.model, first.network, targets, scores, before, kinds, quantized, errors, chip)
     return allocation.meet
 
 
@@ -224,12 +238,14 @@ class Allocation:
         kinds: the costs that are limited.
         bits: of layers that are quantized.
         errors: of layers whose bits are to be found, see :func:`_errors`.
+        chip: what it must fit on.
     """
 
     def __init__(
         self, model: Any, network: Network, targets: list[Target], scores: Mapping[str, Tensor], before: Profile,
-        kinds: tuple[str, ...], bits: Mapping[str, int], errors: Mapping[str, Tensor],
+        kinds: tuple[str, ...], bits: Mapping[str, int], errors: Mapping[str, Tensor], chip: Chip | None = None,
     ) -> None:  # fmt: skip
+        self._chip = chip
         self._model, self._targets, self._scores, self._kinds = model, targets, scores, kinds
         self._layers, self._bits, self._errors = network.layers, bits, errors
         self._rows = [row for row in before.layers if row.n_params or row.n_ac or row.n_mac]
@@ -241,7 +257,12 @@ class Allocation:
         costs = self._costs()
         channels, widths = [self._part(numbers) for numbers in self._sets], [self._width(name) for name in self._errors]
         limits = torch.tensor([most[kind] for kind in self._kinds], dtype=torch.float64)
+        if self._chip is not None:
+            costs = self._chip.costs(costs, self._targets)
+            limits = torch.cat([limits, torch.ones(len(costs.keys), dtype=torch.float64)])
         enough = allocate([*channels, *widths], costs, limits)
+        if self._chip is not None and not enough:
+            self._chip.check(costs)
         ratios = {
             name: part.gone * part.sizes[index] / self._targets[index].original
             for numbers, part in zip(self._sets, channels, strict=True)
@@ -255,7 +276,8 @@ class Allocation:
         return found, enough
 
     def _costs(self) -> Costs:
-        table = torch.tensor([[KINDS[kind](row) for row in self._rows] for kind in self._kinds], dtype=torch.float64)
+        listed = [[KINDS[kind](row) for row in self._rows] for kind in self._kinds]
+        table = torch.tensor(listed, dtype=torch.float64).view(len(self._kinds), len(self._rows))
         out = torch.zeros(len(self._rows), len(self._targets), dtype=torch.float64)
         into = torch.zeros_like(out)
         for number, target in enumerate(self._targets):

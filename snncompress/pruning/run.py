@@ -64,7 +64,7 @@ class Run(Generic[M]):
 
     def __init__(self, model: M, feed: Feed, settings: Settings, skip: Any, progress: Progress | None) -> None:
         self.model, self.feed, self.settings, self.progress = model, feed, settings, progress
-        self.edits: list[Edit] = []
+        self.edits: list[Edit] = list(settings.folds)
         self.repaired: list[str] = []
         self._before = private_copy(model, feed.adapter) if settings.fits else None
         self._since: list[Edit] = []
@@ -222,6 +222,8 @@ class Run(Generic[M]):
 
     def redo(self, edit: Edit) -> None:
         """Apply an edit of an earlier run, and note what it changed."""
+        if edit in self.settings.folds:  # they were before the run began
+            return
         if self.pruning is not None:
             self.pruning.redo(edit)
         else:

@@ -51,10 +51,12 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], gran
         if unknown:
             raise OptionError(f"skip as a mapping takes the keys 'prune' and 'quantize', not {sorted(unknown)}.")
         return Skips(
-            _named(skip["prune"], prunable) if "prune" in skip else default.prune,
-            _named(skip["quantize"], quantizable) if "quantize" in skip else default.quantize,
+            named_layers(skip["prune"], prunable) if "prune" in skip else default.prune,
+            named_layers(skip["quantize"], quantizable) if "quantize" in skip else default.quantize,
         )
-    return Skips({k: v for k, v in _named(skip, quantizable).items() if k in prunable}, _named(skip, quantizable))
+    return Skips(
+        {k: v for k, v in named_layers(skip, quantizable).items() if k in prunable}, named_layers(skip, quantizable)
+    )
 
 
 def left_by_default(model: nn.Module, network: Network, skips: Skips) -> dict[str, float]:
@@ -68,7 +70,8 @@ def left_by_default(model: nn.Module, network: Network, skips: Skips) -> dict[st
     return {name: size / sum(sizes.values()) for name, size in sizes.items() if name in skips.prune}
 
 
-def _named(patterns: Any, names: Collection[str]) -> dict[str, str]:
+def named_layers(patterns: Any, names: Collection[str]) -> dict[str, str]:
+    """Layers that ``skip`` names, one by one or by globs, with the reason; raises OptionError for no names."""
     if isinstance(patterns, str):
         patterns = [patterns]
     if not isinstance(patterns, Iterable):

@@ -12,7 +12,8 @@ from torch import nn
 
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError, PluginError
-from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope, Signal
+from snncompress.interfaces import BlockCriterion, Criterion, Granularity, Quantizer, Scheduler, Scope, Signal, Target
+from snncompress.model.edits import FoldNorm
 from snncompress.version import __version__
 
 from .fitting import RepairKind, Rounding
@@ -49,12 +50,19 @@ class Settings:
     """Is ``ratio`` the most that may go?"""
     growth: Criterion | None = None
     """By what that which is masked comes back, where the scheduler has it come back."""
+    chip: Target | None = None
+    """What the result must fit on."""
+    folds: tuple[FoldNorm, ...] = ()
+    """Batch norms that were folded for it."""
+    plain_quantizer: bool = True
+    """Was the quantizer named, so that its options are for us to choose?"""
 
     @classmethod
     def of(
         cls, criterion: str | Criterion | None, ratio: Any, bits: Any, quantizer: str | Quantizer,
         scheduler: str | Scheduler, order: str, finetune: Finetune, seed: int, truncate: Truncate,
         repair: RepairChoice, rounding: Rounding, refresh: bool, synthetic: bool, round_to: int = 1,
+        target: str | Target | None = None,
     ) -> Settings:  # fmt: skip
         """Names become instances with default options; the data, which may be ``synthetic``, settle what "auto" is."""
         find = registry().resolve
@@ -64,7 +72,8 @@ class Settings:
         growth = None if chosen is None else _growth(schedule, chosen, finetune)
         return cls(
             chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, word, rounding, refresh, synthetic,
-            round_to, growth=growth,
+            round_to, growth=growth, chip=None if target is None else find("target", target, Target),
+            plain_quantizer=isinstance(quantizer, str),
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -128,6 +137,7 @@ class Settings:
             **({"rounding": self.rounding} if self.fits and self.bits is not None else {}),
             **({"refresh": True} if self.refresh else {}),
             **({"round_to": self.round_to} if self.round_to > 1 else {}),
+            **({"target": _named(self.chip)} if self.chip else {}),
         }
 
 

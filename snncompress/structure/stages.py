@@ -234,13 +234,13 @@ def _grid(layer: nn.Module, *, norm: bool) -> tuple[int, Literal["layer", "chann
     if found is None:
         return _FLOAT, None
     several = norm or (found[0].scale.numel() > 1 and bool((found[0].scale != found[0].scale.flatten()[0]).any()))
-    return _signed_bits(found[0]), "channel" if several else "layer"
+    return signed_bits(found[0]), "channel" if several else "layer"
 
 
-def _signed_bits(grid: Grid) -> int:
+def signed_bits(grid: Grid) -> int:
     """Bits of the smallest signed integers that hold the grid; odd ones where 0 lies between two of its numbers.
 
-    >>> _signed_bits(Grid(torch.tensor(1.0), 8.0, 4)), _signed_bits(Grid(torch.tensor(1.0), 7.5, 4))
+    >>> signed_bits(Grid(torch.tensor(1.0), 8.0, 4)), signed_bits(Grid(torch.tensor(1.0), 7.5, 4))
     (4, 5)
     """
     times = 1 if float(grid.zero_point).is_integer() else 2

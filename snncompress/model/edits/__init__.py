@@ -8,6 +8,7 @@ from .base import Budget, Edit, edit_from_dict
 from .blocks import RemoveBlock, Resized
 from .channels import RemoveChannels
 from .masks import MaskWeights
+from .norms import FoldNorm
 from .quantization import QuantizeWeights
 from .silence import SilenceChannels
 from .slices import Slice
@@ -16,6 +17,7 @@ from .timesteps import TruncateTimesteps
 __all__ = [
     "Budget",
     "Edit",
+    "FoldNorm",
     "MaskWeights",
     "QuantizeWeights",
     "RemoveBlock",
