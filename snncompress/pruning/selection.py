@@ -54,9 +54,8 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], gran
             named_layers(skip["prune"], prunable) if "prune" in skip else default.prune,
             named_layers(skip["quantize"], quantizable) if "quantize" in skip else default.quantize,
         )
-    return Skips(
-        {k: v for k, v in named_layers(skip, quantizable).items() if k in prunable}, named_layers(skip, quantizable)
-    )
+    alone = named_layers(skip, quantizable)
+    return Skips({name: why for name, why in alone.items() if name in prunable}, alone)
 
 
 def left_by_default(model: nn.Module, network: Network, skips: Skips) -> dict[str, float]:

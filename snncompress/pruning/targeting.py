@@ -147,8 +147,8 @@ def _in_full(chip: Target, skip: Any, bits: Mapping[str, int]) -> Any:
     named = named_layers(skip["quantize"] if isinstance(skip, Mapping) else skip, list(bits))
     if named:
         raise OptionError(
-            f"target {chip.name!r} holds weights of few bits alone, and skip= leaves {', '.join(map(repr, named))} at 32. "
-            f"To keep channels and quantize all the same, skip={{'prune': {list(named)}}}."
+            f"target {chip.name!r} holds weights of few bits alone, and skip= leaves {', '.join(map(repr, named))} at "
+            f"32. To keep channels and quantize all the same, skip={{'prune': {list(named)}}}."
         )
     return skip
 
