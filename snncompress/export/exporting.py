@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -12,13 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.base.files import write_whole
+from snncompress.contract.registry import registry
 from snncompress.errors import ModelError, OptionError
-from snncompress.interfaces import Adapter
+from snncompress.interfaces import Adapter, Target
+from snncompress.measuring.fits import fitted, staged
+from snncompress.model.cells import layer_at
 from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.modules import tensors_in
-from snncompress.running.bench import bench
+from snncompress.model.network import weight_layers
+from snncompress.running.bench import Bench, bench
 
+from .chip_graph import for_chip, whole_numbers
 from .freezing import folded
 from .integer_layers import make_float
 from .nir_export import nir_graph
@@ -38,6 +44,7 @@ def export(
     data: Any,
     timesteps: int | None = None,
     adapter: Adapter | str | None = None,
+    target: Target | str | None = None,
 ) -> None:
     """Write a network, compressed or not, as a NIR graph or as one timestep in ONNX.
 
@@ -74,12 +81,18 @@ def export(
         data: an example of what it takes: a batch, a DataLoader, or an iterable of batches.
         timesteps: T says that ``data`` are samples [N, ...], fed as constant current; None that they go in as they are.
         adapter: a framework's name or an Adapter, where the model doesn't tell.
+        target: a chip for which a NIR graph is meant, a name (:func:`snncompress.targets`) or an instance. The network
+            must fit it (:func:`snncompress.fits`). Averages become sums, quantized weights the whole numbers that they
+            are multiples of, and thresholds are in the same units, so that the file's neurons fire as the network's do
+            (behind whole numbers whether it is where v > θ or where v ≥ θ);
+            every linear layer has a bias, if of zeros.
 
     Raises:
         ModelError: the format can't express a module, which is named with the reason and what to do; or the model loops
             over time itself, so that it has no single timestep.
         DataError: the data don't fit the model.
-        OptionError: no such format, or its package isn't installed, or torch is older than 2.10 and the format ONNX.
+        OptionError: the network doesn't fit the target, or the format isn't NIR; no such format, or its package isn't
+            installed, or torch is older than 2.10 and the format ONNX.
         StorageError: the file can't be written.
 
     Example:
@@ -96,7 +109,11 @@ def export(
     """
     path = Path(path)
     kind = _checked_format(format, path)
+    chip: Target | None = None if target is None else registry().resolve("target", target, Target)
+    if chip is not None and kind != "nir":
+        raise OptionError(f"target= writes NIR graphs, not {kind!r}: format='nir'.")
     with bench(model, data, timesteps, adapter=adapter) as table:
+        numbers = {} if chip is None else _numbers(table, chip)
         found, batch = table.adapter, table.feed.first()
         for module in table.model.modules():
             make_float(module)  # of a network that was frozen for integers
@@ -105,7 +122,8 @@ def export(
         if kind == "nir":
             step, x = _one_step(folded(table.copy().eval(), found, table.feed.example()), found, batch.x, timesteps)
         with found.alone(step):
-            content = _nir_bytes(step, found, x) if kind == "nir" else onnx_model(Step(step, found), x)
+            chips = None if chip is None else numbers
+            content = _nir_bytes(step, found, x, chips) if kind == "nir" else onnx_model(Step(step, found), x)
     write_whole(path, lambda file: file.write(content))
 
 
@@ -169,10 +187,25 @@ def _check_same(model: nn.Module, adapter: Adapter, step: nn.Module, x: Tensor) 
         )
 
 
-def _nir_bytes(step: nn.Module, adapter: Adapter, x: Tensor) -> bytes:
+def _numbers(table: Bench[Any], chip: Target) -> dict[str, Tensor]:
+    """Layer → its weight as whole numbers, where it is quantized; raises OptionError unless the network fits."""
+    found = fitted(chip, staged(table, known=True))
+    if not found:
+        raise OptionError(
+            f"This {type(table.model).__name__} doesn't fit {chip.name!r}: {'; '.join(found.steps)}. "
+            f"snncompress.apply(model, target={chip.name!r}) makes one that does, where it can."
+        )
+    whole = {name: whole_numbers(layer_at(table.model, name)) for name in weight_layers(table.model)}
+    return {name: numbers for name, numbers in whole.items() if numbers is not None}
+
+
+def _nir_bytes(step: nn.Module, adapter: Adapter, x: Tensor, numbers: Mapping[str, Tensor] | None) -> bytes:
+    """``numbers`` for a chip, None for any reader."""
     import nir
 
     graph = nir_graph(step, adapter, x[:1])
+    if numbers is not None:
+        graph = for_chip(graph, numbers)
     buffer = io.BytesIO()
     nir.write(buffer, graph)
     return buffer.getvalue()

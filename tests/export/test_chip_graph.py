@@ -1,0 +1,99 @@
+"""NIR graphs for chips: whole numbers and sums that fire as the network does, spike by spike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nir
+import numpy as np
+import pytest
+import torch
+from snncompress_chips import FPGA
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import Tensor, nn
+
+import snncompress
+from snncompress import OptionError
+from tests.export.test_export_nir import simulate
+
+EVENTS = torch.rand(6, 5, 2, 16, 16, generator=torch.Generator().manual_seed(0)).round()
+
+
+def net(*, norms: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    norm = [layer.BatchNorm2d(12)] if norms else []
+    model = nn.Sequential(
+        layer.Conv2d(2, 12, 3, padding=1, bias=False), *norm, neuron.IFNode(v_threshold=0.7), layer.AvgPool2d(2),
+        layer.AvgPool2d(2), layer.Conv2d(12, 8, 3, bias=False), neuron.IFNode(v_threshold=0.1), layer.AvgPool2d(2),
+        layer.Flatten(), layer.Linear(8, 4, bias=False), neuron.IFNode(v_threshold=0.05),
+    )  # fmt: skip
+    functional.set_step_mode(model, "m")
+    return model.eval()
+
+
+def written(model: nn.Module, path: Path, target: object = "speck") -> nir.NIRGraph:
+    snncompress.export(model, path, "nir", data=EVENTS, target=target)
+    return nir.read(path)
+
+
+def spikes(graph: nir.NIRGraph, x: Tensor) -> np.ndarray:
+    """In steps of 1, in which whole numbers stay whole: 1e-4 · (1e4 · 37) needn't be 37."""
+    graph.metadata["dt"] = 1.0
+    for node in graph.nodes.values():
+        if isinstance(node, nir.IF):
+            assert np.allclose(node.r, 1e4)
+            node.r = np.ones_like(node.r)
+    return simulate(graph, x, "output")
+
+
+def test_a_network_for_speck_in_whole_numbers(tmp_path: Path) -> None:
+    small = snncompress.apply(net(), "magnitude", data=EVENTS, target="speck")
+    graph = written(small, tmp_path / "small.nir")
+    kinds = {type(node).__name__ for node in graph.nodes.values()}
+    assert kinds == {"Input", "Output", "Conv2d", "Affine", "IF", "SumPool2d", "Flatten"}
+    for node in graph.nodes.values():
+        if isinstance(node, (nir.Conv2d, nir.Affine)):
+            assert np.array_equal(node.weight, node.weight.round())
+            assert np.abs(node.weight).max() <= 127
+            assert not node.bias.any()
+        if isinstance(node, nir.IF):
+            assert np.array_equal(node.v_threshold, node.v_threshold.round() - 0.25)
+            assert len(np.unique(node.v_threshold)) == 1
+    with torch.no_grad():
+        wanted = small.double()(EVENTS.double())
+    assert 0 < wanted.mean() < 1
+    assert np.array_equal(spikes(graph, EVENTS), wanted.numpy())
+
+
+def test_averages_are_averages_elsewhere(tmp_path: Path) -> None:
+    snncompress.export(net(), tmp_path / "net.nir", data=EVENTS)
+    kinds = [type(node).__name__ for node in nir.read(tmp_path / "net.nir").nodes.values()]
+    assert kinds.count("AvgPool2d") == 3
+    assert "SumPool2d" not in kinds
+
+
+@pytest.mark.parametrize("bits", [None, 5])
+def test_scales_by_channel_and_biases_go_into_thresholds(tmp_path: Path, bits: int | None) -> None:
+    """As a chip has it that may give each channel its own: floats, or grids, with a batch norm folded in."""
+    model = net(norms=True)
+    with torch.no_grad():
+        model[1].weight.uniform_(-1, 1)  # negative scales, too
+        model[1].bias.uniform_(-0.2, 0.2)
+    if bits:
+        model = snncompress.apply(model, None, bits=bits, data=EVENTS, skip=[], repair=None)
+    graph = written(model, tmp_path / "small.nir", FPGA())
+    if bits:
+        first = graph.nodes["0"]
+        assert np.array_equal(first.weight, first.weight.round())
+        assert np.abs(first.weight).max() <= 31
+    with torch.no_grad():
+        wanted = model.double()(EVENTS.double())
+    assert 0 < wanted.mean() < 1
+    assert np.mean(spikes(graph, EVENTS) == wanted.numpy()) > 0.99  # biases are floats of 32 bits
+
+
+def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"doesn't fit 'speck': '0', '4', '8': bits of a weight 32"):
+        written(net(), tmp_path / "net.nir")
+    with pytest.raises(OptionError, match="target= writes NIR graphs"):
+        snncompress.export(net(), tmp_path / "net.onnx", data=EVENTS, target="speck")
