@@ -469,7 +469,7 @@ class Target(_Plugin):
         cores: cores that hold neurons.
         neurons_per_core, synapses_per_core, bytes_per_core: a stage may take several cores. Bytes are those of weights
             and states together.
-        neurons, synapses: of the chip.
+        neurons, synapses, bytes: of the chip.
         shared_weights: whether the weights of a convolution are stored once.
         fan_in: synapses into a neuron.
         destinations: layers that a layer may feed.
@@ -497,6 +497,7 @@ class Target(_Plugin):
     bytes_per_core: int | None = None
     neurons: int | None = None
     synapses: int | None = None
+    bytes: int | None = None
     shared_weights: bool | None = None
     fan_in: int | None = None
     destinations: int | None = None
@@ -542,15 +543,15 @@ class Target(_Plugin):
             ("cores", taken, self.cores),
             ("neurons on the chip", sum(stage.neurons for stage in stages), self.neurons),
             ("synapses on the chip", sum(map(self._synapses, stages)), self.synapses),
+            ("bytes on the chip", math.ceil(sum(map(_memory, stages))), self.bytes),
         )
         return Placement(cores, tuple(Limit.most(what, needs, has) for what, needs, has in totals if has is not None))
 
     def _cores(self, stage: Stage) -> int:
-        memory = stage.weights * stage.weight_bits / 8 + stage.neurons * (stage.state_bits or 32) / 8
         parts = (
             (stage.neurons, self.neurons_per_core),
             (self._synapses(stage), self.synapses_per_core),
-            (memory, self.bytes_per_core),
+            (_memory(stage), self.bytes_per_core),
         )
         return max([1, *(math.ceil(needs / has) for needs, has in parts if has)])
 
@@ -628,6 +629,11 @@ class Target(_Plugin):
         if self.operations is not None:
             for name in stage.operations:
                 yield Limit.among("operation", name, self.operations, "the chip has none such; do without")
+
+
+def _memory(stage: Stage) -> float:
+    """Bytes of weights and states."""
+    return stage.weights * stage.weight_bits / 8 + stage.neurons * (stage.state_bits or 32) / 8
 
 
 def _words(value: Any) -> str:

@@ -13,15 +13,15 @@ from snncompress.extend import OptionError, Target
 class FPGA(Target):
     """An FPGA whose figures you give: every field of :class:`snncompress.extend.Target` is an option.
 
-    ``snncompress.fits(model, FPGA(weight_bits=4, bytes_per_core=600 * 1024, cores=1), data=x)`` asks whether weights of
+    ``snncompress.fits(model, FPGA(weight_bits=4, bytes=600 * 1024), data=x)`` asks whether weights of
     4 bits, and potentials, fit 600 KB of block RAM.
 
     Raises:
         OptionError: a number that is not above 0.
 
     Example:
-        >>> FPGA(weight_bits=4, cores=1).options()
-        {'weight_bits': 4, 'cores': 1}
+        >>> FPGA(weight_bits=4, bytes=600 * 1024).options()
+        {'weight_bits': 4, 'bytes': 614400}
     """
 
     name: ClassVar[str] = "fpga"

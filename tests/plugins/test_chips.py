@@ -140,6 +140,8 @@ def test_chips_of_many_cores_count_what_they_have() -> None:
     assert len(SpiNNaker2().place([stage]).cores["a"]) == 8
     fields = {limit.what: limit.needs for limit in Loihi2().place([stage]).limits}
     assert fields == {"cores": 1, "neurons on the chip": 1000, "synapses on the chip": 1_000_000}
+    (whole,) = FPGA(bytes=1_003_999).place([stage]).limits
+    assert (whole.what, whole.needs, whole.slack) == ("bytes on the chip", 1_004_000, -1)
     few = FPGA(weight_bits=8, cores=7, bytes_per_core=131_072)
     assert few.place([stage]).cores == {}
     with pytest.raises(OptionError, match="cores must be a number above 0"):
