@@ -211,7 +211,8 @@ class Run(Generic[M]):
 
     def resume(self, store: Checkpoint) -> int:
         """Come to where an earlier run was; how many steps it had done."""
-        done, self.edits, self.repaired, left = store.resume(self.model, self.feed, self.redo)
+        done, edits, self.repaired, left = store.resume(self.model, self.feed, self.redo)
+        self.edits = edits if done else self.edits
         self.left.update(left)
         if self._before is not None and done:
             if self.settings.finetune:

@@ -14,7 +14,7 @@ from torch import nn
 import snncompress
 from snncompress import FoldNorm, OptionError, Plan, PlanError, fits, plan_of
 
-EVENTS = torch.rand(3, 4, 2, 32, 32, generator=torch.Generator().manual_seed(0)).round()
+EVENTS = torch.rand(2, 1, 2, 32, 32, generator=torch.Generator().manual_seed(0)).round()
 
 
 def net(*, norms: bool = False, leaky: bool = False) -> nn.Module:
@@ -91,30 +91,27 @@ def test_batch_norms_are_folded_where_a_layer_has_one_scale() -> None:
     assert torch.equal(folded(EVENTS.double()), wide(EVENTS.double()))
 
 
-def test_folds_are_saved_and_refused_elsewhere(tmp_path: Path) -> None:
-    small = applied(net(norms=True))
+def test_folds_are_kept_in_files_and_checkpoints(tmp_path: Path) -> None:
+    small = applied(net(norms=True), checkpoint=tmp_path / "run")
+    again = applied(net(norms=True), checkpoint=tmp_path / "run")
+    assert plan_of(again) == plan_of(small)
     snncompress.save(small, tmp_path / "small.safetensors")
-    again = snncompress.load(tmp_path / "small.safetensors", into=net(norms=True))
-    assert torch.equal(again.eval()(EVENTS), small(EVENTS))
+    loaded = snncompress.load(tmp_path / "small.safetensors", into=net(norms=True)).eval()
+    wanted = small(EVENTS)
+    assert torch.equal(again(EVENTS), wanted)
+    assert torch.equal(loaded(EVENTS), wanted)
+
+
+def test_a_fold_is_refused_elsewhere() -> None:
     with pytest.raises(PlanError, match="can't be folded into 0"):
         FoldNorm("0", "1").check(net())
     with pytest.raises(PlanError, match="no plain weight any more"):
         FoldNorm("0", "1").check(snncompress.apply(net(norms=True), None, data=EVENTS, skip=[], repair=None))
 
 
-def test_a_run_for_a_chip_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    first = applied(net(norms=True), checkpoint=tmp_path)
-    again = applied(net(norms=True), checkpoint=tmp_path)
-    assert plan_of(again) == plan_of(first)
-    assert torch.equal(again(EVENTS), first(EVENTS))
-
-
 def test_a_quantizer_of_ones_own_is_left_as_it_is() -> None:
     with pytest.raises(OptionError, match="scales of its weights one per channel"):
         applied(net(), quantizer=ReScaW())
-    small = applied(net(), target="loihi2")  # which has room for scales, and for all of it
-    assert widths(small) == [96, 40]
-    assert fits(small, "loihi2", data=EVENTS)
 
 
 def test_a_chip_that_holds_floats_asks_for_no_bits() -> None:
