@@ -8,7 +8,7 @@ in its place, so that all of theirs runs that is written in Python, and samna's 
 Their weights are floats, which they round themselves: beside them stands what `fits` says of all but weights' form.
 
 The network for Speck sees MNIST as events: each pixel fires with its brightness as probability, in T steps, always the
-same ones. It is trained on 10,000 images, taken to Speck by one call, written as NIR, read by sinabs and run there.
+same ones. It is trained on 4,000 images, taken to Speck by one call, written as NIR, read by sinabs and run there.
 Writes benchmarks/results/targets.md, part by part; everything runs in one thread.
 """
 
@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "targets.md"
 FORM = ("bits of a weight", "scales of its weights")
 BOARD = FPGA(weight_bits=8, bytes=600 * 1024)
-T, TRAIN, TEST, EPOCHS, BATCH = 4, 10_000, 5_000, 3, 50
+T, TRAIN, TEST, EPOCHS, BATCH = 4, 4_000, 2_000, 3, 50
 EXPLAINED = {
     "input": "sinabs doesn't look at data",
     "neurons that inputs reach": "Rockpool's rule le_128_input_expansion_neurons is empty",

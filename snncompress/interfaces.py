@@ -335,13 +335,14 @@ class Stage:
 
     Fields:
         name: of the weight layer.
-        kind: "convolution", "transposed convolution", "linear" or "recurrent".
+        kind: "linear", "convolution" and "transposed convolution" in two dimensions, in others "1-D convolution", ….
         in_channels, out_channels: of the layer.
         in_size, out_size: positions of what it reads, and of its neurons, before the pooling: (height, width) or ().
         kernel_size, stride, padding, dilation: one number per dimension; () where there is none.
         reads: stages whose spikes it reads; none where it reads the network's input.
         feeds: stages that read its spikes.
-        operations: what else is done with what it reads or puts out: "sum", "concatenation", or a name of torch's.
+        operations: what else is done with what it reads or puts out: "sum", "concatenation", "recurrence", or a name of
+            torch's.
         pooling: of its spikes, as its readers see them.
         analog: whether it reads other values than spikes, None where that isn't known.
         neuron: "if", "lif", the class of a neuron whose equation isn't known, or None where there is none.
@@ -351,6 +352,7 @@ class Stage:
         scales: how many scales these integers have: "layer" for one, "channel" for one per output, None for floats.
         state_bits, threshold_bits: None for floats.
         biased: whether it has biases, its batch norm's included.
+        recurrent: weights from its neurons to themselves.
     """
 
     name: str
@@ -375,6 +377,7 @@ class Stage:
     state_bits: int | None = None
     threshold_bits: int | None = None
     biased: bool = False
+    recurrent: int = 0
 
     @property
     def neurons(self) -> int:
@@ -389,7 +392,7 @@ class Stage:
     @property
     def weights(self) -> int:
         """Weights that it stores."""
-        return self.fan_in * self.out_channels
+        return self.fan_in * self.out_channels + self.recurrent
 
     @property
     def synapses(self) -> int:
@@ -398,7 +401,7 @@ class Stage:
         >>> Stage("conv", "convolution", 2, 8, (5, 5), (3, 3), (3, 3)).synapses  # 9 positions, 18 inputs, 8 outputs
         1296
         """
-        return self.fan_in * self.neurons
+        return self.fan_in * self.neurons + self.recurrent * math.prod(self.out_size)
 
 
 @dataclass(frozen=True)
@@ -480,7 +483,7 @@ class Target(_Plugin):
         neuron_models, resets: (:attr:`Stage.neuron`, :attr:`Stage.reset`); every layer must then drive neurons.
         inputs: values, or pixels of all channels, that the network takes in.
         events: whether the network's input must be spikes.
-        operations: what may be done between stages: "sum", "concatenation".
+        operations: what may be done between stages (:attr:`Stage.operations`).
     """
 
     sources: ClassVar[Mapping[str, str]] = MappingProxyType({})

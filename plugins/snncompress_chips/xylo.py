@@ -23,7 +23,7 @@ _SOURCES = MappingProxyType(
         "resets": _OVERVIEW,
         "inputs": _OVERVIEW,
         "events": _OVERVIEW,
-        "operations": f"residual spiking networks: {_OVERVIEW}",
+        "operations": f"recurrent and residual spiking networks: {_OVERVIEW}",
         "rules": f"{_OVERVIEW}; {_MAPPER}",
     }
 )
@@ -49,7 +49,7 @@ class XyloAudio2(Target):
     projected: ClassVar[int] = 1000
     """Hidden neurons that inputs reach, and those that reach outputs."""
 
-    layers: tuple[str, ...] | None = ("linear", "recurrent")
+    layers: tuple[str, ...] | None = ("linear",)
     weight_bits: int | None = 8
     scales: Literal["layer", "channel"] | None = "channel"
     state_bits: int | None = 16
@@ -58,7 +58,7 @@ class XyloAudio2(Target):
     resets: tuple[str, ...] | None = ("subtract",)
     inputs: int | None = 16
     events: bool | None = True
-    operations: tuple[str, ...] | None = ("sum",)
+    operations: tuple[str, ...] | None = ("sum", "recurrence")
 
     def limits(self, stage: Stage) -> Iterator[Limit]:
         """And where it stands: what inputs reach, what reaches outputs, how many others a hidden neuron reaches."""
@@ -71,7 +71,7 @@ class XyloAudio2(Target):
             yield Limit.most("outputs", stage.neurons, self.outputs, "let the network tell fewer classes apart")
             if stage.reads:
                 yield Limit.most("neurons that reach outputs", stage.fan_in, self.projected)
-        elif stage.reads:
+        elif stage.reads or stage.recurrent:
             yield Limit.most("neurons that a neuron reaches", stage.neurons, self.fan_out)
 
     def place(self, stages: Sequence[Stage]) -> Placement:
@@ -116,7 +116,7 @@ class XyloIMU(XyloAudio2):
     def place(self, stages: Sequence[Stage]) -> Placement:
         """And the weights between hidden neurons."""
         found = super().place(stages)
-        inner = sum(stage.weights for stage in stages if stage.reads and stage.feeds)
+        inner = sum((stage.weights if stage.reads else stage.recurrent) for stage in stages if stage.feeds)
         return Placement(
             found.cores, (*found.limits, Limit.most("weights between hidden neurons", inner, self.weights))
         )

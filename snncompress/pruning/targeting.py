@@ -245,17 +245,16 @@ class OnChip(Costs):
     def _asked(self, found: Sequence[Stage]) -> dict[tuple[str, str], float]:
         rows, _ = judged(self._chip, found)
         needs: dict[tuple[str, str], float] = {}
+        missing = 0
         for row in rows:
-            limit = row.limit
-            if not limit.remedy and not isinstance(limit.needs, str) and not isinstance(limit.has, str):
-                share = limit.needs / limit.has if limit.has else 1.0 + limit.needs
-                key = (row.layer, limit.what)
-                needs[key] = max(needs.get(key, 0.0), share)
-        missing = sum(row.limit.has == 0 for row in rows if not row.limit.met)
-        return {**{k: v for k, v in needs.items() if k[1] not in _CORES}, ("", "cores that are missing"): 1.0 + missing}
-
-
-_CORES = ("a core", "a core of its own")
+            limit, key = row.limit, (row.layer, row.limit.what)
+            if limit.remedy or isinstance(limit.needs, str) or isinstance(limit.has, str):
+                continue  # channels that go don't help
+            if limit.has:
+                needs[key] = max(needs.get(key, 0.0), limit.needs / limit.has)
+            else:
+                missing += not limit.met
+        return {**needs, ("", "what there is none of"): 1.0 + missing}
 
 
 def narrower(

@@ -170,6 +170,10 @@ def _stage(seen: _Seen, name: str, model: nn.Module, adapter: Adapter) -> Stage:
     operations = [*way.operations, *(o for w in own for o in w.operations)]
     operations += ["pooling before the neurons" for w in own if w.pooling]
     norm = any(w.norm for w in own) or any(seen.ways[r].norm for r in readers if name in seen.ways[r].sources)
+    inner = [m.weight.numel() for n in neurons for m in seen.neurons[n].modules() if isinstance(m, WEIGHT_LAYERS)]
+    reads = _producers(seen, name)
+    if inner or name in reads:
+        operations.append("recurrence")
     bits, scales = _grid(layer, norm=norm)
     kind, reset, several = _neuron(adapter, seen.neurons, neurons)
     if scales == "layer" and several:
@@ -178,7 +182,7 @@ def _stage(seen: _Seen, name: str, model: nn.Module, adapter: Adapter) -> Stage:
         name=name,
         out_channels=width(copy, "out"),
         **_shape(copy, into, out, way),
-        reads=_producers(seen, name),
+        reads=reads,
         feeds=tuple(readers),
         operations=tuple(dict.fromkeys(operations)),
         pooling=tuple(pooling),
@@ -187,6 +191,7 @@ def _stage(seen: _Seen, name: str, model: nn.Module, adapter: Adapter) -> Stage:
         weight_bits=bits,
         scales=scales,
         biased=norm or getattr(layer, "bias", None) is not None,
+        recurrent=sum(inner),
     )
 
 

@@ -84,6 +84,14 @@ def test_functions_shortcuts_and_loops() -> None:
     assert found["a"].feeds == ("b", "c")  # through the shortcut
 
 
+def test_recurrent_layers_inside_neurons() -> None:
+    """A linear layer of 3 × 3 inside the neurons."""
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), snn.RLeaky(0.9, linear_features=3, init_hidden=True))
+    found = of(model, torch.ones(1, 2), 3)["0"]
+    assert found.operations == ("recurrence",)
+    assert (found.recurrent, found.weights, found.fan_in) == (9, 15, 2)
+
+
 def test_bits_are_those_of_signed_integers() -> None:
     """7 bits of ReScaW are odd integers from -127 to 127, and need 8."""
     x = torch.ones(3, 1, 2, 16, 16)
