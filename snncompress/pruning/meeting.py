@@ -188,7 +188,9 @@ def _guess(table: Bench[Any], settings: Settings, skip: Any, before: Profile, ki
     pruning = first.pruning
     chip = None if settings.chip is None else Chip(settings.chip, staged(table, known=not settings.synthetic))
     if isinstance(pruning, WeightPruning):
-        if chip is not None and not kinds:
+        if chip is not None:
+            chip.check()
+        if not kinds:
             return lambda goals: ({"ratio": settings.ratio or 0.0}, True)
         return _shares(pruning, before, kinds)
     if pruning is not None and not isinstance(pruning, ChannelPruning):
@@ -257,12 +259,13 @@ class Allocation:
         costs = self._costs()
         channels, widths = [self._part(numbers) for numbers in self._sets], [self._width(name) for name in self._errors]
         limits = torch.tensor([most[kind] for kind in self._kinds], dtype=torch.float64)
-        if self._chip is not None:
-            costs = self._chip.costs(costs, self._targets)
-            limits = torch.cat([limits, torch.ones(len(costs.keys), dtype=torch.float64)])
-        enough = allocate([*channels, *widths], costs, limits)
-        if self._chip is not None and not enough:
-            self._chip.check(costs)
+        parts = [*channels, *widths]
+        if self._chip is None:
+            enough = allocate(parts, costs, limits)
+        else:
+            on_chip = self._chip.costs(costs, self._targets)
+            enough = allocate(parts, on_chip, torch.cat([limits, torch.ones(len(on_chip.keys), dtype=torch.float64)]))
+            self._chip.check(on_chip)
         ratios = {
             name: part.gone * part.sizes[index] / self._targets[index].original
             for numbers, part in zip(self._sets, channels, strict=True)

@@ -182,9 +182,9 @@ class Chip:
         """With what the chip is asked for."""
         return OnChip(costs, self.target, self.found, groups)
 
-    def check(self, costs: Costs) -> None:
-        """Raise OptionError where it doesn't fit with what is gone."""
-        steps = too_much(self.target, costs.stages() if isinstance(costs, OnChip) else self.found)
+    def check(self, costs: OnChip | None = None) -> None:
+        """Raise OptionError where it is too large with what is gone."""
+        steps = too_much(self.target, self.found if costs is None else costs.stages())
         if steps:
             raise _too_large(self.target, steps)
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import nir
 import numpy as np
 import pytest
+import snntorch as snn
 import torch
 from snncompress_chips import FPGA
+from snncompress_rescaw import ReScaW
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
@@ -63,6 +65,23 @@ def test_a_network_for_speck_in_whole_numbers(tmp_path: Path) -> None:
         wanted = small.double()(EVENTS.double())
     assert 0 < wanted.mean() < 1
     assert np.array_equal(spikes(graph, EVENTS), wanted.numpy())
+
+
+def test_neurons_that_fire_above_their_threshold_alone(tmp_path: Path) -> None:
+    """As snnTorch's do: of whole numbers they must reach 3 where the threshold is 2."""
+    torch.manual_seed(0)
+    cell = {"beta": 1.0, "reset_mechanism": "zero", "init_hidden": True}
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), snn.Leaky(**cell))
+    x = torch.rand(20, 6).round()
+    layerwise = ReScaW(per_channel=False)
+    small = snncompress.apply(model, None, 0.0, 4, quantizer=layerwise, data=x, timesteps=6, skip=[], repair=None)
+    with torch.no_grad():
+        small[1].threshold.fill_(2 * small[0].weight.abs().min())  # odd numbers, the least of which is 1
+    snncompress.export(small, tmp_path / "small.nir", data=x, timesteps=6, target="loihi2")
+    graph = nir.read(tmp_path / "small.nir")
+    assert graph.metadata["fires"] == "v > v_threshold"
+    assert set(np.abs(graph.nodes["0"].weight).flatten()) <= set(range(1, 16, 2))
+    assert np.array_equal(graph.nodes["1"].v_threshold, np.full(8, 2.75))
 
 
 def test_averages_are_averages_elsewhere(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_with_a_budget_both_hold() -> None:
 def test_what_may_go_may_be_too_little() -> None:
     with pytest.raises(OptionError, match=r"'speck' can't be met: with all gone that may go.*words of neuron memory"):
         applied(net(), ratio=0.1)
+    with pytest.raises(OptionError, match=r"with all gone that may go"):
+        applied(net(), criterion="weight_magnitude", ratio=0.9)  # what is 0 takes its word, too
     with pytest.raises(OptionError, match=r"few bits alone, and skip= leaves '0' at 32"):
         applied(net(), skip={"quantize": ["0"], "prune": []})
 
