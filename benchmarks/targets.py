@@ -19,6 +19,7 @@ import datetime
 import importlib.machinery
 import itertools
 import platform
+import random
 import sys
 import tempfile
 import time
@@ -31,11 +32,12 @@ from typing import Any
 
 import datasets
 import torch
-from snncompress_chips import FPGA
+from snncompress_chips import FPGA, Speck
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 import snncompress
+from snncompress.extend import Stage
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "targets.md"
@@ -314,7 +316,55 @@ def verdicts() -> list[str]:
         "no network that isn't compressed fits a chip of integers.", "", *head, *rows, "",
         "## Beside the vendors' own packages", "",
         "sinabs 2.0.3 for Speck, Rockpool 3.1.0 for Xylo, without samna. `–`: it can't be written for them.",
-        f"Contradictions that aren't explained: {contradictions}.", "", *side, *beside,
+        f"Contradictions that aren't explained: {contradictions}.", "", *drawn(200), *side, *beside,
+    ]  # fmt: skip
+
+
+# --- networks drawn at random, placed by both ---
+
+
+def drawn(count: int) -> list[str]:
+    """Convolutions within what sinabs' documentation allows, of which memories and cores decide."""
+    import sinabs.layers as sl
+    from sinabs.backend.dynapcnn import DynapcnnNetwork
+    from sinabs.backend.dynapcnn.chips.speck2f import Speck2FConfigBuilder
+
+    chance, chip, agreed, fitting = random.Random(0), Speck(), 0, 0
+    for _ in range(count):
+        channels, side, parts, stages = 2, chance.choice((16, 32, 64)), [], []
+        first = side
+        for number in range(chance.randint(1, 9)):
+            out, kernel = chance.choice((4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 200)), chance.choice((1, 3, 5))
+            pool = chance.choice([size for size in (1, 2, 4) if side // size >= 4] or [1])
+            window = ((kernel,) * 2, (1, 1), (kernel // 2,) * 2, (1, 1))
+            stages.append(
+                Stage(
+                    str(number),
+                    "convolution",
+                    channels,
+                    out,
+                    (side,) * 2,
+                    (side,) * 2,
+                    *window,
+                    neuron="if",
+                    weight_bits=8,
+                )
+            )
+            parts += [nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False), sl.IAFSqueeze(batch_size=1)]
+            parts += [nn.AvgPool2d(pool)] if pool > 1 else []
+            channels, side = out, side // pool
+        try:
+            network = DynapcnnNetwork(nn.Sequential(*parts), input_shape=(2, first, first), discretize=True)
+            Speck2FConfigBuilder.get_valid_mapping(network)
+            theirs_ = True
+        except ValueError:
+            theirs_ = False
+        met = all(limit.met for stage in stages for limit in chip.limits(stage))
+        ours_ = met and len(chip.place(stages).cores) == len(stages)
+        agreed, fitting = agreed + (ours_ == theirs_), fitting + ours_
+    return [
+        f"{count} networks of 1 to 9 convolutions, drawn at random: `place` and sinabs' matching agree on {agreed};",
+        f"{fitting} of them fit.", "",
     ]  # fmt: skip
 
 

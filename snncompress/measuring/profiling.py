@@ -76,7 +76,7 @@ def profile(
         neurons: the class of spiking neurons of your own, or several (:class:`snncompress.OwnNeurons`).
         time_dim: the axis of time in what they take, None where they take one timestep.
         energy_model: name or instance of the :class:`EnergyModel` that turns counts into pJ: ``"horowitz_45nm"``,
-            arithmetic alone, or ``"lemaire_45nm"``, memory too.
+            arithmetic alone, ``"lemaire_45nm"``, memory too, or ``"loihi"``, synapses and neurons of that chip.
         conventions: what is counted: a preset (``"snncompress"``, ``"qp_snn"``, ``"neurobench"``, ``"spikingjelly"``,
             ``"syops"``) or :class:`Conventions`. The number of samples is that of the labels where they
             are one each, else the number that neurons saw at a time, else it is taken from the output.
