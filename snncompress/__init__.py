@@ -59,6 +59,8 @@ from .saving.storage import load, save
 from .studies.curves import Sensitivity, ThresholdSweep
 from .studies.heat_maps import Robustness, Scores
 from .studies.scoring import robustness, scores
+from .studies.search.result import Search, Trial
+from .studies.search.searching import search
 from .studies.searching import BlockSearch, Candidate, block_search
 from .studies.sweeps import sensitivity, threshold_sweep
 from .studies.utilization import GridUse, Utilization, WeightRange, utilization
@@ -102,12 +104,14 @@ __all__ = [
     "Robustness",
     "SNNCompressError",
     "Scores",
+    "Search",
     "Sensitivity",
     "SilentNeuronsWarning",
     "StorageError",
     "SyntheticDataWarning",
     "TemporalAnalysis",
     "ThresholdSweep",
+    "Trial",
     "TruncateTimesteps",
     "UnknownNameError",
     "UnknownNeuronsWarning",
@@ -140,6 +144,7 @@ __all__ = [
     "save",
     "schedulers",
     "scores",
+    "search",
     "sensitivity",
     "targets",
     "temporal_analysis",

@@ -33,7 +33,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], model: nn.Module) -> None:
-        self._run = {**json.loads(json.dumps(settings)), "model": _fingerprint(model)}
+        self._run = {**json.loads(json.dumps(settings)), "model": fingerprint(model)}
         try:
             if not os.fspath(folder):
                 raise OSError("it is empty; None keeps no checkpoints")
@@ -107,7 +107,8 @@ def _generators(model: nn.Module, feed: Feed) -> list[torch.Generator]:
     return [torch.default_generator, *devices, *feed.generators()]
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
+    """A short digest of a model: its modules, their numbers, its tensors."""
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
     for name, module in model.named_modules():
         if any(module.children()):

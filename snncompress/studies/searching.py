@@ -15,9 +15,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, BlockCriterion, Criterion, EnergyModel, Forward, Loss
-from snncompress.measuring.conventions import resolve_conventions
-from snncompress.measuring.evaluation import classified
-from snncompress.measuring.profiling import measure
+from snncompress.measuring.judging import judge
 from snncompress.model.copying import private_copy
 from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.block_pruning import BlockPruning
@@ -27,7 +25,7 @@ from snncompress.pruning.repair import fit
 from snncompress.pruning.settings import RepairChoice, fitting, resolve_repair
 from snncompress.pruning.training import train
 from snncompress.running.bench import bench
-from snncompress.running.data import Batch, Feed
+from snncompress.running.data import Feed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,16 +234,9 @@ def block_search(
             if epochs:
                 network = private_copy(network, found)
                 train(network, feed, recipe, progress=False)
-            right = 0
-
-            def watch(output: Any, batch: Batch) -> None:
-                nonlocal right
-                predicted, labels = classified(output, batch.y, batch_first=table.test.batch_first)
-                right += int((predicted == labels).sum())
-
-            p = measure(network, table.test, energy, resolve_conventions(None), watch)
+            p, right = judge(network, table.test, energy)
             samples.append(p.n_samples)
-            return Candidate(removed, right / p.n_samples, p.energy_pj, p.n_params, p.n_ac, p.n_mac)
+            return Candidate(removed, right, p.energy_pj, p.n_params, p.n_ac, p.n_mac)
 
         candidates = tuple(
             measured(s, networks.without(s)) for s in tracked(sets, progress, "measuring sets of blocks")

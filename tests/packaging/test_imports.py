@@ -19,7 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = sorted((ROOT / "snncompress").rglob("*.py"))
 PACKAGES = sorted([*(ROOT / "plugins").glob("snncompress_*"), *(ROOT / "adapters").glob("snncompress_*")])
 FRAMEWORKS = {"spikingjelly", "snntorch"}
-HEAVY = FRAMEWORKS | {"brevitas", "matplotlib", "sklearn", "scipy", "pandas", "torchvision", "torchaudio"}
+HEAVY = FRAMEWORKS | {
+    "brevitas",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "torchvision",
+    "torchaudio",
+    "optuna",
+    "ray",
+}
 ALL_PLUGINS = "; ".join(f"import {path.name}" for path in PACKAGES)
 
 
@@ -41,7 +51,9 @@ def test_importing_loads_neither_frameworks_nor_anything_heavy() -> None:
 
 def test_everything_imports_and_loads_where_the_frameworks_are_missing() -> None:
     check = "import snncompress; assert all(p.status == 'loaded' for p in snncompress.plugins()), snncompress.plugins()"
-    imported_by(f"{ALL_PLUGINS}; {check}", absent=FRAMEWORKS | {"torchvision", "torchaudio", "sklearn", "matplotlib"})
+    imported_by(
+        f"{ALL_PLUGINS}; {check}", absent=FRAMEWORKS | {"torchvision", "torchaudio", "sklearn", "matplotlib", "optuna"}
+    )
 
 
 def test_the_probe_sees_what_is_loaded() -> None:
