@@ -25,7 +25,7 @@ BEAT, GRACE = 30.0, 150.0
 """Seconds from one sign of life to the next, and after how many a process on another machine is taken for dead."""
 LOCKED = 10
 """Seconds after which a lock on a journal, which lasts milliseconds, is taken for that of a process that is gone."""
-ATTEMPTS = 3
+ATTEMPTS = 5
 """So many processes may die over a trial."""
 ASKED = "snncompress"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def search(
         n_jobs: processes on this machine, each with a copy of model and data and its share of the threads; on Ray, how
             many tasks at a time, None for as many as the cluster has CPUs.
         storage: where trials are kept: a path (a journal file; also on a shared folder), a URL of a database such as
-            "sqlite:///search.db", or one of Optuna's storages. None keeps nothing.
+            "sqlite:///search.db", or one of Optuna's storages. None keeps nothing, and won't do on Ray.
         name: of the study in the storage.
         on: "processes", or "ray": trials are tasks of a Ray cluster, whose machines must all reach the storage.
         resources: what a task on Ray asks for, as ``{"num_cpus": 2, "num_gpus": 1}``.
@@ -121,7 +122,7 @@ def search(
     module = optuna()
     asked = Space.of(space)
     wanted = _objectives(objectives)
-    registry().resolve("energy model", energy_model, EnergyModel)
+    energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
     refuse_frozen(model, "compressed")
     named = named_neurons(adapter, neurons, time_dim)
     with bench(
@@ -130,18 +131,23 @@ def search(
         if validation is None:
             feed, held = table.feed.parted()
             data, validation = _batches(feed), _batches(held)
-        first = digest_of(table.feed.first().raw)
+        first = digest_of((table.feed.first().raw, table.test.first().raw))
     up = tuple(objective == "accuracy" for objective in wanted)
     with contextlib.ExitStack() as stack:
         if storage is None:
-            storage = module.storages.InMemoryStorage() if n_jobs == 1 and on == "processes" else _journal(stack)
+            if on == "ray":
+                raise OptionError(
+                    "on='ray' needs a storage= that all machines reach: a path in a shared folder, or a URL."
+                )
+            storage = module.storages.InMemoryStorage() if n_jobs == 1 else _journal(stack)
         elif isinstance(storage, module.storages.InMemoryStorage) and (n_jobs != 1 or on == "ray"):
             raise OptionError("Other processes can't reach an InMemoryStorage: give the path of a file as storage=.")
         if isinstance(storage, os.PathLike):
             storage = os.fspath(storage)
         if isinstance(storage, str) and "://" not in storage:
             storage = str(Path(storage).absolute())  # tasks on Ray run elsewhere
-        threads = None if n_jobs == 1 or on == "ray" else max(1, torch.get_num_threads() // (n_jobs or 1))
+        share = (resources or {}).get("num_cpus", 1) if on == "ray" else torch.get_num_threads() // (n_jobs or 1)
+        threads = max(1, int(share))
         work = Work(
             model, data, validation, asked, wanted, Queue(storage, name, up, trials, seed, sampler, pruner),
             timesteps, forward, loss, adapter, neurons, time_dim, skip, energy_model, threads,
@@ -152,7 +158,8 @@ def search(
             own,
             {
                 "space": asked.described(), "objectives": list(wanted), "seed": seed, "model": fingerprint(model),
-                "first batch": first, "timesteps": timesteps, "skip": repr(skip),
+                "data": first, "timesteps": timesteps, "skip": repr(skip),
+                "energy model": f"{energy.name} {energy.options()}",
             },
         )  # fmt: skip
         work.queue.put_back(own)
@@ -162,7 +169,7 @@ def search(
             _shown(_carried_out(worker, on, n_jobs, resources or {}), left, progress)
         found = tuple(worker.trials())
     kept = dataclasses.replace(work, queue=dataclasses.replace(work.queue, storage=None))
-    return Search(found, wanted, up, type(model).__name__, lambda trial: again(kept, trial))
+    return Search(found, wanted, up, type(model).__name__, functools.partial(again, kept))
 
 
 def _carried_out(worker: Worker, on: str, n_jobs: int | None, resources: Mapping[str, Any]) -> Iterator[int]:

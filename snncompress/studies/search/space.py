@@ -75,8 +75,6 @@ class Space:
                 "Nothing in space varies: every option has one value. Give a list of choices, or a range (low, high)."
             )
         given = {key: value for key, value in asked.items() if _is_fixed(value) or isinstance(value, Mapping)}
-        for key, value in given.items():
-            _check(key, value) if _is_fixed(value) else None
         if isinstance(budget := given.get("budget"), Mapping):
             Budget.of({key: _least(value) for key, value in budget.items()})
         return cls(found, given)
@@ -125,6 +123,8 @@ def _parameters(path: tuple[str, ...], value: Any) -> Iterator[Parameter]:
         yield Parameter(path, distributions.CategoricalDistribution(list(values)), values)
     elif isinstance(value, tuple):
         yield Parameter(path, _range(name, value), {})
+    else:
+        _check(name, value)
 
 
 def _range(name: str, value: tuple[Any, ...]) -> Any:

@@ -47,7 +47,7 @@ class Work:
     time_dim: int | None
     skip: Any
     energy_model: EnergyModel | str
-    threads: int | None = None
+    threads: int
 
     @property
     def how(self) -> dict[str, Any]:
@@ -114,7 +114,9 @@ class Worker:
 
     def trials(self) -> list[Trial]:
         """All that there are, as they stand."""
-        return [from_optuna(frozen) for frozen in self._study.get_trials(deepcopy=False)]
+        found = [from_optuna(frozen) for frozen in self._study.get_trials(deepcopy=False)]
+        # where two machines put them in line at once, there are some that nobody takes
+        return [trial for trial in found if trial.number < self.work.queue.trials or trial.state != "waiting"]
 
 
 def perform(work: Work, chosen: Mapping[str, Any], trial: Any = None) -> Outcome:
@@ -127,7 +129,7 @@ def perform(work: Work, chosen: Mapping[str, Any], trial: Any = None) -> Outcome
     truncate = options.pop("timesteps", None)
     early = trial if len(work.objectives) == 1 and work.objectives[0] == "accuracy" and epochs else None
     seed, before = work.queue.seed, torch.get_num_threads()
-    torch.set_num_threads(work.threads or before)
+    torch.set_num_threads(work.threads)
     try:
         with warnings.catch_warnings(record=True) as warned, seeded(work.model, seed):
             warnings.simplefilter("always")

@@ -62,7 +62,20 @@ def on_ray(work: Work, n_jobs: int | None, resources: Mapping[str, Any]) -> Iter
     key, parcel = _key(), ray.put(packed(work))
     task = ray.remote(_next_on_ray).options(**resources)
     several = n_jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    yield from _kept_busy(lambda: task.remote(key, [parcel]).future(), several)
+    tasks: dict[Future[Result], Any] = {}
+
+    def submit() -> Future[Result]:
+        submitted = task.remote(key, [parcel])
+        future: Future[Result] = submitted.future()
+        tasks[future] = submitted
+        return future
+
+    try:
+        yield from _kept_busy(submit, several)
+    finally:
+        for future, submitted in tasks.items():
+            if not future.done():
+                ray.cancel(submitted)
 
 
 def packed(work: Work) -> bytes:
