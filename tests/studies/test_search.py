@@ -80,14 +80,15 @@ def test_the_model_and_the_random_state_stay() -> None:
 
 def test_a_trial_whose_process_died_is_run_again_and_no_other(whole: tuple[Search, Path], tmp_path: Path) -> None:
     found, journal = whole
-    ended = subprocess.Popen(["true"])
-    ended.wait()
+    ended = subprocess.Popen(["true"])  # a zombie: nobody waits for it yet
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
     copy = tmp_path / "killed.journal"
     lines = journal.read_text().splitlines(keepends=True)
     # The journal as it stood when the last trial had drawn its parameters, and its process was killed.
     at = next(n for n, line in enumerate(lines) if '"trial_id":2' in line and '"figures"' in line)
     copy.write_text("".join(lines[:at]).replace(f",{os.getpid()},", f",{ended.pid},"))
     again = search(storage=copy)
+    ended.wait()
     assert facts(again) == facts(found)
     assert [trial.seconds for trial in again.trials[:2]] == [trial.seconds for trial in found.trials[:2]]  # not rerun
     assert again.trials[2].seconds != found.trials[2].seconds

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ LOCKED = 10
 ATTEMPTS = 5
 """So many processes may die over a trial."""
 ASKED = "snncompress"
+_DRAWN = uuid.uuid4().hex
+"""What stands for a process's beginning where the system doesn't tell."""
 
 
 def optuna() -> Any:
@@ -193,7 +196,7 @@ def _sign(storage: Any, trial_id: int) -> None:
 
 def _identity() -> list[Any]:
     """Of this process: host, number, and when it began, since numbers are given out again."""
-    return [socket.gethostname(), os.getpid(), _began(os.getpid())]
+    return [socket.gethostname(), os.getpid(), _began(os.getpid()) or _DRAWN]
 
 
 def _abandoned(frozen: Any) -> bool:
@@ -201,26 +204,34 @@ def _abandoned(frozen: Any) -> bool:
     owner = frozen.user_attrs.get("owner")
     if owner is None:
         return True
+    if owner == _identity():
+        return False
     host, pid, began = owner
-    if host == socket.gethostname():
-        if owner == _identity():
-            return False
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False
-        now = _began(pid)
-        return pid == os.getpid() or (now is not None and now != began)
+    if os.name == "posix" and host == socket.gethostname() and _gone(pid, began):
+        return True
     return time.time() - float(frozen.user_attrs.get("seen", 0.0)) > GRACE
 
 
+def _gone(pid: int, began: str) -> bool:
+    """As far as this machine can tell."""
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    now = _began(pid)
+    return now is not None and now != began
+
+
 def _began(pid: int) -> str | None:
-    """The boot and the tick at which a process began, where the system tells."""
+    """The boot and the tick at which a process began, where the system tells; another text once it has ended."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{boot} {facts[19]}{' ended' if facts[0] in 'ZX' else ''}"  # a zombie: nobody has asked how it ended
     except (OSError, IndexError):
         return None
 
