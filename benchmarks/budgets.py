@@ -149,6 +149,12 @@ def jobs(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Job, Call
                         yield ("equal", name, kind, str(share), str(seed)), lambda a=args: equal(*a)
 
 
+def told(several: Sequence[dict[str, float]], column: str) -> str:
+    """Mean over seeds, with the share of the cost where it is known."""
+    right, left = mean(f[column] for f in several), [f[f"{column}, cost"] for f in several if f"{column}, cost" in f]
+    return f"{right:.1f} ({mean(left):.3f})" if left else f"{right:.1f}"
+
+
 def report(rows_known: dict[str, dict[str, Any]]) -> str:
     """The tables, of what is known."""
     found = {key: row["figures"] for key, row in rows_known.items()}
@@ -184,10 +190,14 @@ def report(rows_known: dict[str, dict[str, Any]]) -> str:
             groups.setdefault(f"| {name} | {kind} {share}", []).append(figures)
     if groups:
         columns = ("dense", "one ratio", "allocated", "one ratio, tuned", "allocated, tuned")
-        text += ["", "## One ratio for all layers, or allocated: test accuracy (%) at the same cost", ""]
+        text += [
+            "", "## One ratio for all layers, or allocated: test accuracy (%), and in brackets the share of the cost", "",
+            "One ratio is the smallest, in hundredths, that costs no more than what was allocated; where layers have few "
+            "channels, that is less.", "",
+        ]  # fmt: skip
         text += [f"| network | budget | seeds | {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * 6]
         for head, several in groups.items():
-            cells = [f"{mean(figures[column] for figures in several):.1f}" for column in columns]
+            cells = [told(several, column) for column in columns]
             text.append(f"{head} | {len(several)} | {' | '.join(cells)} |")
     places = "; ".join(sorted({row["where"] for row in rows_known.values()}))
     return "\n".join([*text, "", f"({places}.)", ""])

@@ -4,7 +4,7 @@
 
 The MNIST network of benchmarks/repair.py; which criterion, how much of each layer, bits, timesteps, repair and epochs,
 for accuracy, energy and size. The process that searches, with all that it started, is killed (SIGKILL) once half of the
-trials are done, and started anew. Then the networks of the front are made again and tested. Journals are kept in
+trials are done, and started anew. Then some networks of the front are made again and tested. Journals are kept in
 benchmarks/.cache, so a run that was stopped goes on. One thread per process; a few minutes of two cores each. Writes
 search.md and .png to benchmarks/results.
 """
@@ -44,7 +44,7 @@ SPACE: dict[str, Any] = {
 }
 OBJECTIVES = ("accuracy", "energy_nj", "size_kb")
 ON = ("processes", "ray")
-MOST_SHOWN = 12
+MOST_SHOWN = 10
 
 
 def journal(on: str) -> Path:
@@ -130,6 +130,12 @@ def cluster(on: str) -> Iterator[None]:
         nodes.shutdown()
 
 
+def good(result: snncompress.Search) -> tuple[list[snncompress.Trial], list[snncompress.Trial]]:
+    """Those of the front with at least 80 %, and of these the ones that are tested and shown."""
+    front = [trial for trial in result.front if trial.values[0] >= 0.8]
+    return front, front[:: max(1, -(-len(front) // MOST_SHOWN))]
+
+
 def report(found: dict[str, snncompress.Search], rows: dict[str, dict[str, Any]]) -> str:
     text = [
         "# A search, killed and resumed", "",
@@ -149,8 +155,7 @@ def report(found: dict[str, snncompress.Search], rows: dict[str, dict[str, Any]]
         text.append(f"| {on} | {' | '.join(counts)} |")
     names = [*SPACE, *(f"ratio[{layer}]" for layer in SPACE["ratio"])]
     for on, result in found.items():
-        front = [t for t in result.front if t.values[0] >= 0.8]
-        shown = front[:: max(1, -(-len(front) // MOST_SHOWN))]
+        front, shown = good(result)
         varied = [name for name in names if name in front[0].settings]
         text += [
             "", f"## The front, {on}", "",
@@ -204,7 +209,7 @@ def main() -> None:
         figures = {"test": TASK.accuracy(dense, SEED), "energy": p.energy_pj / 1e3, "size": 1e3 * p.size_mb}
         note(STORE, "dense", figures, "cpu")
     for on, result in found.items():
-        for trial in result.front:
+        for trial in good(result)[1]:
             if json.dumps((on, trial.number)) not in known(STORE):
                 small = result.model(trial)
                 note(STORE, json.dumps((on, trial.number)), {"test": TASK.accuracy(small, SEED)}, "cpu")

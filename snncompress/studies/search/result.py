@@ -167,7 +167,7 @@ class Search:
             style = "k--o" if len(self.objectives) == 2 else "ko"
             ax.plot([a for a, _ in line], [b for _, b in line], style, mfc="none", ms=9, label="Pareto front")
             ax.set(xlabel=names[1], ylabel=names[0], title=self._title())
-        ax.legend()
+        ax.legend(loc="lower right")
         return ax
 
     def __str__(self) -> str:
