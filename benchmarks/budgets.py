@@ -191,9 +191,9 @@ def report(rows_known: dict[str, dict[str, Any]]) -> str:
     if groups:
         columns = ("dense", "one ratio", "allocated", "one ratio, tuned", "allocated, tuned")
         text += [
-            "", "## One ratio for all layers, or allocated: test accuracy (%), and in brackets the share of the cost", "",
-            "One ratio is the smallest, in hundredths, that costs no more than what was allocated; where layers have few "
-            "channels, that is less.", "",
+            "", "## One ratio for all layers, or allocated: test accuracy (%), and the share of the cost", "",
+            "One ratio is the smallest, in hundredths, that costs no more than what was allocated; where layers have "
+            "few channels, that is less.", "",
         ]  # fmt: skip
         text += [f"| network | budget | seeds | {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * 6]
         for head, several in groups.items():
