@@ -144,13 +144,13 @@ def report(found: dict[str, snncompress.Search], rows: dict[str, dict[str, Any]]
         f"cluster with a worker each. Killed (SIGKILL) with all that it had started once half of the trials were done, "
         f"and called again.", "",
         "| on | done when killed | running then | kept as they were | run again with the same parameters | in the end "
-        "| complete | failed | seconds before | after |",
-        "| --- |" + " ---: |" * 9,
+        "| complete | failed |",
+        "| --- |" + " ---: |" * 7,
     ]  # fmt: skip
     for on in found:
         f = rows[on]["figures"]
         counts = [f"{f[name]:.0f}" for name in (
-            "done", "running", "kept", "same parameters", "trials", "complete", "failed", "before", "after"
+            "done", "running", "kept", "same parameters", "trials", "complete", "failed"
         )]  # fmt: skip
         text.append(f"| {on} | {' | '.join(counts)} |")
     names = [*SPACE, *(f"ratio[{layer}]" for layer in SPACE["ratio"])]
