@@ -5,6 +5,7 @@ compressed = snncompress.apply(model, criterion="svs", ratio=0.6, bits=4)
 Who writes a plugin or an adapter imports from :mod:`snncompress.extend`.
 """
 
+from .base.distributed import no_sync
 from .contract.registry import criteria, energy_models, plugins, quantizers, schedulers, targets
 from .conversion.converting import convert
 from .errors import (
@@ -134,6 +135,7 @@ __all__ = [
     "frozen_layers",
     "gradient_flow",
     "load",
+    "no_sync",
     "plan_of",
     "plugins",
     "profile",

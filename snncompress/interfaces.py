@@ -132,7 +132,8 @@ class Criterion(_Plugin):
     A criterion is a fold over calibration: ``begin`` makes a layer's empty state, ``observe`` adds what its neurons
     did in some timesteps, ``end_batch`` closes a batch, ``score`` turns the state into scores. States
     are plain values, so the same criterion serves many layers and many calls, and memory doesn't grow with the
-    number of batches. A criterion that needs no recording only writes ``score``.
+    number of batches. A criterion that needs no recording only writes ``score``. With ``merge``, which makes one state
+    of two, it calibrates on several processes, too, each of which sees a part of the data.
 
     ``needs`` says what must be recorded: ``"spikes"`` S[t], ``"membrane"`` Ũ[t] (after charging, before reset),
     ``"gradients"`` (one backward pass per batch through the surrogate gradient: ``layer.weight_grad`` is that batch's
@@ -160,6 +161,14 @@ class Criterion(_Plugin):
     def end_batch(self, layer: Layer, state: Any) -> Any:
         """Close a batch: all its timesteps were observed, and its gradient, if asked for, is there."""
         return state
+
+    def merge(self, layer: Layer, state: Any, other: Any) -> Any:
+        """The state of two parts of the data, from that of each, as if one fold had gone through both.
+
+        The batches of both are closed. Sums are added, extremes compared; ``state`` may be changed and returned. By
+        default states can't be put together, since nothing tells a sum from a maximum.
+        """
+        raise NotImplementedError(f"{self.name} has no merge()")
 
     @abstractmethod
     def score(self, layer: Layer, state: Any) -> Tensor:

@@ -141,6 +141,9 @@ class _Sum:
     total: Tensor  # [C]
     count: int = 0
 
+    def plus(self, other: _Sum) -> _Sum:
+        return _Sum(self.total + other.total, self.count + other.count)
+
 
 class FiringRate(Criterion):
     """How often a channel fires: the share of (sample, timestep, neuron) with a spike.
@@ -181,6 +184,10 @@ class FiringRate(Criterion):
         state.total += per_map.double().sum((0, 1))
         state.count += spikes.numel() // max(1, spikes.shape[2])
         return state
+
+    def merge(self, layer: Layer, state: _Sum, other: _Sum) -> _Sum:
+        """Add up."""
+        return state.plus(other)
 
     def score(self, layer: Layer, state: _Sum) -> Tensor:
         """Spikes per neuron and timestep, [C]."""
@@ -241,6 +248,10 @@ class Taylor(Criterion):
         state.total += _scores(GroupTaylorImportance(normalizer=None), stand_in, prune_linear_out_channels)
         state.count += 1
         return state
+
+    def merge(self, layer: Layer, state: _Sum, other: _Sum) -> _Sum:
+        """Add up."""
+        return state.plus(other)
 
     def score(self, layer: Layer, state: _Sum) -> Tensor:
         """Mean over batches, [C]."""
@@ -309,6 +320,10 @@ class BNScaleGradient(Criterion):
             )
         state.count += 1
         return state
+
+    def merge(self, layer: Layer, state: _Sum, other: _Sum) -> _Sum:
+        """Add up."""
+        return state.plus(other)
 
     def score(self, layer: Layer, state: _Sum) -> Tensor:
         """The size of the mean over batches, [C]."""

@@ -127,6 +127,10 @@ class _GradientCriterion(_WeightCriterion):
         state.batches += 1
         return state
 
+    def merge(self, layer: Layer, state: _Slopes, other: _Slopes) -> _Slopes:
+        """Add up."""
+        return _Slopes(state.total + other.total, state.batches + other.batches)
+
     def _part(self, gradient: Tensor) -> Tensor:
         return gradient
 

@@ -114,6 +114,10 @@ class CQP(CriticalityCriterion):
         state.batches += 1
         return state
 
+    def merge(self, layer: Layer, state: Slopes, other: Slopes) -> Slopes:
+        """Add up."""
+        return Slopes(state.total + other.total, state.batches + other.batches)
+
     def score(self, layer: Layer, state: Slopes) -> Tensor:
         """LAMP's score of v, and 2 more where critical, [C, ...]."""
         criticality = self.criticality(layer, state)

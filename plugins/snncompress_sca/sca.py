@@ -72,6 +72,10 @@ class SCA(Criterion):
         state.observations += membrane.shape[0] * membrane.shape[1]
         return state
 
+    def merge(self, layer: Layer, state: _State, other: _State) -> _State:
+        """Add up."""
+        return _State(state.total + other.total, state.observations + other.observations)
+
     def score(self, layer: Layer, state: _State) -> Tensor:
         """Mean over samples and timesteps, [C]."""
         if state.observations == 0:

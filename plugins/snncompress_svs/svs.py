@@ -120,6 +120,14 @@ class SVS(Criterion):
         state.time_sum, state.timesteps = None, 0
         return state
 
+    def merge(self, layer: Layer, state: _State, other: _State) -> _State:
+        """Add up: no batch is running."""
+        state.rank_sum += other.rank_sum
+        state.square_sum += other.square_sum
+        state.whole = state.whole and other.whole
+        state.samples += other.samples
+        return state
+
     def score(self, layer: Layer, state: _State) -> Tensor:
         """Mean rank per channel, [C], plus a tie-break below 1 / (2 · samples)."""
         if state.samples == 0:

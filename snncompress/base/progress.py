@@ -6,8 +6,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from .distributed import rank
+
 Progress = bool | Callable[[str, int, int | None], None]
-"""True (or None): a bar where stderr is a terminal; False: nothing; a callable gets (what, done, total or None)."""
+"""True (or None): a bar where stderr is a terminal, of several processes in that of rank 0; False: nothing; a callable
+gets (what, done, total or None)."""
 T = TypeVar("T")
 
 
@@ -19,7 +22,7 @@ def tracked(items: Iterable[T], progress: Progress | None, what: str | Callable[
             progress(_text(what), done, total)
             yield item
         return
-    if progress is False or not sys.stderr.isatty():
+    if progress is False or not sys.stderr.isatty() or rank():
         yield from items
         return
     from rich.console import Console

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from snncompress.base.distributed import no_sync
 from snncompress.contract.registry import adapters, registry
 from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter
@@ -87,7 +88,7 @@ def convert(
     """
     adapter = _adapter(framework)
     _check(cnn, adapter, neuron, data, timesteps, percentile)
-    with undisturbed(cnn), torch.inference_mode(False):  # a DataLoader draws random numbers
+    with no_sync(), undisturbed(cnn), torch.inference_mode(False):  # a DataLoader draws random numbers
         return _convert(cnn, adapter, neuron, data, timesteps, percentile)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import no_sync
 from snncompress.base.files import write_whole
 from snncompress.contract.registry import registry
 from snncompress.errors import ModelError, OptionError
@@ -112,7 +113,7 @@ def export(
     chip: Target | None = None if target is None else registry().resolve("target", target, Target)
     if chip is not None and kind != "nir":
         raise OptionError(f"target= writes NIR graphs, not {kind!r}: format='nir'.")
-    with bench(model, data, timesteps, adapter=adapter) as table:
+    with no_sync(), bench(model, data, timesteps, adapter=adapter) as table:
         numbers = {} if chip is None else _numbers(table, chip)
         found, batch = table.adapter, table.feed.first()
         for module in table.model.modules():

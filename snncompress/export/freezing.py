@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from snncompress.base.distributed import no_sync
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward
 from snncompress.model.cells import layer_at
@@ -83,7 +84,7 @@ def freeze(
     """
     if not (isinstance(integer, bool) or integer == "auto"):
         raise OptionError(f"integer must be True, False or 'auto', not {integer!r}.")
-    with bench(model, data, timesteps, forward, adapter=adapter, plain=True, noise="structure") as table:
+    with no_sync(), bench(model, data, timesteps, forward, adapter=adapter, plain=True, noise="structure") as table:
         frozen, found = table.model.eval(), table.adapter
         if not integer:
             for module in frozen.modules():

@@ -13,7 +13,7 @@ that is computed once per layer and input shape, in float64, where whole numbers
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
 
@@ -34,6 +34,9 @@ _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 FLOAT_BITS = 32
 _EXACT = 2**24  # all whole numbers up to it are float32s
+_SUMS = (
+    "spiking", "input_sum", "input_elements", "_ac", "_mac", "_bias", "_values", "_outputs", "_before", "_once",
+)  # fmt: skip
 _MAPS_KEPT = 16  # shapes per layer; more only where every batch has a size of its own
 
 
@@ -196,6 +199,16 @@ class WeightCounter:
         self._before = counts
         rows = clock.rows(self._shapes[0])
         self._sizes = math.prod(self._shapes[0]) / max(rows, 1), math.prod(self._shapes[1]) / max(rows, 1)
+
+    def sums(self) -> dict[str, Any]:
+        """What :meth:`take` takes, of this process; what several have is added."""
+        return {**{name: getattr(self, name) for name in _SUMS}, "holds": self._repetition.holds}
+
+    def take(self, sums: Mapping[str, Any]) -> None:
+        """Go on as if all of it had been counted here."""
+        for name in _SUMS:
+            setattr(self, name, sums[name])
+        self._repetition.holds = sums["holds"]
 
     @property
     def _foreseen(self) -> tuple[int, ...]:

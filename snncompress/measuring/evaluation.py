@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import gathered, together
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Forward
 from snncompress.model.computed_once import evaluating
@@ -46,7 +47,8 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy and macro F1 of a network, spiking or not, on labelled data; scores are averaged over time.
 
-    One pass in eval mode without gradients; train/eval flags are as before afterwards, neurons reset. ``data`` yields
+    One pass in eval mode without gradients; train/eval flags are as before afterwards, neurons reset. Of several
+    processes (torchrun) each classifies its own data, and all get the figures of all data. ``data`` yields
     (x, y) batches, y being class indices [N] or probabilities [N, K]; ``timesteps``, ``forward``, ``neurons`` and
     ``time_dim`` as in :func:`snncompress.apply`. Operations and energy: :func:`snncompress.profile`. F1 is that of
     scikit-learn.
@@ -68,8 +70,10 @@ def evaluate(
             raise OptionError(
                 'evaluate() needs scikit-learn, which isn\'t installed: pip install "snncompress[metrics]".'
             ) from error
-        parts = zip(*_classified(table.model, table.feed), strict=True)
-        predicted, labels = (torch.cat(part).cpu().numpy() for part in parts)
+        with together():
+            parts = zip(*_classified(table.model, table.feed), strict=True)
+            own = [torch.cat(part).cpu() for part in parts]
+        predicted, labels = (torch.cat(part).numpy() for part in zip(*gathered(own), strict=True))
     f1 = f1_score(labels, predicted, average="macro", zero_division=0.0)
     return Evaluation(float(accuracy_score(labels, predicted)), float(f1), len(labels))
 
@@ -77,13 +81,16 @@ def evaluate(
 def accuracy(model: nn.Module, feed: Feed) -> float:
     """Share of the samples whose highest class score is that of their label (or of their most probable class).
 
-    One pass, in which memory doesn't grow with the number of batches. Errors as for :func:`evaluate`.
+    One pass, in which memory doesn't grow with the number of batches; over what all processes have where there are
+    several. Errors as for :func:`evaluate`.
     """
     right = total = 0
-    for predicted, labels in _classified(model, feed):
-        right += int((predicted == labels).sum())
-        total += len(labels)
-    return right / total
+    with together():
+        for predicted, labels in _classified(model, feed):
+            right += int((predicted == labels).sum())
+            total += len(labels)
+    found = gathered((right, total))
+    return sum(right for right, _ in found) / sum(total for _, total in found)
 
 
 def classified(output: Any, y: Any, *, batch_first: bool = False) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.base.display import new_axes, number, table
+from snncompress.base.distributed import gathered, summed, together
 from snncompress.errors import DataError, ModelError, OptionError
 from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.model.cells import layer_at
@@ -178,7 +179,7 @@ def gradient_flow(
     with bench(model, data, timesteps, forward, loss, adapter, plain=True, seed=seed, gradients=True) as table:
         weights, feed = _trained(table.model), table.feed
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        with in_mode(table.model, training=True):
+        with together(), in_mode(table.model, training=True):
             for batch in feed:
                 output = feed(table.model, batch)
                 value, count = loss_of(feed, output, batch), count_samples(feed, output, batch)
@@ -187,6 +188,8 @@ def gradient_flow(
                     if gradient is not None:
                         total.add_(gradient, alpha=count)
                 samples += count
+        samples = sum(gathered(samples))
+        summed(list(sums.values()))
     norms = {name: float(torch.linalg.vector_norm(total)) / samples for name, total in sums.items()}
     return GradientFlow(norms, type(model).__name__)
 

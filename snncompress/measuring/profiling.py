@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from snncompress.base.distributed import added, gathered, together
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward, MemoryUse, OperationCounts
@@ -65,6 +67,7 @@ def profile(
     outside such layers (attention) have rows of their own; what isn't counted (``F.conv2d`` with a parameter, attention
     that torch computes in one piece) is named. The model runs as a
     private copy in eval mode without gradients, and stays bitwise as it is, as does torch's random state.
+    Of several processes (torchrun) each runs its own data, and all get the profile of all data.
     Memory doesn't grow with the number of batches.
 
     Args:
@@ -117,7 +120,7 @@ def measure(
 ) -> Profile:
     """What :func:`profile` does on its bench; ``watch`` is handed every output and its batch on the way."""
     meter = _Meter(model, feed.adapter, rules)
-    with evaluating(model), feed.adapter.alone(model), meter.recording():
+    with together(), evaluating(model), feed.adapter.alone(model), meter.recording():
         for batch in feed:
             with meter.watching(batch):
                 output = feed(model, batch)
@@ -129,6 +132,7 @@ def measure(
             if watch:
                 watch(output, batch)
     feed.adapter.reset(model)
+    meter.reduce()
     return Profile(
         layers=tuple(meter.rows(energy)),
         conventions=rules,
@@ -284,6 +288,26 @@ class _Meter:
                     counter.add(x)
 
         return count
+
+    def reduce(self) -> None:
+        """Put together what all processes have counted."""
+        own: dict[str, Any] = {
+            "samples": (self.n_samples, self.n_batches),
+            "weights": {name: counter.sums() for name, counter in self.weights.items()},
+            "neurons": {name: (neuron.spikes, neuron.updates) for name, neuron in self.neurons.items()},
+            "plain": {name: (plain.n_ac, plain.n_mac) for name, plain in self.plain.items()},
+            "products": self.products,
+            "unknown": dict.fromkeys(self._unknown, 1),
+        }
+        found = functools.reduce(added, gathered(own))
+        self.n_samples, self.n_batches = found["samples"]
+        self.products, self._unknown = found["products"], list(found["unknown"])
+        for name, counter in self.weights.items():
+            counter.take(found["weights"][name])
+        for name, neuron in self.neurons.items():
+            neuron.spikes, neuron.updates = found["neurons"][name]
+        for name, plain in self.plain.items():
+            plain.n_ac, plain.n_mac = found["plain"][name]
 
     def rows_seen(self) -> set[int]:
         """For how many samples at a time neurons fired last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.base.display import new_axes, number, table
+from snncompress.base.distributed import added, gathered, together
 from snncompress.base.progress import Progress, tracked
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
@@ -196,12 +198,14 @@ def analyse(
             rehearsal = Rehearsal(model, feed.adapter, stack, products=True)
             output = _over_time(feed.example()(model), feed)
         outputs = _Outputs(len(output), output.shape[2])
-        with ExitStack() as stack:
+        with together(), ExitStack() as stack:
             meter = StepMeter(model, feed.adapter, rehearsal.timelines(len(output), output.shape[1]), stack)
             for batch in tracked(feed, progress, "temporal analysis"):
                 meter.begin_batch()
                 outputs.add(_over_time(feed(model, batch), feed, batch), batch)
     feed.adapter.reset(model)
+    outputs.reduce()
+    meter.reduce()
     kl = outputs.divergences(mode)
     running = kl.cumsum(0)
     total = float(running[-1]) if len(kl) else 0.0
@@ -253,6 +257,12 @@ class _Outputs:
         self._labelled = self._labelled and isinstance(batch.y, Tensor)
         if isinstance(batch.y, Tensor):
             self._correct += (counts.argmax(2) == _classes(batch.y, output)).sum(1)
+
+    def reduce(self) -> None:
+        """Add up what all processes have."""
+        names = ("n_samples", "_spiking", "_labelled", "_correct", "_by_step", "_begun", "_kl")
+        found = functools.reduce(added, gathered({name: getattr(self, name) for name in names}))
+        vars(self).update(found)
 
     def divergences(self, mode: Mode) -> Tensor:
         """KL_t [T-1]."""

@@ -8,6 +8,7 @@ once, on [N, ...], encodes a static input and belongs to the first step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import added, gathered
 from snncompress.errors import DataError, ModelError
 from snncompress.interfaces import Adapter, EnergyModel, MemoryUse, OperationCounts
 from snncompress.model.brevitas_layers import brevitas_bits
@@ -161,6 +163,16 @@ class StepMeter:
         self._first.clear()
         for line in self._lines.values():
             line.calls = 0
+
+    def reduce(self) -> None:
+        """Add up what all processes have; a layer was given the same for as long as it was in all of them."""
+        own = {name: [counter.sums() for counter in counters] for name, counters in self._layers.items()}
+        parts = gathered(((own, self._updates, self._spikes, self._products), self._constant))
+        layers, self._updates, self._spikes, self._products = functools.reduce(added, (part for part, _ in parts))
+        self._constant = {name: min(constant[name] for _, constant in parts) for name in self._constant}
+        for name, counters in self._layers.items():
+            for counter, found in zip(counters, layers[name], strict=True):
+                counter.take(found)
 
     def energy_pj(self, energy: EnergyModel, samples: int, steps: int) -> list[float]:
         """Energy of the first t timesteps in pJ per sample, for t = 1 … T."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from snncompress.base.distributed import gathered, spread
 from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
 
@@ -52,6 +53,25 @@ def refuse_broken(model: nn.Module) -> None:
                 f"{name} of this {type(model).__name__} holds {int(bad.sum())} NaN or infinite values of "
                 f"{tensor.numel()}. Likely cause: its training diverged. Go back to a checkpoint from before."
             )
+
+
+def same_everywhere(model: nn.Module) -> None:
+    """Give the model, of which every process has one, the values that it has in rank 0, as DDP does.
+
+    Raises ModelError where they aren't of one architecture. Buffers that have a shape of their own in some process are
+    what neurons remember of its last batch, and stay.
+    """
+    own = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if not tensor.is_meta}
+    parameters = {name for name, _ in model.named_parameters()}
+    shapes = gathered({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()})
+    unlike = [name for name in {**shapes[0], **own} if any(said.get(name) != shapes[0].get(name) for said in shapes)]
+    if other := [name for name in unlike if name in parameters or name not in own]:
+        said = ", ".join(str(list(said[other[0]][0]) if other[0] in said else "missing") for said in shapes)
+        raise ModelError(
+            f"{other[0]} of this {type(model).__name__} differs from process to process: {said}. All must build, or "
+            f"load, the same network."
+        )
+    spread([tensor for name, tensor in own.items() if name not in unlike])
 
 
 def _graph_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from snncompress.base.distributed import gathered, together
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import DataError, ModelError, PlanError, PluginError
 from snncompress.interfaces import Adapter, BlockCriterion
@@ -209,7 +210,7 @@ class _Wire(nn.Module):
 def _mean_loss(model: nn.Module, feed: Feed, progress: Progress | None, what: str) -> float:
     total = samples = 0.0
     try:
-        with evaluating(model):
+        with together(), evaluating(model):
             for batch in tracked(feed, progress, what):
                 output = feed(model, batch)
                 count = 1 if batch.y is None else len(batch.y)
@@ -217,4 +218,5 @@ def _mean_loss(model: nn.Module, feed: Feed, progress: Progress | None, what: st
                 samples += count
     finally:
         feed.adapter.reset(model)
-    return total / samples
+    found = gathered((total, samples))
+    return sum(total for total, _ in found) / sum(samples for _, samples in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from snncompress.base.distributed import gathered, processes, rank, shared, together
 from snncompress.base.files import refuse_special, write_whole
 from snncompress.errors import OptionError, StorageError
 from snncompress.model.chance import cuda_devices
@@ -29,15 +31,22 @@ class Checkpoint:
     """The last finished step of one run, in one file of ``folder``.
 
     ``settings`` and the model tell whose run it is: another run is refused. What is kept is tensors and JSON, read
-    without pickled code.
+    without pickled code. Of several processes that of rank 0 reads and writes, for all.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], model: nn.Module) -> None:
-        self._run = {**json.loads(json.dumps(settings)), "model": fingerprint(model)}
+        together_with = {"processes": processes()} if processes() > 1 else {}
+        self._run = {**json.loads(json.dumps(settings)), "model": shared(fingerprint(model)), **together_with}
+        with together():
+            self._prepare(folder)
+
+    def _prepare(self, folder: str | os.PathLike[str]) -> None:
         try:
             if not os.fspath(folder):
                 raise OSError("it is empty; None keeps no checkpoints")
             self.path = Path(folder) / _FILE
+            if rank():
+                return
             refuse_special(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for part in self.path.parent.glob(f".{_FILE}.*"):  # of a run that was killed while it wrote
@@ -49,10 +58,17 @@ class Checkpoint:
         self, model: nn.Module, feed: Feed, redo: Callable[[Edit], None]
     ) -> tuple[int, list[Edit], list[str], dict[str, str]]:
         """Bring ``model`` and the random state to the last finished step: what :meth:`save` was handed."""
-        if not self.path.exists():
+        data: bytes | None = None
+        with together():
+            try:
+                data = self.path.read_bytes() if rank() == 0 and self.path.exists() else None
+            except OSError as error:
+                raise StorageError(f"{self.path} can't be read: {error}.") from error
+        data = shared(data)
+        if data is None:
             return 0, [], [], {}
         try:
-            kept = torch.load(self.path, map_location="cpu", weights_only=True)
+            kept = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             if kept["format"] != FORMAT:
                 raise StorageError(f"{self.path} has format {kept['format']!r}; this version reads {FORMAT}.")
             run, edits = json.loads(kept["run"]), [edit_from_dict(e) for e in json.loads(kept["edits"])]
@@ -68,6 +84,8 @@ class Checkpoint:
                 f"{self.path} is of another run, which differs in {said}. Give the same arguments and the same model "
                 f"to resume that one, or another folder."
             )
+        if rank():
+            generators = kept["others"][rank() - 1]
         drawn_from = _generators(model, feed)
         if len(drawn_from) != len(generators):
             raise OptionError(
@@ -88,6 +106,7 @@ class Checkpoint:
 
         ``repaired`` are layers; ``left`` those that stay so far, with the reason.
         """
+        generators, *others = gathered([generator.get_state() for generator in _generators(model, feed)])
         kept = {
             "format": FORMAT,
             "run": json.dumps(self._run),
@@ -96,9 +115,12 @@ class Checkpoint:
             "repaired": repaired,
             "left": left,
             "state": model.state_dict(),
-            "generators": [generator.get_state() for generator in _generators(model, feed)],
+            "generators": generators,
+            **({"others": others} if others else {}),
         }
-        write_whole(self.path, lambda file: torch.save(kept, file))
+        with together():
+            if rank() == 0:
+                write_whole(self.path, lambda file: torch.save(kept, file))
 
 
 def _generators(model: nn.Module, feed: Feed) -> list[torch.Generator]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from snncompress.base.distributed import no_sync
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, PlanError
 from snncompress.interfaces import Adapter, Forward
@@ -79,7 +80,7 @@ def collapse(
         raise ModelError(f"{type(model).__name__} has no convolution or linear layer, so no channels to remove.")
     refuse_frozen(model, "compressed")
     edits: list[Edit] = []
-    with bench(model, data, timesteps, forward, adapter=found, noise="structure") as table:
+    with no_sync(), bench(model, data, timesteps, forward, adapter=found, noise="structure") as table:
         work, feed = table.model, table.feed
         network = trace(work, found, feed.example(), timesteps=feed.telling_timesteps)
         guessed = data is None and feed.timesteps != timesteps

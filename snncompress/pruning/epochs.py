@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import added, gathered
 from snncompress.errors import DataError
 from snncompress.interfaces import Adapter
 from snncompress.measuring.evaluation import classified
@@ -66,7 +68,10 @@ class Tally:
         self._samples += samples
 
     def epoch(self, number: int, lr: float) -> Epoch:
-        """All of it, at its end."""
+        """All of it, at its end, and of all processes."""
+        own = {name: float(value) for name, value in self._sums.items()}, self._samples, self._classes
+        sums, self._samples, self._classes = functools.reduce(added, gathered(own))
+        self._sums = dict(sums)
         right = self._mean("right") if self._classes else None
         seconds = time.perf_counter() - self._began
         return Epoch(number, self._mean("loss") or 0.0, right, lr, firing_rate=self._mean("rate"), seconds=seconds)

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import gathered, processes, together
 from snncompress.measuring.timestep_counting import Timeline
 from snncompress.model.chance import seeded
 from snncompress.model.network import Network
@@ -88,20 +89,41 @@ class LayerFit:
         self._decay = 0.0 if current else decay(self.model, self.name, self.line, self.network, self.feed)
 
     def gather(self, seed: int) -> bool:
-        """Run both networks on the data, up to this layer; False where there is nothing to do for it."""
-        samples = 0
-        for number, batch in enumerate(self.feed):
-            if samples >= _SAMPLES:
+        """Run both networks on the data, up to this layer; False where there is nothing to do for it.
+
+        Several processes take as many samples together, add up what they saw, and agree on whether there is.
+        """
+        batches, samples = enumerate(self.feed), 0
+        with together():
+            for number, batch in batches:
+                samples += self._add(number, batch, seed)
                 break
-            self._batch = _BatchState(
-                torch.Generator().manual_seed(number), compare=number == 0 and self._same_weights()
-            )
-            self._run(self.before, self.old, batch, seed, self._want)
-            self._run(self.model, self.layer, batch, seed, self._read)
-            if self._batch.unchanged or self._batch.wanted or self.sums is None:
-                return False  # nothing changed here, nor upstream; or the layer isn't called as it was
-            samples += self._batch.samples
-        return self.sums is not None
+        if all(gathered(self._batch.unchanged)):
+            return False  # nothing changed here, nor upstream
+        with together():
+            if samples < _SAMPLES / processes():
+                for number, batch in batches:
+                    if self._odd:
+                        break
+                    samples += self._add(number, batch, seed)
+                    if samples >= _SAMPLES / processes():
+                        break
+        if any(gathered(self._odd)) or self.sums is None:
+            return False  # the layer isn't called as it was
+        self.sums.reduce()
+        return True
+
+    def _add(self, number: int, batch: Batch, seed: int) -> int:
+        """Run both networks on a batch; of how many samples it is."""
+        self._batch = _BatchState(torch.Generator().manual_seed(number), compare=number == 0 and self._same_weights())
+        self._run(self.before, self.old, batch, seed, self._want)
+        self._run(self.model, self.layer, batch, seed, self._read)
+        return self._batch.samples
+
+    @property
+    def _odd(self) -> bool:
+        """Whether the layer wasn't called as it was before."""
+        return bool(self._batch.wanted) or self.sums is None
 
     def _want(self, x: Tensor, y: Tensor) -> None:
         """A timestep of the network before: what its layer put out."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import gathered, summed
 from snncompress.errors import ModelError
 from snncompress.interfaces import Inputs
 from snncompress.measuring.timestep_counting import Rehearsal, Timeline
@@ -120,6 +121,19 @@ class InputRecorder:
                 self._gram += (read.transpose(1, 2) @ read).double()
             else:
                 self._square += read.double().square_().sum(1)
+
+    def reduce(self) -> None:
+        """Add up what all processes have."""
+        weight = as_matrix(self._layer, stored_weight(self._layer))
+        (groups, _, reads), shape = weight.shape, (weight.shape[0], weight.shape[2])
+        self._count = sum(gathered(self._count))
+        if not self._count:
+            return
+        if not isinstance(self._total, Tensor):  # called in other processes only
+            empty = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+            self._total, self._square = empty, empty.clone()
+            self._gram = empty.new_zeros(groups, reads, reads)
+        summed([self._total, self._gram if reads <= MOST_READS else self._square])
 
     def inputs(self) -> Inputs | None:
         """What has come together; None where the layer was never called."""

@@ -12,6 +12,8 @@ import copy
 import torch
 from torch import Tensor
 
+from snncompress.base.distributed import gathered, summed
+
 _TRIES = 4
 _ITERATIONS = 300
 _RIDGES, _FIRST = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2), 2
@@ -102,6 +104,12 @@ class Sums:
         change = (theta - other).to(self.gram)
         slope = self.cross.transpose(1, 2) - other.to(self.gram) @ self.gram
         return float((change * (2 * slope - change @ self.gram)).sum())
+
+    def reduce(self) -> None:
+        """Add up what all processes have."""
+        self._flush()
+        self.samples = sum(gathered(self.samples))
+        summed([self._gram, self._cross, self._square])
 
     def scarcity(self) -> float:
         """1 where there are many more samples than unknowns; by how much more the sums must be damped with fewer."""

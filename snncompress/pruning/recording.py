@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import gathered, processes, shared, together
 from snncompress.base.progress import Progress, tracked
 from snncompress.errors import PluginError, SilentNeuronsWarning, SNNCompressError
 from snncompress.interfaces import Criterion, Inputs, Layer, Signal
@@ -58,6 +59,8 @@ class Recording:
         self, model: nn.Module, network: Network, criterion: Criterion, layers: Mapping[str, Groups], seed: int
     ) -> None:
         self.criterion = criterion
+        self.joint = True
+        """Whether several processes record together; else each says what its own batch does."""
         watching = bool(criterion.needs & {"spikes", "membrane"})
         self._scorers = {
             name: [
@@ -80,13 +83,15 @@ class Recording:
     def scores(self, method: Callable[[Layer, Any], Tensor] | None = None) -> dict[str, Tensor]:
         """What ``method(layer, state)``, the criterion's ``score`` or one like it, makes of every layer's state.
 
-        It may be called more than once, and draws from the layers' generators as if each time were the first.
+        It may be called more than once, and draws from the layers' generators as if each time were the first. Of
+        several processes that of rank 0 decides: two may round differently.
         """
         method = method or self.criterion.score
         scores: dict[str, Tensor] = {}
         for name, scorers in self._scorers.items():
             own = [s.score(method) for s in scorers]
-            scores[name] = own[0] if len(own) == 1 else _mean(own, [s.heard for s in scorers])
+            found = own[0] if len(own) == 1 else _mean(own, [s.heard for s in scorers])
+            scores[name] = shared(found, found.device) if self.joint else found
         return scores
 
 
@@ -102,10 +107,16 @@ def calibrate(
     """One pass over the data in eval mode, for all recordings at once; none where no criterion needs one.
 
     With ``each``, every batch is recorded alone: ``each()`` is called behind it, and then the recordings restart.
+    Otherwise, what several processes recorded is put together at the end.
     """
     needs = frozenset[Signal]().union(*(recording.criterion.needs for recording in recordings))
+    for recording in recordings:
+        recording.joint = each is None
     if not needs and each is None:
         return
+    if each is None:
+        for recording in recordings:
+            _check_mergeable(recording.criterion)
     reading = [s for r in recordings if "inputs" in r.criterion.needs for s in r.scorers]
     readers = _readers(model, network, feed, dict.fromkeys(s.layer_name for s in reading)) if reading else {}
     gradients = "gradients" in needs
@@ -120,7 +131,7 @@ def calibrate(
             if scorer.layer_name in readers:
                 scorer.inputs = readers[scorer.layer_name].inputs()
 
-    with ExitStack() as stack:
+    with together(), ExitStack() as stack:
         stack.callback(feed.adapter.reset, model)
         for neuron, scorers in listening.items():
             observer = _observer(neuron, scorers, fired)
@@ -155,8 +166,29 @@ def calibrate(
         if gradients:
             model.zero_grad()
     if each is None:
+        if processes() > 1:
+            fired = {neuron: any(said) for neuron, said in _by_key(gathered(fired)).items()}
+            for reader in readers.values():
+                reader.reduce()
+            for scorer in (s for r in recordings for s in r.scorers):
+                scorer.reduce()
         settle()
     _warn_of_silence(listening, fired, learning)
+
+
+def _check_mergeable(criterion: Criterion) -> None:
+    """Raise PluginError for a criterion of a state that can't be put together from several processes."""
+    kind = type(criterion)
+    if processes() > 1 and kind.begin is not Criterion.begin and kind.merge is Criterion.merge:
+        raise PluginError(
+            f"Criterion {criterion.name!r} records on one process only, and there are {processes()}: it has no "
+            f"merge(layer, state, other), which makes one state of two. Write it (for sums: state + other), or call "
+            f"inside snncompress.no_sync() with all data on every process."
+        )
+
+
+def _by_key(found: Sequence[Mapping[str, bool]]) -> dict[str, list[bool]]:
+    return {key: [part[key] for part in found] for key in found[0]}
 
 
 def _readers(model: nn.Module, network: Network, feed: Feed, layers: Collection[str]) -> dict[str, InputRecorder]:
@@ -294,6 +326,15 @@ class _Scorer:
         gradient = stored_weight(self._module).grad
         self.any_gradient = self.any_gradient or (gradient is not None and _any(gradient))
         self._state = self._guarded(self.criterion.end_batch, self.layer(), self._state)
+
+    def reduce(self) -> None:
+        """Put the states of all processes together, in the order of their ranks."""
+        state, *others = gathered(self._state, self._weight.device)
+        for other in others:
+            if state is not None or other is not None:
+                state = self._guarded(self.criterion.merge, self.layer(), state, other)
+        self._state = state
+        self.any_gradient = any(gathered(self.any_gradient))
 
     def score(self, method: Callable[[Layer, Any], Tensor]) -> Tensor:
         layer = self.layer()

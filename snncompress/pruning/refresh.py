@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from snncompress.base.distributed import processes, summed, together
 from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.interfaces import Adapter, Forward
@@ -75,14 +78,32 @@ def refresh_statistics(model: nn.Module, feed: Feed, progress: Progress | None =
         return
     momenta = [norm.momentum for norm in norms]
     try:
-        with evaluating(model):
+        with together(), evaluating(model):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the average of all batches
                 norm.training = True
             for batch in tracked(feed, progress, f"{what}refreshing statistics"):
                 feed(model, batch)
+        average_statistics(norms, all_batches=True)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         feed.adapter.reset(model)
+
+
+def average_statistics(norms: Iterable[_BatchNorm], *, all_batches: bool = False) -> None:
+    """Over all processes, each by how many batches it has seen; with ``all_batches`` all are counted, not its own."""
+    if processes() == 1:
+        return
+    for norm in norms:
+        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+            continue
+        with torch.no_grad():
+            total = norm.num_batches_tracked.double()
+            means, variances = (tensor.double() * total for tensor in (norm.running_mean, norm.running_var))
+            summed([means, variances, total])
+            norm.running_mean.copy_(means / total.clamp_min(1))
+            norm.running_var.copy_(variances / total.clamp_min(1))
+            if all_batches:
+                norm.num_batches_tracked.copy_(total)

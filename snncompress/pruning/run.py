@@ -16,7 +16,7 @@ from snncompress.interfaces import BlockCriterion
 from snncompress.measuring.temporal import analyse
 from snncompress.model.cells import cell_weights, decays, layer_at
 from snncompress.model.chance import seeded
-from snncompress.model.copying import private_copy
+from snncompress.model.copying import private_copy, same_everywhere
 from snncompress.model.edits import Edit, QuantizeWeights
 from snncompress.model.network import Network, computed_or_shared, weight_layers
 from snncompress.model.parametrizations import computed_weight, quantize_weight
@@ -105,6 +105,7 @@ class Run(Generic[M]):
             if new := step(what):
                 self.repair(new, what, last=number == len(steps) or not self.settings.prunes)
                 self.tune(what)
+                same_everywhere(self.model)
             if store:
                 store.save(number, self.edits, self.repaired, self.left, self.model, self.feed)
         self.truncate()

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from snncompress.base.distributed import gathered, together
 from snncompress.base.progress import Progress, tracked
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import OptionError
@@ -25,7 +27,9 @@ from snncompress.running.rehearsal import rehearse
 from .distillation import Distillation
 from .epochs import Best, Epoch, Tally
 from .objective import Objective
+from .parallel import Parallel
 from .recipe import MakeOptimizer, MakeScheduler, OnEpoch, Recipe
+from .refresh import average_statistics
 
 
 def finetune(
@@ -57,6 +61,10 @@ def finetune(
     straight-through estimator. Batch order comes from torch's global generator: call ``torch.manual_seed`` for a
     repeatable run. The train/eval flags are as before afterwards.
 
+    Where ``torch.distributed`` is initialized, all processes train together, in DistributedDataParallel, each on the
+    data that it is handed (a DistributedSampler's, or others): they begin with the weights of rank 0 and end with the
+    same; statistics of batch norms are averaged after every epoch, and figures are those of all data.
+
     Args:
         model: the network.
         data: (x, y) batches, or whatever else ``apply`` takes.
@@ -78,7 +86,7 @@ def finetune(
         validation: labelled data. The accuracy on them is measured after every epoch, and the network ends as it was
             after the best of them, the first one among equals. Training itself goes as it would without.
         on_epoch: called after every epoch with a list of all epochs so far (:class:`Epoch`: loss, accuracy, learning
-            rate …); training stops where it returns True. A logger hooks in here.
+            rate …); training stops where it returns True, of several processes in one. A logger hooks in here.
         timesteps: as for ``apply``.
         forward: as for ``apply``.
         loss: ``loss(output, y)`` takes the place of cross-entropy, as torch's and snnTorch's losses do.
@@ -156,25 +164,29 @@ def train(
     schedule, best, history = recipe.make_schedule(optimizer), Best(), list[Epoch]()
     try:
         with in_mode(model, training=True), torch.inference_mode(False), torch.enable_grad():
-            objective = Objective(model, feed, recipe)
+            step = Parallel(model, Objective(model, feed, recipe))
+            norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
             for number in range(1, recipe.epochs + 1):
                 tally, lr = Tally(feed), float(optimizer.param_groups[0]["lr"])
                 text = f"{what}fine-tuning, epoch {number}/{recipe.epochs}"
-                with objective.watching(model):
+                with step.watching():
                     for batch in tracked(feed, progress, lambda: text + str(tally)):  # noqa: B023 - asked at once
                         optimizer.zero_grad()
                         with precision.cast():
-                            loss, output, rate = objective(model, batch)
+                            loss, output, rate = step(batch)
                         precision.step(loss, optimizer, parameters, recipe.clip)
                         schedule.after_batch()
                         tally.add(output, batch, loss.detach(), rate)
+                average_statistics(norms)
                 epoch = tally.epoch(number, lr)
                 if validation is not None:
                     epoch = replace(epoch, validation_accuracy=_validated(model, validation))
                 schedule.after_epoch(epoch)
                 best.offer(model, feed.adapter, epoch.validation_accuracy)
                 history.append(epoch)
-                if recipe.on_epoch is not None and _says_stop(recipe.on_epoch(list(history))):
+                with together():
+                    stops = recipe.on_epoch is not None and _says_stop(recipe.on_epoch(list(history)))
+                if any(gathered(stops)):
                     break
             best.restore(model, feed.adapter)
     finally:

@@ -11,11 +11,12 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
+from snncompress.base.distributed import together
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import DataError, SyntheticDataWarning
 from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.model.chance import cuda_devices, held, set_seed, undisturbed
-from snncompress.model.copying import private_copy, refuse_broken
+from snncompress.model.copying import private_copy, refuse_broken, same_everywhere
 
 from .data import Feed
 from .rehearsal import rehearse
@@ -68,7 +69,7 @@ def bench(
 
     The model, torch's, numpy's and Python's global generators and the generators of the user's data loaders stay as
     they are; gradients are on or off, and inference mode is left, whatever holds outside; batches come on the model's
-    device; everything random begins at ``seed``.
+    device; everything random begins at ``seed``. Of several processes, all have the model of rank 0 on their benches.
 
     Args:
         model: anything that :func:`find_adapter` takes.
@@ -90,12 +91,15 @@ def bench(
         ModelError: no framework knows the model, or its weights hold NaN.
         DataError: the data don't fit it, or have no labels.
     """
-    found = find_adapter(model, adapter, plain=plain)
-    refuse_broken(model)
+    with together():
+        found = find_adapter(model, adapter, plain=plain)
+        refuse_broken(model)
     with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        given = None if data is None and noise else Feed(found, data, timesteps, forward, loss, on=model)
-        tested = None if test is None else Feed(found, test, timesteps, forward, on=model)
-        work = private_copy(model, found)
+        with together():
+            given = None if data is None and noise else Feed(found, data, timesteps, forward, loss, on=model)
+            tested = None if test is None else Feed(found, test, timesteps, forward, on=model)
+            work = private_copy(model, found)
+        same_everywhere(work)
         generators = [g for feed in (given, tested) if feed is not None for g in feed.generators()]
         with held(generators), found.alone(work):
             set_seed(seed, cuda_devices(model))

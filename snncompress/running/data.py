@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import shared, together
 from snncompress.errors import DataError, SNNCompressError
 from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.model.computed_once import computed_once
@@ -99,9 +100,15 @@ class Feed:
         """Why a model may have failed on a batch."""
         if memory_ran_out(error):
             return "the batch is too large for what is free of the device's memory. Pass the data in smaller batches."
-        first, x = self.first(), batch.x
-        whole = self.example_batch() is first  # and it went through
-        if whole and isinstance(first.x, Tensor) and isinstance(x, Tensor) and first.x.dim() == x.dim():
+        first, x = self._first, batch.x
+        whole = first is not None and self.example_batch() is first  # and it went through
+        if (
+            first is not None
+            and whole
+            and isinstance(first.x, Tensor)
+            and isinstance(x, Tensor)
+            and first.x.dim() == x.dim()
+        ):
             unlike = [axis for axis in range(x.dim()) if x.shape[axis] != first.x.shape[axis]]
             if unlike in ([0], [1]):
                 size = first.x.shape[unlike[0]]
@@ -128,9 +135,14 @@ class Feed:
         return len(self._data)  # type: ignore[arg-type]
 
     def first(self) -> Batch:
-        """The first batch, remembered: a DataLoader would start its workers for it again."""
+        """The first batch, remembered: a DataLoader would start its workers for it again.
+
+        Of several processes it is that of rank 0, so that all see the same of the network's structure.
+        """
         if self._first is None:
-            self._first = next(iter(self))
+            with together():
+                first = next(iter(self))
+            self._first = self._checked(shared(first.raw, self._device), 0)
         return self._first
 
     def parted(self) -> tuple[Feed, Feed]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.distributed import gathered
 from snncompress.base.progress import Progress
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import DataError, ModelError
@@ -216,6 +217,16 @@ class _Judge:
             for name, mask in self.pruning.going(found, fully).items():
                 self.gone.setdefault(name, []).append(mask.cpu())
 
+    def reduce(self) -> None:
+        """The batches of all processes, those of rank 0 first."""
+        self.rows, self.gone = _joined(gathered(self.rows)), _joined(gathered(self.gone))
+        self.batches = sum(gathered(self.batches))
+
+
+def _joined(parts: Sequence[Mapping[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    """Process by process."""
+    return {name: [row for part in parts for row in part[name]] for name in parts[0]}
+
 
 def _judged(
     model: nn.Module, data: Any, criteria: Sequence[Criterion], layers: str | Iterable[str] | None, options: _Options,
@@ -245,6 +256,8 @@ def _judged(
                 judge.add()
 
         calibrate(table.model, network, feed, [judge.recording for judge in judges], progress, each=each)
+        for judge in judges:
+            judge.reduce()
     judged = {name for judge in judges for name in judge.rows}
     return judges, {name: why for name, why in skipped.items() if name not in judged}
 

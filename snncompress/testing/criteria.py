@@ -24,9 +24,10 @@ def check_criterion(criterion: Criterion) -> None:
 
     Checked: scores are [C], or of the weight's shape for single weights, and finite, also for a silent layer;
     they are the same when the timesteps come one by one and all at once, when the fold is repeated under another
-    global seed, and when two layers are folded in turns (so no state sits in the instance); the tensors that the
-    criterion is shown stay as they are; the options are JSON. A block criterion is given made-up losses instead: its
-    scores are finite, one per block, and the same every time.
+    global seed, when two layers are folded in turns (so no state sits in the instance), and, where there is a
+    ``merge``, when batches are folded apart and put together; the tensors that the criterion is shown stay as they are;
+    the options are JSON. A block criterion is given made-up losses instead: its scores are finite, one per block, and
+    the same every time.
 
     Raises:
         PluginError: the first of these that fails, or an exception in the criterion.
@@ -95,6 +96,10 @@ def _check_scores(criterion: Criterion, activity: _Activity, other: _Activity) -
     if not all(map(torch.equal, together, (by_step, alone))):
         remedy = "Keep what is folded in `state`, not in self"
         raise broken(criterion, f"two layers folded in turns disturb each other. {remedy}.")
+    if type(criterion).merge is not Criterion.merge:
+        (merged,) = _in_turns(_fold(criterion, activity, chunk=1, apart=True))
+        if not torch.allclose(merged, by_step, rtol=1e-5, atol=1e-6 * float(scores.abs().max())):
+            raise broken(criterion, "batches folded apart, and put together by merge(), give other scores.")
     try:
         _in_turns(_fold(criterion, activity.silent(), chunk=1))
     except PluginError as error:
@@ -145,8 +150,13 @@ def _moments(u: Tensor) -> Inputs:
     return Inputs(gram.diagonal(dim1=1, dim2=2), u.sum(0)[None], float(len(u)), gram)
 
 
-def _fold(criterion: Criterion, activity: _Activity, chunk: int) -> Generator[None, None, Tensor]:
-    """The calls that calibration makes, one per ``next``; returns the scores."""
+def _fold(
+    criterion: Criterion, activity: _Activity, chunk: int, *, apart: bool = False
+) -> Generator[None, None, Tensor]:
+    """The calls that calibration makes, one per ``next``; returns the scores.
+
+    With ``apart`` each of the two batches is folded by itself, as on as many processes.
+    """
     generator = torch.Generator().manual_seed(7)
     needs = criterion.needs
 
@@ -155,9 +165,11 @@ def _fold(criterion: Criterion, activity: _Activity, chunk: int) -> Generator[No
         return Layer("layer", activity.module, weight, gradient, norm, ("neuron",), generator, inputs)
 
     with calling(criterion, "begin()"):
-        state = criterion.begin(layer())
+        state = before = criterion.begin(layer())
     yield
-    for spikes, membrane, gradient in activity.batches if needs else ():
+    for number, (spikes, membrane, gradient) in enumerate(activity.batches if needs else ()):
+        if apart and number:
+            before, state = state, criterion.begin(layer())
         for start in range(0, _T, chunk) if needs & {"spikes", "membrane"} else ():
             steps = slice(start, start + chunk)
             shown = membrane[steps] if "membrane" in needs else None
@@ -166,6 +178,9 @@ def _fold(criterion: Criterion, activity: _Activity, chunk: int) -> Generator[No
             yield
         with calling(criterion, "end_batch()"):
             state = criterion.end_batch(layer(gradient if "gradients" in needs else None), state)
+        if apart and number:
+            with calling(criterion, "merge()"):
+                state = criterion.merge(layer(), before, state)
         yield
     with calling(criterion, "score()"), torch.no_grad():
         scores = criterion.score(layer(inputs=activity.inputs if "inputs" in needs else None), state)

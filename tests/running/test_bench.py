@@ -91,6 +91,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "utilization": (Noisy, lambda m, p: snncompress.utilization(m[0], bits=2)),
 }  # fmt: skip
 QUIET = {
+    "no_sync",
     "plan_of", "criteria", "quantizers", "schedulers", "energy_models", "plugins", "cross_entropy", "finetune",
     "frozen_layers",
 }  # fmt: skip

@@ -150,6 +150,11 @@ class KeepsStateInSelf(Rate):
         return self.state
 
 
+class MergesAMaximum(Rate):
+    def merge(self, layer, state, other):
+        return state.maximum(other)
+
+
 class DividesByZero(Rate):
     def score(self, layer, state):
         return state / state.max()
@@ -217,6 +222,7 @@ CRITERIA = {
     Accumulates: "other scores the second time",
     CountsCalls: "at once and one by one",
     KeepsStateInSelf: "folded in turns disturb each other",
+    MergesAMaximum: "put together by merge(), give other scores",
     DividesByZero: "conv2d: silent neurons: DividesByZero: scores must be finite",
     IsNaN: "conv2d: IsNaN: scores must be finite",
     GivesAList: "must return a tensor, not list",

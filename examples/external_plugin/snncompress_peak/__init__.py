@@ -15,6 +15,9 @@ class Peak(Criterion):
     def observe(self, layer, state, spikes, membrane):
         return state.maximum(membrane.transpose(0, 2).flatten(1).amax(1))  # [T, N, C, ...] → [C]
 
+    def merge(self, layer, state, other):
+        return state.maximum(other)
+
     def score(self, layer, state):
         return state
 
