@@ -169,7 +169,7 @@ def train(
             for number in range(1, recipe.epochs + 1):
                 tally, lr = Tally(feed), float(optimizer.param_groups[0]["lr"])
                 text = f"{what}fine-tuning, epoch {number}/{recipe.epochs}"
-                with step.watching():
+                with step.watching(), feed.in_epoch(number):
                     for batch in tracked(feed, progress, lambda: text + str(tally)):  # noqa: B023 - asked at once
                         optimizer.zero_grad()
                         with precision.cast():

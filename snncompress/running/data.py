@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -182,15 +183,27 @@ class Feed:
 
     def generators(self) -> list[torch.Generator]:
         """The random generators of the user's own data loader, which decide on the order of its batches."""
-        batch_sampler = getattr(self._data, "batch_sampler", None)
-        holders = (
-            self._data,
-            getattr(self._data, "sampler", None),
-            batch_sampler,
-            getattr(batch_sampler, "sampler", None),
-        )
-        found = (getattr(holder, "generator", None) for holder in holders)
+        found = (getattr(holder, "generator", None) for holder in self._samplers())
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    @contextmanager
+    def in_epoch(self, number: int) -> Iterator[None]:
+        """Inside, a DistributedSampler of the user's shuffles as in this epoch; it doesn't know of epochs by itself."""
+        told = {id(s): s for s in self._samplers() if hasattr(s, "set_epoch") and hasattr(s, "epoch")}.values()
+        before = [sampler.epoch for sampler in told]
+        try:
+            for sampler in told:
+                sampler.set_epoch(number)
+            yield
+        finally:
+            for sampler, epoch in zip(told, before, strict=True):
+                sampler.set_epoch(epoch)
+
+    def _samplers(self) -> list[Any]:
+        """The user's data loader and what decides on its order."""
+        batch_sampler = getattr(self._data, "batch_sampler", None)
+        samplers = getattr(self._data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+        return [self._data, *samplers]
 
     def example_batch(self) -> Batch:
         """The first batch, or a ``few`` samples of it where it tells on which axis samples stand."""
