@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from snncompress.base.distributed import gathered, spread
@@ -38,6 +39,15 @@ def private_copy(model: M, adapter: Adapter, *, share: bool = False, blank: Iter
         separate_classes(result)
         adapter.reset(result)
     return result
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ModelError for a model in DDP, which holds on to its processes: what is in there is meant."""
+    if isinstance(model, DistributedDataParallel):
+        raise ModelError(
+            "This model is wrapped in DistributedDataParallel. Pass model.module, which is brought together over all "
+            "processes as well, and wrap what comes of it."
+        )
 
 
 def refuse_broken(model: nn.Module) -> None:

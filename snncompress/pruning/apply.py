@@ -63,6 +63,9 @@ def apply(
 ) -> M:
     """Compress a spiking network: remove channels or weights, quantize; the original stays bitwise as it was.
 
+    Several processes, where ``torch.distributed`` is initialized, call it each with its own part of the data, and all
+    end with the same: the model of rank 0, compressed as one process would with all data (docs/distributed.md).
+
     Args:
         model: a SpikingJelly or snnTorch network.
         criterion: which channels or weights matter: a name (:func:`snncompress.criteria` lists them), an instance, or

@@ -25,7 +25,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.errors import OptionError, PlanError
 from snncompress.interfaces import Adapter, Forward
 from snncompress.model.computed_once import evaluating
-from snncompress.model.copying import private_copy
+from snncompress.model.copying import private_copy, same_everywhere
 from snncompress.model.edits import Edit
 from snncompress.model.network import Network, computed_or_shared
 from snncompress.model.plan import Plan, attach, has_plan, plan_of, refuse_frozen
@@ -104,6 +104,7 @@ def repair(
         feed = table.feed
         network = trace(work, found, feed.example(), timesteps=feed.telling_timesteps, groups=False)
         layers = fit(work, before, network, feed, plan.edits, kind, seed, progress, rounding=rounding)
+        same_everywhere(work)
     found.reset(work)
     found.adopt(work)
     if has_plan(model):

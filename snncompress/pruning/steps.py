@@ -22,7 +22,8 @@ from snncompress.model.silencing import give_voice, gradients_through_masks
 from snncompress.running.data import Feed
 from snncompress.structure.confirming import Confirm
 
-from .recording import Groups, record
+from .recording import record
+from .scorer import Groups
 from .selection import Target, highest, in_step, lowest
 
 Share = Callable[[float], float]

@@ -18,7 +18,7 @@ from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.measuring.evaluation import accuracy, classified
 from snncompress.model.chance import held, undisturbed
 from snncompress.model.computed_once import evaluating
-from snncompress.model.copying import private_copy
+from snncompress.model.copying import private_copy, refuse_wrapped
 from snncompress.model.modules import in_mode
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.running.data import Feed
@@ -124,9 +124,11 @@ def finetune(
         [0.1, 0.1, 0.01]
     """
     recipe = Recipe(epochs, lr, weight_decay, optimizer, scheduler, clip, amp, teacher, rate_penalty, on_epoch)
-    found = find_adapter(model, named_neurons(adapter, neurons, time_dim), plain=True)
-    feed = Feed(found, data, timesteps, forward, loss, on=model)
-    tested = None if validation is None else Feed(found, validation, timesteps, forward, on=model)
+    refuse_wrapped(model)
+    with together():
+        found = find_adapter(model, named_neurons(adapter, neurons, time_dim), plain=True)
+        feed = Feed(found, data, timesteps, forward, loss, on=model)
+        tested = None if validation is None else Feed(found, validation, timesteps, forward, on=model)
     with held(feed.generators()):
         rehearse(private_copy(model, found), feed, stacklevel=3)
     if tested is not None:

@@ -16,7 +16,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.errors import DataError, SyntheticDataWarning
 from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.model.chance import cuda_devices, held, set_seed, undisturbed
-from snncompress.model.copying import private_copy, refuse_broken, same_everywhere
+from snncompress.model.copying import private_copy, refuse_broken, refuse_wrapped, same_everywhere
 
 from .data import Feed
 from .rehearsal import rehearse
@@ -91,6 +91,7 @@ def bench(
         ModelError: no framework knows the model, or its weights hold NaN.
         DataError: the data don't fit it, or have no labels.
     """
+    refuse_wrapped(model)
     with together():
         found = find_adapter(model, adapter, plain=plain)
         refuse_broken(model)

@@ -151,11 +151,12 @@ class Feed:
 
         The batches are gone through once and kept. Raises DataError where they can't be taken apart.
         """
-        batches = list(self._data)
-        kept, out = [raw for number, raw in enumerate(batches, 1) if number % 5], batches[4::5]
-        if not out:
-            cut = [self._cut(raw, number) for number, raw in enumerate(batches)]
-            kept, out = [part for part, _ in cut], [part for _, part in cut]
+        with together():
+            batches = list(self._data)
+            kept, out = [raw for number, raw in enumerate(batches, 1) if number % 5], batches[4::5]
+            if not out:
+                cut = [self._cut(raw, number) for number, raw in enumerate(batches)]
+                kept, out = [part for part, _ in cut], [part for _, part in cut]
         return self._of(kept), self._of(out)
 
     def _cut(self, raw: Any, number: int) -> tuple[Any, Any]:

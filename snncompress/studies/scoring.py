@@ -18,7 +18,8 @@ from snncompress.model.cells import layer_at
 from snncompress.model.network import Member, Network, outputs_first, weight_layers
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.plan import refuse_frozen
-from snncompress.pruning.recording import Groups, Recording, calibrate
+from snncompress.pruning.recording import Recording, calibrate
+from snncompress.pruning.scorer import Groups
 from snncompress.pruning.selection import check_ratio
 from snncompress.pruning.steps import LayerPruning
 from snncompress.running.bench import bench

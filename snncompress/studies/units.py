@@ -13,7 +13,7 @@ from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Criterion, Quantizer
 from snncompress.model.cells import decays
 from snncompress.model.network import ChannelGroup, Network, by_layer, computed_or_shared, weight_layers
-from snncompress.pruning.recording import Groups
+from snncompress.pruning.scorer import Groups
 from snncompress.pruning.selection import Target, overruled, per_layer, resolve_skip, targets, weight_ratios
 from snncompress.pruning.steps import ChannelPruning, LayerPruning, WeightPruning
 

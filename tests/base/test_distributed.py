@@ -96,14 +96,15 @@ def test_masks_and_grids_hold_in_ddp(found: tuple[Found, ...]) -> None:
 
 def test_where_one_fails_all_raise(found: tuple[Found, ...]) -> None:
     _, first, second = found
-    kinds = ["DataError", "ModelError", "DataError", "PluginError"]
+    kinds = ["DataError", "ModelError", "DataError", "PluginError", "ModelError", "ModelError"]
     assert [[kind for kind, _ in part["failures"]] for part in (first, second)] == [kinds, kinds]
-    nan, widths, empty, peak = (text for _, text in first["failures"])
+    nan, widths, empty, peak, *wrapped = (text for _, text in first["failures"])
     assert nan.startswith("The process of rank 1 failed: Batch 1 holds NaN")
     assert "0.weight" in widths
     assert "[6, 1, 3, 3], [7, 1, 3, 3]" in widths
     assert second["failures"][2][1] == f"The process of rank 0 failed: {empty}"
     assert "merge" in peak
+    assert all("model.module" in text for text in wrapped)
 
 
 def test_alone_a_process_waits_for_no_other(found: tuple[Found, ...]) -> None:

@@ -146,6 +146,8 @@ def results(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
             failure(small, network(6 + rank), "svs", 0.5, 4, data=data, skip=[]),
             failure(small, network(), "svs", 0.5, 4, data=data if rank else [], skip=[]),
             failure(small, network(), Peak(), 0.5, 4, data=data, skip=[]),
+            failure(small, DistributedDataParallel(network()), data=data),
+            failure(snncompress.finetune, DistributedDataParallel(network()), data),
         ]
         with snncompress.no_sync():
             found["alone"] = snncompress.profile(network(), data).n_samples if rank else 0

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 import snncompress
 from snncompress.contract.detection import find_adapter
 from snncompress.model.network import ChannelGroup, Member, by_layer
-from snncompress.pruning.recording import _columns
+from snncompress.pruning.scorer import _columns
 from snncompress.running.data import Feed
 from snncompress.structure.reshaping import UnfitError
 from snncompress.structure.ties import tied
