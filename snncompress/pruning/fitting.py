@@ -93,21 +93,14 @@ class LayerFit:
 
         Several processes take as many samples together, add up what they saw, and agree on whether there is.
         """
-        batches, samples = enumerate(self.feed), 0
+        batches, most = enumerate(self.feed), _SAMPLES / processes()
         with together():
-            for number, batch in batches:
-                samples += self._add(number, batch, seed)
-                break
+            samples = self._add(*next(batches), seed)
         if all(gathered(self._batch.unchanged)):
             return False  # nothing changed here, nor upstream
         with together():
-            if samples < _SAMPLES / processes():
-                for number, batch in batches:
-                    if self._odd:
-                        break
-                    samples += self._add(number, batch, seed)
-                    if samples >= _SAMPLES / processes():
-                        break
+            while samples < most and not self._odd and (more := next(batches, None)):
+                samples += self._add(*more, seed)
         if any(gathered(self._odd)) or self.sums is None:
             return False  # the layer isn't called as it was
         self.sums.reduce()

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
+import snncompress
 from tests.base import two_processes
 
 Found = dict[str, Any]
@@ -110,6 +113,25 @@ def test_where_one_fails_all_raise(found: tuple[Found, ...]) -> None:
 def test_alone_a_process_waits_for_no_other(found: tuple[Found, ...]) -> None:
     _, first, second = found
     assert (first["alone"], second["alone"]) == (0, 12)
+
+
+def test_a_sampler_is_told_of_every_epoch_and_is_then_as_it_was() -> None:
+    data = TensorDataset(torch.arange(8.0).view(8, 1), torch.zeros(8, dtype=torch.long))
+    sampler, seen = DistributedSampler(data, num_replicas=2, rank=0), list[list[float]]()
+
+    def forward(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        seen.append(batch[0].flatten().tolist())
+        return model(batch[0])
+
+    sampler.set_epoch(7)
+    loader = DataLoader(data, batch_size=4, sampler=sampler)
+    snncompress.finetune(nn.Linear(1, 2), loader, epochs=3, forward=forward)
+    assert sampler.epoch == 7
+    epochs = seen[-3:]
+    for number, order in enumerate(epochs, 1):
+        sampler.set_epoch(number)
+        assert order == [float(index) for index in sampler]
+    assert len(set(map(tuple, epochs))) > 1
 
 
 def test_near_can_tell() -> None:
