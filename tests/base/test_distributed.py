@@ -31,7 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found, Found
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             one = two_processes.results(folder / "one")
-        said = [child.communicate(timeout=240)[1] for child in children]
+        said = [child.communicate(timeout=600)[1] for child in children]
     finally:
         for child in children:
             child.kill()

@@ -160,7 +160,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     store = distributed.FileStore(str(folder / "store"), world)
-    patience = datetime.timedelta(seconds=120)
+    patience = datetime.timedelta(seconds=300)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
     torch.save(results(folder, rank, world), folder / f"{rank}.pt")
     distributed.destroy_process_group()

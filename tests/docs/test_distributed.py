@@ -27,7 +27,10 @@ def imported(name: str) -> None:
             pytest.skip(f"{name} isn't installed: pip install {name}")
 
 
-@pytest.mark.parametrize(("name", "block"), [("lightning", LIGHTNING), ("accelerate", ACCELERATE)])
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [pytest.param("lightning", LIGHTNING, marks=pytest.mark.slow), ("accelerate", ACCELERATE)],  # slow to import
+)
 def test_apply_finetune_and_load_inside(
     name: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torchvision_ops: None
 ) -> None:
