@@ -32,7 +32,7 @@ from torch import Tensor, distributed, nn
 import snncompress
 
 RESULT = Path(__file__).resolve().parent / "results" / "distributed.md"
-IMAGES, ORDERS = 512, 5
+IMAGES, ORDERS = 512, 3
 NOISE = ("svs, 4 bits", "svs")
 CASES: dict[str, dict[str, Any]] = {
     "svs, 4 bits": {"criterion": "svs", "ratio": 0.5, "bits": 4},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.base.display import number, table
+from snncompress.base.distributed import no_sync
 from snncompress.contract.registry import registry
 from snncompress.interfaces import Adapter, Forward, Limit, Placement, Stage, Target
 from snncompress.model.modules import tensors_in
@@ -147,7 +148,7 @@ def fits(
     """
     chip: Target = registry().resolve("target", target, Target)
     named = named_neurons(adapter, neurons, time_dim)
-    with bench(model, data, timesteps, forward, adapter=named, noise="structure") as tools:
+    with no_sync(), bench(model, data, timesteps, forward, adapter=named, noise="structure") as tools:
         return fitted(chip, staged(tools, known=data is not None), type(model).__name__)
 
 

@@ -101,9 +101,10 @@ class LayerFit:
         with together():
             while samples < most and not self._odd and (more := next(batches, None)):
                 samples += self._add(*more, seed)
-        if any(gathered(self._odd)) or self.sums is None:
+        if any(gathered(self._odd)) or self.sums is None or self.others is None:
             return False  # the layer isn't called as it was
         self.sums.reduce()
+        self.others.reduce()
         return True
 
     def _add(self, number: int, batch: Batch, seed: int) -> int:
