@@ -208,8 +208,8 @@ gradients of DDP.
 `taylor` and `cqp` take absolute gradients of single batches, so their edits are compared with those of one process that
 goes through the parts of all batches. `finetune` has batch norms, which see a part of a batch in each process.
 
-Sums in another order differ in their last digits, and a weight at the border of two steps of a 4-bit grid then takes
-the other one, with all that comes after it. One process, the samples of each batch in another order:
+What one process makes of the same samples in another order within each batch: repair then chooses its ridge by other
+halves of the data, and a weight at the border of two steps of a 4-bit grid takes the other one.
 {"; ".join(noise)}.
 
 ({here("cpu")}.)
