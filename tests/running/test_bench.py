@@ -77,6 +77,8 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "evaluate": (Noisy, lambda m, p: snncompress.evaluate(m[0], m[1], **T)),
     "export to ONNX": (plain, lambda m, p: snncompress.export(m[0], p / "net.onnx", data=m[1], **T)),
     "export to NIR": (plain, lambda m, p: snncompress.export(m[0], p / "net.nir", data=m[1], **T)),
+    "fits": (Noisy, lambda m, p: snncompress.fits(m[0], "loihi2", data=m[1], **T)),
+    "apply for a chip": (plain, lambda m, p: snncompress.apply(m[0], "random", data=m[1], target="loihi2", **T)),
     "freeze": (Noisy, lambda m, p: snncompress.freeze(m[0], m[1], **T)),
     "gradient_flow": (Noisy, lambda m, p: snncompress.gradient_flow(m[0], m[1], **T)),
     "profile": (Noisy, lambda m, p: snncompress.profile(m[0], m[1], **T)),
@@ -91,9 +93,8 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "utilization": (Noisy, lambda m, p: snncompress.utilization(m[0], bits=2)),
 }  # fmt: skip
 QUIET = {
-    "no_sync",
-    "plan_of", "criteria", "quantizers", "schedulers", "energy_models", "plugins", "cross_entropy", "finetune",
-    "frozen_layers",
+    "no_sync", "plan_of", "criteria", "quantizers", "schedulers", "energy_models", "targets", "plugins",
+    "cross_entropy", "finetune", "frozen_layers",
 }  # fmt: skip
 
 
