@@ -163,6 +163,10 @@ class OwnNeurons(Adapter):
         """Of a neuron of the framework."""
         return super().leak(neuron) if self.is_own(neuron) else self.base.leak(neuron)
 
+    def reset_rule(self, neuron: nn.Module) -> Literal["subtract", "value", ""]:
+        """Of a neuron of the framework."""
+        return super().reset_rule(neuron) if self.is_own(neuron) else self.base.reset_rule(neuron)
+
     def make_neuron(self, kind: Literal["lif", "if"]) -> nn.Module:
         """One of the framework."""
         return self.base.make_neuron(kind)

@@ -195,6 +195,7 @@ def test_every_method_is_required_or_optional_or_given() -> None:
         "reset_memories",
         "offers",
         "leak",
+        "reset_rule",
         "beside",
         "differentiable",
         "refusal",
