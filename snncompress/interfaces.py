@@ -486,7 +486,7 @@ class Target(_Plugin):
         fan_in: synapses into a neuron.
         destinations: layers that a layer may feed.
         kernel_sizes, strides, paddings, dilations: that a convolution may have.
-        pooling, pool_sizes: kinds, and window sizes; windows don't overlap.
+        pooling, pool_sizes: kinds, and window sizes; windows don't overlap, and several in a row count as one.
         channels: of what a layer reads or puts out.
         in_size, out_size: longest side of the maps that a layer reads, and of its neurons before pooling.
         neuron_models, resets: (:attr:`Stage.neuron`, :attr:`Stage.reset`); every layer must then drive neurons.
@@ -626,6 +626,10 @@ class Target(_Plugin):
                 if pool.stride != pool.size or any(pool.padding):
                     step = f"{_words(pool.size)} by {_words(pool.stride)}, padding {_words(pool.padding)}"
                     yield Limit("windows of the pooling", step, "side by side", False, "let them not overlap")
+
+        if self.pool_sizes is not None and len(stage.pooling) > 1:
+            whole = math.prod(pool.size[0] for pool in stage.pooling)
+            yield Limit.among("window of all pooling together", whole, self.pool_sizes, "pool by less")
 
     def _spikes(self, stage: Stage) -> Iterator[Limit]:
         if self.neuron_models is not None:

@@ -63,7 +63,8 @@ class DynapCNN(Target):
     name: ClassVar[str] = "dynapcnn"
     sources: ClassVar[Mapping[str, str]] = _SOURCES
     caveat: ClassVar[str] = (
-        "Events come one by one on the chip, and not by timesteps; synaptic operations per second are limited, too."
+        "Events come one by one on the chip, and not by timesteps; biases act at the pace of a clock of their own; "
+        "synaptic operations per second are limited, too."
     )
 
     layers: tuple[str, ...] | None = ("convolution", "linear")

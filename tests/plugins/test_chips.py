@@ -89,6 +89,7 @@ def test_specks_cores_are_matched_and_not_dealt_out() -> None:
         ({"pooling": (Pooling("max", (2, 2), (2, 2), (0, 0)),)}, "pooling"),
         ({"pooling": (Pooling("average", (3, 3), (3, 3), (0, 0)),)}, "window of the pooling"),
         ({"pooling": (Pooling("average", (2, 2), (1, 1), (0, 0)),)}, "windows of the pooling"),
+        ({"pooling": (Pooling("average", (4, 4), (4, 4), (0, 0)),) * 2}, "window of all pooling together"),
         ({"in_size": (129, 129)}, "side of the map it reads"),
         ({"in_channels": 1025, "kernel_size": (1, 1)}, "channels in"),
         ({"kind": "transposed convolution"}, "kind of layer"),
