@@ -1,17 +1,24 @@
-"""Progress of long loops: a bar on a terminal, a callable of the user's, or nothing."""
+"""Progress of long loops: a bar on a terminal or in a notebook, a callable of the user's, or nothing."""
 
 from __future__ import annotations
 
+import html
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from .distributed import rank
 
 Progress = bool | Callable[[str, int, int | None], None]
-"""True (or None): a bar where stderr is a terminal, of several processes in that of rank 0; False: nothing; a callable
-gets (what, done, total or None)."""
+"""True (or None): a bar in a notebook and where stderr is a terminal, of several processes in that of rank 0; False:
+nothing; a callable gets (what, done, total or None)."""
 T = TypeVar("T")
+Show = Callable[[str, int], None]
+
+_PAUSE = 0.1
+"""Seconds between two pictures of a notebook's bar: each goes over the net."""
 
 
 def tracked(items: Iterable[T], progress: Progress | None, what: str | Callable[[], str]) -> Iterator[T]:
@@ -22,18 +29,70 @@ def tracked(items: Iterable[T], progress: Progress | None, what: str | Callable[
             progress(_text(what), done, total)
             yield item
         return
-    if progress is False or not sys.stderr.isatty() or rank():
+    bar = None if progress is False or rank() else _bar(total)
+    if bar is None:
         yield from items
         return
+    with bar as show:
+        for done, item in enumerate(items):
+            show(_text(what), done)
+            yield item
+
+
+def _bar(total: int | None) -> AbstractContextManager[Show] | None:
+    # IPython isn't imported here: who works in a notebook has it.
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if getattr(shell, "kernel", None) is not None:
+        return _in_notebook(total)
+    return _on_terminal(total) if sys.stderr.isatty() else None
+
+
+@contextmanager
+def _on_terminal(total: int | None) -> Iterator[Show]:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(_text(what), total=total)
-        for item in items:
-            bar.update(task, description=_text(what))
-            yield item
-            bar.advance(task)
+        task = bar.add_task("", total=total)
+        yield lambda what, done: bar.update(task, description=what, completed=done)
+
+
+@contextmanager
+def _in_notebook(total: int | None) -> Iterator[Show]:
+    """An element of HTML, and not rich's bar, which needs ipywidgets and a front end that has them."""
+    from IPython import display
+
+    began = time.monotonic()
+    drawn = -_PAUSE
+    handle = display.display(display.HTML(_element("", 0, total, 0.0)), display_id=True)
+
+    def show(what: str, done: int) -> None:
+        nonlocal drawn
+        now = time.monotonic() - began
+        if now - drawn >= _PAUSE:
+            handle.update(display.HTML(_element(what, done, total, now)))
+            drawn = now
+
+    try:
+        yield show
+    finally:
+        handle.update(display.HTML(""))  # as on a terminal, what is over takes no room
+
+
+def _element(what: str, done: int, total: int | None, seconds: float) -> str:
+    """A bar, and beside it what is done, how much of it, and how long it still takes.
+
+    >>> _element("step <1>", 2, 8, 10.0)
+    '<progress value="2" max="8"></progress> step &lt;1&gt; 2/8, 0:30 left'
+    >>> _element("reading", 2, None, 10.0)
+    '<progress></progress> reading 2'
+    """
+    text = html.escape(what)
+    if total is None:
+        return f"<progress></progress> {text} {done}"
+    left = round(seconds / done * (total - done)) if done else None
+    told = "" if left is None else f", {left // 60}:{left % 60:02} left"
+    return f'<progress value="{done}" max="{total}"></progress> {text} {done}/{total}{told}'
 
 
 def _text(what: str | Callable[[], str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import pluggy
 
+from snncompress.base.tables import Column, Shown, Table
 from snncompress.errors import OptionError, PluginError, UnknownNameError
 from snncompress.interfaces import Adapter, Criterion, EnergyModel, Quantizer, Scheduler, Target
 
@@ -58,6 +60,26 @@ class PluginRecord:
     distribution: str
     status: Literal["loaded", "failed"]
     error: str = ""
+
+
+class Entries(list[Entry], Shown):
+    """What can be named, as a list that ``print`` and notebooks show as a table."""
+
+    def _parts(self) -> Iterator[str | Table]:
+        columns = (
+            Column("name"),
+            Column("summary", "what it does", _unmarked, left=True),
+            Column("distribution", "from", left=True),
+        )
+        yield Table(columns, [(entry.name, entry.summary, entry.distribution) for entry in self])
+
+
+class Records(list[PluginRecord], Shown):
+    """What became of the plugins, as a list that ``print`` and notebooks show as a table."""
+
+    def _parts(self) -> Iterator[str | Table]:
+        columns = [Column(name, left=True) for name in ("name", "distribution", "status", "error")]
+        yield Table(columns, [(r.name, r.distribution, r.status, r.error) for r in self])
 
 
 class Registry:
@@ -108,10 +130,10 @@ class Registry:
             raise PluginError("; ".join(clashes) + ". Uninstall one of the two, or ask its author for another name.")
         self._entries.update(new)
 
-    def entries(self, kind: str) -> list[Entry]:
+    def entries(self, kind: str) -> Entries:
         """Everything of one kind that can be named, sorted; contested names can't."""
         named = (e for key, e in self._entries.items() if e.kind == kind and key not in self._contested)
-        return sorted(named, key=lambda e: e.name)
+        return Entries(sorted(named, key=lambda e: e.name))
 
     def find(self, kind: str, name: str) -> type[Any]:
         """The class registered under ``name``; raises UnknownNameError or, for a contested name, PluginError."""
@@ -148,6 +170,11 @@ class Registry:
         )
 
 
+def _unmarked(text: str) -> str:
+    """Without the marks of docstrings."""
+    return re.sub(r"(:\w+:)?`+", "", text)
+
+
 def _distribution(point: EntryPoint, *, version: bool = False) -> str:
     if point.dist is None:
         return "unknown distribution"
@@ -176,8 +203,8 @@ def _unique(points: Any) -> list[EntryPoint]:
     return list({(_distribution(p), p.name, p.value): p for p in points}.values())
 
 
-def _lister(kind: str) -> Callable[[], list[Entry]]:
-    def listing() -> list[Entry]:
+def _lister(kind: str) -> Callable[[], Entries]:
+    def listing() -> Entries:
         return registry().entries(kind)
 
     listing.__doc__ = f"Every {kind} that can be named, with the distribution each comes from."
@@ -196,6 +223,6 @@ def adapters() -> Iterator[Adapter]:
     return (entry.cls() for entry in registry().entries("adapter"))
 
 
-def plugins() -> list[PluginRecord]:
+def plugins() -> Records:
     """Every plugin that was found, loaded or failed, with the distribution it comes from and why it failed."""
-    return list(registry().records)
+    return Records(registry().records)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from snncompress.base.display import number, table
+from snncompress.base.tables import Column, Shown, Table
 from snncompress.errors import ModelError, SNNCompressError
 from snncompress.interfaces import Adapter, Memory
 from snncompress.model.copying import private_copy
@@ -47,7 +47,7 @@ class FrozenLayer:
 
 
 @dataclass(frozen=True)
-class FrozenLayers:
+class FrozenLayers(Shown):
     """The weight layers of a frozen network; printed as a table."""
 
     layers: tuple[FrozenLayer, ...]
@@ -58,10 +58,12 @@ class FrozenLayers:
         """Memory of all weight layers."""
         return sum(layer.n_bytes for layer in self.layers)
 
-    def __str__(self) -> str:
-        rows = [(row.name, "integer" if row.integer else "float", number(row.n_bytes), row.why) for row in self.layers]
-        text = table(("layer", "computes in", "bytes", "why"), rows, ("total", "", number(self.n_bytes), ""))
-        return f"{text}\nInstructions: {self.instructions}"
+    def _parts(self) -> Iterator[str | Table]:
+        kind = Column("integer", "computes in", lambda integer: "integer" if integer else "float")
+        rows = [(row.name, row.integer, row.n_bytes, row.why) for row in self.layers]
+        columns = (Column("layer"), kind, Column("n_bytes", "bytes"), Column("why"))
+        yield Table(columns, rows, ("total", None, self.n_bytes, ""))
+        yield f"Instructions: {self.instructions}"
 
 
 def frozen_layers(model: nn.Module) -> FrozenLayers:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snncompress.base.display import number, table
+from snncompress.base.display import number
 from snncompress.base.distributed import no_sync
+from snncompress.base.tables import Column, Shown, Table
 from snncompress.contract.registry import registry
 from snncompress.interfaces import Adapter, Forward, Limit, Placement, Stage, Target
 from snncompress.model.modules import tensors_in
@@ -35,7 +36,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Shown):
     """Whether a network fits a chip. It is true where it does, and prints as a table.
 
     Fields:
@@ -87,21 +88,23 @@ class Fit:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterator[str | Table]:
         shown = [row for row in self.rows if row.limit.slack is not None or not row.limit.met]
+        columns = (
+            Column("layer"), Column("kind", left=True),
+            *(Column(key, show=_shown) for key in ("needs", "has", "slack")),
+            Column("met", "", lambda met: "" if met else "✗"),
+        )  # fmt: skip
         rows = [
-            [row.layer or "(network)", row.limit.what, *map(_shown, (row.limit.needs, row.limit.has, row.limit.slack)),
-             "" if row.limit.met else "✗"]
+            (row.layer or "(network)", row.limit.what, row.limit.needs, row.limit.has, row.limit.slack, row.limit.met)
             for row in shown
-        ]  # fmt: skip
-        verdict = "fits" if self.ok else f"doesn't fit: {len(self.missed)} of {len(self.rows)} limits are exceeded"
-        lines = [
-            f"{self.title} on {self.target}: {verdict}",
-            table(["layer", "kind", "needs", "has", "slack", ""], rows),
         ]
+        verdict = "fits" if self.ok else f"doesn't fit: {len(self.missed)} of {len(self.rows)} limits are exceeded"
+        yield f"{self.title} on {self.target}: {verdict}"
+        yield Table(columns, rows)
         if self.steps:
-            lines += ["what would make it fit:", *(f"  {n}. {step}" for n, step in enumerate(self.steps, 1))]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+            yield "\n".join(["what would make it fit:", *(f"  {n}. {step}" for n, step in enumerate(self.steps, 1))])
+        yield from (f"note: {note}" for note in self.notes)
 
 
 def fits(

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snncompress.base.display import new_axes, number, table
+from snncompress.base.display import new_axes
 from snncompress.base.distributed import gathered, summed, together
+from snncompress.base.tables import Column, Shown, Table
 from snncompress.errors import DataError, ModelError, OptionError
 from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.model.cells import layer_at
@@ -94,7 +95,7 @@ class GradientAwareLoss:
 
 
 @dataclass(frozen=True)
-class GradientFlow:
+class GradientFlow(Shown):
     """The norm of each layer's gradient. ``print`` shows a table.
 
     Fields:
@@ -133,9 +134,9 @@ class GradientFlow:
         ax.legend()
         return ax
 
-    def __str__(self) -> str:
-        rows = [[name, number(norm)] for name, norm in self.norms.items()]
-        return f"{self.title}: gradient of the loss with respect to the weights\n{table(['layer', 'norm'], rows)}"
+    def _parts(self) -> Iterator[str | Table]:
+        yield f"{self.title}: gradient of the loss with respect to the weights"
+        yield Table((Column("layer"), Column("norm")), list(self.norms.items()))
 
 
 def gradient_flow(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from snncompress.base.display import number, table
+from snncompress.base.display import ENERGY, SIZE, bars, bars_figure, unit
+from snncompress.base.tables import Column, Shown, Table
 from snncompress.errors import OptionError
 
 from .conventions import Conventions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Kind = Literal["weight", "neuron", "norm", "pool", "product", "other"]
 
@@ -58,12 +62,12 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Shown):
     """A measured network: one row per layer, and totals that are the sums of the rows, exactly.
 
     ``energy_model`` is the energy model's name and options; ``n_samples`` and ``n_batches`` are what was
-    measured; ``uncounted`` names what costs something and isn't counted. ``print`` shows a table; :meth:`to_dict` gives
-    plain JSON values.
+    measured; ``uncounted`` names what costs something and isn't counted. ``print`` and notebooks show a table;
+    :meth:`to_dict` gives plain JSON values, :meth:`to_csv` and :meth:`to_pandas` a row for every layer.
 
     Examples:
         >>> weight = LayerProfile("fc", "weight", 12, 48e-6, 0, 24, 21.6, bits=32, sparsity=0.5, n_weights=12)
@@ -148,13 +152,26 @@ class Profile:
             "uncounted": list(self.uncounted),
         }
 
-    def __str__(self) -> str:
-        header = ["layer", "kind", *_COLUMNS.values()]
-        rows = [[row.name or "(model)", row.kind, *_cells(row)] for row in self.layers]
-        total = ["total", "", *_cells(self)]
-        note = f"\nnot counted: {', '.join(self.uncounted)}" if self.uncounted else ""
-        note += "" if self.is_spiking else f"\n{_PLAIN.format(self.title)}"
-        return f"{self.title}: {self._measured()}\n{table(header, rows, total)}\n{_footer(self)}{note}"
+    def plot(self, before: Profile | None = None, figure: Figure | None = None) -> Figure:
+        """Where energy and size sit: a bar for every layer that has some, in both.
+
+        With ``before``, a profile of the network before it was compressed, each layer has two bars. Draws on
+        ``figure``, or on a new one, and returns it; showing or saving it is left to you. Raises OptionError where
+        matplotlib isn't installed, or where ``before`` was profiled under other conventions.
+        """
+        pair = {self.title: self} if before is None else {"before": before, "after": self}
+        return Comparison(pair).plot(figure)
+
+    def _parts(self) -> Iterator[str | Table]:
+        columns = [Column("layer"), Column("kind", left=True), *(Column(*pair) for pair in _COLUMNS.items())]
+        rows = [(row.name or "(model)", row.kind, *_values(row)) for row in self.layers]
+        yield f"{self.title}: {self._measured()}"
+        yield Table(columns, rows, ("total", "", *_values(self)))
+        yield _footer(self)
+        if self.uncounted:
+            yield f"not counted: {', '.join(self.uncounted)}"
+        if not self.is_spiking:
+            yield _PLAIN.format(self.title)
 
     def _measured(self) -> str:
         samples = "1 sample" if self.n_samples == 1 else f"{self.n_samples:,} samples"
@@ -162,7 +179,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Several profiles side by side; the first is the reference of the ratios.
 
     Raises:
@@ -192,20 +209,54 @@ class Comparison:
         """All profiles and ratios as plain JSON values."""
         return {"profiles": {name: p.to_dict() for name, p in self.profiles.items()}, "ratios": self.ratios}
 
-    def __str__(self) -> str:
-        names = list(self.profiles)
-        header = ["", *names, *(f"{name} / {names[0]}" for name in names[1:])]
+    def by_layer(self, field: str) -> dict[str, list[float | None]]:
+        """Layer → this field of :class:`LayerProfile` in each network; None where it has none, or lacks the layer.
+
+        Layers for which no network has more than 0 aren't in it.
+        """
+        rows = [{row.name: getattr(row, field) for row in profile.layers} for profile in self.profiles.values()]
+        values = {layer: [found.get(layer) for found in rows] for found in rows for layer in found}
+        return {layer: found for layer, found in values.items() if any(found)}
+
+    def plot(self, figure: Figure | None = None) -> Figure:
+        """Where energy and size sit: for every layer that has some a bar for each network, in both.
+
+        Draws on ``figure``, or on a new one, and returns it; showing or saving it is left to you. Raises OptionError
+        where matplotlib isn't installed.
+        """
+        energy, size = self.by_layer("energy_pj"), self.by_layer("size_mb")
+        every = dict.fromkeys(row.name for profile in self.profiles.values() for row in profile.layers)
+        layers = [layer for layer in every if layer in energy or layer in size]
+        figure = bars_figure(2, len(layers), len(self.profiles)) if figure is None else figure
+        left, right = figure.subplots(1, 2, sharey=True)
+        per = next(iter(self.profiles.values())).conventions.per
+        for panel, found, units, what in ((left, energy, ENERGY, "energy"), (right, size, SIZE, "size")):
+            scale, word = unit((value or 0.0 for values in found.values() for value in values), units)
+            rows = [[v and v / scale for v in found.get(layer, [None] * len(self.profiles))] for layer in layers]
+            series = {name: [row[at] for row in rows] for at, name in enumerate(self.profiles)}
+            title = f"{what} ({word} per {per})" if what == "energy" else f"{what} ({word})"
+            bars(panel, [layer or "(model)" for layer in layers], series, title)
+        if len(self.profiles) > 1:
+            figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
+        else:
+            figure.suptitle(next(iter(self.profiles)))
+        return figure
+
+    def _parts(self) -> Iterator[str | Table]:
+        first, *others = self.profiles
+        titles = [*self.profiles, *(f"{name} / {first}" for name in others)]
         rows = [
-            [
-                label,
-                *(number(getattr(p, metric)) for p in self.profiles.values()),
-                *(number(self._ratio(name, metric)) for name in names[1:]),
-            ]
-            for metric, label in METRICS.items()
+            (
+                metric,
+                *(getattr(p, metric) for p in self.profiles.values()),
+                *(self._ratio(name, metric) for name in others),
+            )
+            for metric in METRICS
         ]
-        plain = [name for name, p in self.profiles.items() if not p.is_spiking]
-        note = f"\n{_PLAIN.format(', '.join(plain))}" if plain else ""
-        return f"{table(header, rows)}\n{_footer(self.profiles[names[0]])}{note}"
+        yield Table([Column("metric", "", METRICS.__getitem__), *map(Column, titles)], rows)
+        yield _footer(self.profiles[first])
+        if plain := [name for name, p in self.profiles.items() if not p.is_spiking]:
+            yield _PLAIN.format(", ".join(plain))
 
     def _ratio(self, name: str, metric: str) -> float | None:
         reference = getattr(next(iter(self.profiles.values())), metric)
@@ -243,10 +294,10 @@ _COLUMNS = {
 }
 
 
-def _cells(row: LayerProfile | Profile) -> list[str]:
+def _values(row: LayerProfile | Profile) -> list[float | None]:
     # A zero that can't be anything else is left out.
     moot = {"n_neuron_updates", "state_mb"} if getattr(row, "kind", "neuron") != "neuron" else set()
-    return ["" if column in moot else number(getattr(row, column, None)) for column in _COLUMNS]
+    return [None if column in moot else getattr(row, column, None) for column in _COLUMNS]
 
 
 def _footer(profile: Profile) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from snncompress.base.display import new_axes, number, table
+from snncompress.base.display import new_axes
 from snncompress.base.distributed import added, gathered, together
 from snncompress.base.progress import Progress, tracked
+from snncompress.base.tables import Column, Shown, Table
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward
@@ -34,7 +35,7 @@ _EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class TemporalAnalysis:
+class TemporalAnalysis(Shown):
     """What every timestep of a network adds, and costs. ``print`` shows a table.
 
     Fields:
@@ -95,23 +96,24 @@ class TemporalAnalysis:
         ax.legend()
         return ax
 
-    def __str__(self) -> str:
-        columns: dict[str, Sequence[float]] = {"KL(t ‖ t+1)": self.kl, "cumulative": self.cumulative}
-        if self.accuracy is not None:
-            columns["accuracy"] = self.accuracy
-        columns["energy (pJ)"] = self.energy_pj
+    def _parts(self) -> Iterator[str | Table]:
+        values: dict[Column, Sequence[float]] = {
+            Column("kl", "KL(t ‖ t+1)"): self.kl,
+            Column("cumulative"): self.cumulative,
+            **({} if self.accuracy is None else {Column("accuracy"): self.accuracy}),
+            Column("energy_pj", "energy (pJ)"): self.energy_pj,
+        }
+        step = Column("t", " t", lambda t: f"{'*' if t == self.t_star else ' '}{t}")
         rows = [
-            [
-                f"{'*' if t == self.t_star else ' '}{t}",
-                *(number(c[t - 1]) if t <= len(c) else "" for c in columns.values()),
-            ]
+            (t, *(column[t - 1] if t <= len(column) else None for column in values.values()))
             for t in range(1, self.timesteps + 1)
         ]
-        return (
+        yield (
             f"{self.title}: {self.t_star} of {self.timesteps} timesteps reach {100 * self.share:g} % of the KL "
-            f"divergence ({self.mode})\n{table([' t', *columns], rows)}\n"
-            f"energy per sample; n = {self.n_samples:,} samples"
+            f"divergence ({self.mode})"
         )
+        yield Table([step, *values], rows)
+        yield f"energy per sample; n = {self.n_samples:,} samples"
 
 
 def temporal_analysis(

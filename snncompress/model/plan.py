@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import nn
 
+from snncompress.base.display import bars, bars_figure
+from snncompress.base.tables import Column, Shown, Table
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, PlanError, SNNCompressError
 from snncompress.interfaces import Adapter
 
 from .copying import private_copy
-from .edits import Edit, RemoveChannels, TruncateTimesteps, edit_from_dict
+from .edits import Edit, MaskWeights, QuantizeWeights, RemoveChannels, TruncateTimesteps, edit_from_dict
 from .network import Side
 from .parametrizations import compute_once_per_call
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = 2
 M = TypeVar("M", bound=nn.Module)
@@ -28,12 +33,13 @@ _DETACHED = "_snncompress_detached"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """What was done to a network.
 
     ``edits`` in order; ``skipped`` says which layers kept all their channels, and why, or where nothing was pruned,
     which can't be quantized; ``origin`` which settings and versions produced the plan. A plan is JSON: it reads back
-    equal to itself.
+    equal to itself. ``print`` shows its edits, a notebook a table of them, which :meth:`to_csv` and :meth:`to_pandas`
+    give, too.
 
     >>> from snncompress import Plan, QuantizeWeights
     >>> plan = Plan((QuantizeWeights("conv2", "uniform", 4, {"ste": "clip"}),))
@@ -96,6 +102,45 @@ class Plan:
         return removed
 
     @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """layer → output channels before and after, of all layers that lost some; coupled ones and norms included.
+
+        >>> from snncompress.model.edits.slices import Slice
+        >>> first = RemoveChannels("conv", (0, 2), (Slice("conv", "out", (0, 2), 8, 0),))
+        >>> Plan((first, RemoveChannels("conv", (5,), (Slice("conv", "out", (5,), 6, 0),)))).widths
+        {'conv': (8, 5)}
+        """
+        found: dict[str, tuple[int, int]] = {}
+        pieces = (piece for edit in self.edits if isinstance(edit, RemoveChannels) for piece in edit.slices)
+        for piece in pieces:
+            if piece.side == "out":
+                before, _ = found.get(piece.module, (piece.width, 0))
+                found[piece.module] = before, piece.width - len(piece.indices)
+        return found
+
+    @property
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """layer → weights before and after, of all layers that lost single ones.
+
+        Where channels went as well, before is what the layer had when single weights were last removed.
+
+        >>> import torch
+        >>> Plan((MaskWeights.of("fc", torch.tensor([[True, False, False]])),)).weights
+        {'fc': (3, 1)}
+        """
+        masks = {edit.layer: edit.mask() for edit in self.edits if isinstance(edit, MaskWeights)}
+        return {layer: (mask.numel(), int(mask.sum())) for layer, mask in masks.items()}
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """layer → bit width of its weight, of all layers that are quantized.
+
+        >>> Plan((QuantizeWeights("conv2", "uniform", 4, {}),)).bits
+        {'conv2': 4}
+        """
+        return {edit.layer: edit.bits for edit in self.edits if isinstance(edit, QuantizeWeights)}
+
+    @property
     def timesteps(self) -> int | None:
         """How many timesteps the model runs since the last truncation; None where it was never truncated.
 
@@ -131,6 +176,36 @@ class Plan:
             return cls(edits, dict(skipped), dict(data["origin"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"Not a plan: {type(error).__name__}: {str(error)[:200]}") from error
+
+    def plot(self, figure: Figure | None = None) -> Figure:
+        """Layer by layer before and after: output channels, weights where single ones went, and bits.
+
+        What the plan leaves alone isn't drawn. Draws on ``figure``, or on a new one, and returns it; showing or saving
+        it is left to you. Raises OptionError where matplotlib isn't installed, PlanError where there is nothing to
+        draw.
+        """
+        bits = {layer: (32, width) for layer, width in self.bits.items()}
+        panels = {"output channels": self.widths, "weights": self.weights, "bits per weight": bits}
+        shown = {title: found for title, found in panels.items() if found}
+        if not shown:
+            raise PlanError("The plan removes no channels or weights and quantizes nothing: there is nothing to draw.")
+        figure = bars_figure(len(shown), max(map(len, shown.values())), 2) if figure is None else figure
+        for panel, (title, found) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+            before, after = zip(*found.values(), strict=True)
+            bars(panel, list(found), {"before": before, "after": after}, title)
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper right", ncols=2, frameon=False)
+        return figure
+
+    def _parts(self) -> Iterator[str | Table]:
+        rows = []
+        for edit in self.edits:
+            where = getattr(edit, "layer", getattr(edit, "name", ""))
+            rows.append((edit.kind, where, edit.describe().removeprefix(f"{where}: ")))
+        rows += [("kept_whole", layer, why) for layer, why in self.skipped.items()]
+        yield f"Plan of {len(self.edits)} edits"
+        columns = (Column("edit", show=lambda kind: kind.replace("_", " ")), Column("layer", left=True))
+        yield Table((*columns, Column("what", left=True)), rows)
 
     def __hash__(self) -> int:
         return hash(self.to_json())

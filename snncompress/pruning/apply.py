@@ -102,7 +102,8 @@ def apply(
         neurons: the class of spiking neurons of your own, or several (:class:`snncompress.OwnNeurons`).
         time_dim: the axis of time in what they take, None where they take one timestep.
         seed: seed of everything random; same seed, data and threads give bitwise the same plan.
-        progress: None or True for a bar where stderr is a terminal, False for none, or ``callable(what, done, total)``.
+        progress: None or True for a bar on a terminal (stderr) and in a notebook, False for none, or
+            ``callable(what, done, total)``.
         truncate: number of timesteps that the result runs, or "auto" for those that matter
             (:func:`snncompress.temporal_analysis`); None leaves them.
         repair: "membrane" fits the weights that are left so that the neurons integrate what they did before, in closed

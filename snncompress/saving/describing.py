@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from snncompress.base.display import table
+from snncompress.base.tables import Column, Table
 from snncompress.errors import StorageError
 from snncompress.model.edits.base import KINDS
 
@@ -46,10 +46,12 @@ def describe(path: str | os.PathLike[str]) -> str:
             f"{len(edits)} edits:",
             *(f"  {line}" for line in (*edits, *whole)),
             "",
-            table(
-                ["tensor", "kept as", "plain", "bytes"],
-                [[name, how, f"{plain:,}", f"{size:,}"] for name, how, plain, size in rows],
-                ["total", "", f"{sum(plain for *_, plain, _ in rows):,}", f"{total:,}"],
+            str(
+                Table(
+                    [Column(title) for title in ("tensor", "kept as", "plain", "bytes")],
+                    rows,
+                    ("total", "", sum(plain for *_, plain, _ in rows), total),
+                )
             ),
         ]
     )

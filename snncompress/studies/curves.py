@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from snncompress.base.display import new_axes, table
+from snncompress.base.display import new_axes
+from snncompress.base.tables import Column, Shown, Table, left_out, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Shown):
     """Accuracy with one layer pruned and all others whole. ``print`` shows a table.
 
     Fields:
@@ -64,20 +65,21 @@ class Sensitivity:
         ax.legend()
         return ax
 
-    def __str__(self) -> str:
-        header = ["layer", *(f"{100 * ratio:g} % removed" for ratio in self.ratios)]
-        rows = [[name, *map(_percent, row)] for name, row in self.accuracy.items()]
-        note = "\nempty: no channel would be left" if any(None in row for row in self.accuracy.values()) else ""
-        left_out = "".join(f"\nleft out: {name}: {why}" for name, why in self.skipped.items())
-        return (
-            f"{self.title}: accuracy (%) with one layer pruned by {self.criterion}"
-            f"{_repaired(self)}; {_percent(self.dense)} before\n"
-            f"{table(header, rows)}{note}{left_out}"
-        )
+    def _parts(self) -> Iterator[str | Table]:
+        columns = [
+            Column("layer"),
+            *(Column(f"{ratio:g}", f"{100 * ratio:g} % removed", percent) for ratio in self.ratios),
+        ]
+        before = f"{_repaired(self)}; {percent(self.dense)} before"
+        yield f"{self.title}: accuracy (%) with one layer pruned by {self.criterion}{before}"
+        yield Table(columns, [(name, *row) for name, row in self.accuracy.items()])
+        if any(None in row for row in self.accuracy.values()):
+            yield "empty: no channel would be left"
+        yield from left_out(self.skipped)
 
 
 @dataclass(frozen=True)
-class ThresholdSweep:
+class ThresholdSweep(Shown):
     """Accuracy at one sparsity, with more or fewer weights protected. ``print`` shows a table.
 
     Fields:
@@ -131,17 +133,13 @@ class ThresholdSweep:
         ax.legend()
         return ax
 
-    def __str__(self) -> str:
-        rows = [
-            [f"{tau:g}", *map(_percent, row)]
-            for tau, *row in zip(self.taus, self.accuracy, self.protected, self.sparsity, strict=True)
-        ]
-        header, pruned = ["τ", "accuracy", "protected", "sparsity"], ", ".join(self.ratio)
-        return (
-            f"{self.title}: accuracy (%) by the threshold of {self.criterion}"
-            f"{_repaired(self)}; {_percent(self.dense)} before\n"
-            f"{table(header, rows)}\nprotected and sparsity in % of the weights of {pruned}"
-        )
+    def _parts(self) -> Iterator[str | Table]:
+        shares = ("accuracy", "protected", "sparsity")
+        columns = [Column("tau", "τ", "{:g}".format), *(Column(name, show=percent) for name in shares)]
+        before = f"{_repaired(self)}; {percent(self.dense)} before"
+        yield f"{self.title}: accuracy (%) by the threshold of {self.criterion}{before}"
+        yield Table(columns, list(zip(self.taus, self.accuracy, self.protected, self.sparsity, strict=True)))
+        yield f"protected and sparsity in % of the weights of {', '.join(self.ratio)}"
 
 
 def _title(curve: Sensitivity | ThresholdSweep) -> str:
@@ -150,7 +148,3 @@ def _title(curve: Sensitivity | ThresholdSweep) -> str:
 
 def _repaired(curve: Sensitivity | ThresholdSweep) -> str:
     return f", repaired on the {curve.repair}" if curve.repair else ""
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"

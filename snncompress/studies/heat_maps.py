@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from snncompress.base.display import new_figure, number, table
+from snncompress.base.display import new_figure
+from snncompress.base.tables import Column, Shown, Table, left_out, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ Figures = Mapping[str, float | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(Shown):
     """A criterion's scores of every layer, of each batch alone; higher = keep. ``print`` shows a table.
 
     Fields:
@@ -92,18 +93,18 @@ class Scores:
         figure.supylabel("batch", fontsize=10)
         return figure
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterator[str | Table]:
         header = ["layer", "channels", "lowest", "mean", "highest", "between channels", "between batches"]
-        rows = [[name, *map(number, _summary(self.channels(name)))] for name in self.values]
+        columns = [Column(title.replace(" ", "_"), title) for title in header]
         batches = "1 batch" if self.batches == 1 else f"each of {self.batches:,} batches alone"
-        return (
-            f"{self.title}: scores of {self.criterion}, {batches}\n{table(header, rows)}\n"
-            f"lowest, mean, highest: of the batches' mean; between: standard deviations{_left_out(self.skipped)}"
-        )
+        yield f"{self.title}: scores of {self.criterion}, {batches}"
+        yield Table(columns, [(name, *_summary(self.channels(name))) for name in self.values])
+        yield "lowest, mean, highest: of the batches' mean; between: standard deviations"
+        yield from left_out(self.skipped)
 
 
 @dataclass(frozen=True)
-class Robustness:
+class Robustness(Shown):
     """How much criteria depend on the batch that they see. ``print`` shows two tables.
 
     Fields:
@@ -176,12 +177,20 @@ class Robustness:
         figure.suptitle(self.title)
         return figure
 
-    def __str__(self) -> str:
-        return (
-            f"{self.title}: AvgCosS, mean over the pairs of {self.batches:,} batches\n{_by_layer(self.cosine, 1, 4)}\n"
-            f"common share (%) of what would go at ratio {self.ratio:g}; about {100 * self.ratio:g} by chance\n"
-            f"{_by_layer(self.agreement, 100, 1)}{_left_out(self.skipped)}"
-        )
+    def _parts(self) -> Iterator[str | Table]:
+        yield f"{self.title}: AvgCosS, mean over the pairs of {self.batches:,} batches"
+        yield _by_layer(self.cosine, "{:.4f}".format)
+        yield f"common share (%) of what would go at ratio {self.ratio:g}; about {100 * self.ratio:g} by chance"
+        yield _by_layer(self.agreement, percent)
+        yield from left_out(self.skipped)
+
+    def _data(self) -> Table:
+        rows = [
+            (criterion, layer, cosine, self.agreement[criterion].get(layer))
+            for criterion, layers in self.cosine.items()
+            for layer, cosine in layers.items()
+        ]
+        return Table([Column(key) for key in ("criterion", "layer", "cosine", "agreement")], rows)
 
 
 def average_cosine(rows: Tensor) -> float | None:
@@ -242,14 +251,8 @@ def _least(found: Figures) -> float | None:
     return min((value for value in found.values() if value is not None), default=None)
 
 
-def _by_layer(figures: Mapping[str, Figures], scale: int, digits: int) -> str:
-    def text(value: float | None) -> str:
-        return "" if value is None else f"{scale * value:.{digits}f}"
-
+def _by_layer(figures: Mapping[str, Figures], show: Callable[[Any], str]) -> Table:
     layers = dict.fromkeys(name for found in figures.values() for name in found)
-    rows = [[name, *(text(found.get(name)) for found in figures.values())] for name in layers]
-    return table(["layer", *figures], rows, ["minimum", *(text(_least(found)) for found in figures.values())])
-
-
-def _left_out(skipped: Mapping[str, str]) -> str:
-    return "".join(f"\nleft out: {name}: {why}" for name, why in skipped.items())
+    rows = [(name, *(found.get(name) for found in figures.values())) for name in layers]
+    columns = [Column("layer"), *(Column(criterion, show=show) for criterion in figures)]
+    return Table(columns, rows, ("minimum", *map(_least, figures.values())))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from snncompress.base.display import new_axes, number, table
+from snncompress.base.display import new_axes
 from snncompress.base.progress import Progress, tracked
+from snncompress.base.tables import Column, Shown, Table, percent
 from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError
@@ -56,7 +57,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class BlockSearch:
+class BlockSearch(Shown):
     """What :func:`block_search` measured. ``print`` shows a table: the Pareto front, or all where they are few.
 
     Fields:
@@ -98,6 +99,9 @@ class BlockSearch:
         """All fields as plain JSON values."""
         return dataclasses.asdict(self)
 
+    def _data(self) -> Table:
+        return self._table(self.candidates)
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy (%) against energy (nJ per sample), one point per candidate; a line marks the Pareto front.
 
@@ -118,21 +122,25 @@ class BlockSearch:
         ax.legend()
         return ax
 
-    def __str__(self) -> str:
-        front, few = self.front, len(self.candidates) <= 2 * MOST_BLOCKS
-        shown = sorted(self.candidates if few else front, key=lambda c: (c.energy_pj, -c.accuracy))
-        header = ["removed", "accuracy (%)", "energy (pJ)", "parameters", "AC", "MAC", "Pareto front"]
+    def _parts(self) -> Iterator[str | Table]:
+        few = len(self.candidates) <= 2 * MOST_BLOCKS
+        yield f"{self.title} without some of its blocks {', '.join(self.blocks)}; each: {self.budget}"
+        yield self._table(self.candidates if few else self.front)
+        if not few:
+            yield f"{len(self.candidates)} networks measured; shown: the Pareto front"
+
+    def _table(self, candidates: Sequence[Candidate]) -> Table:
+        columns = (
+            Column("removed", show=lambda removed: removed or "-"), Column("accuracy", "accuracy (%)", percent),
+            Column("energy_pj", "energy (pJ)"), Column("n_params", "parameters"), Column("n_ac", "AC"),
+            Column("n_mac", "MAC"), Column("pareto", "Pareto front", lambda best: "*" if best else ""),
+        )  # fmt: skip
+        front = self.front
         rows = [
-            [
-                ", ".join(c.removed) or "-", f"{100 * c.accuracy:.1f}",
-                *(number(value) for value in (c.energy_pj, c.n_params, c.n_ac, c.n_mac)),
-                "*" if c in front else "",
-            ]
-            for c in shown
-        ]  # fmt: skip
-        more = "" if few else f"\n{len(self.candidates)} networks measured; shown: the Pareto front"
-        blocks = ", ".join(self.blocks)
-        return f"{self.title} without some of its blocks {blocks}; each: {self.budget}\n{table(header, rows)}{more}"
+            (", ".join(c.removed), c.accuracy, c.energy_pj, c.n_params, c.n_ac, c.n_mac, c in front)
+            for c in sorted(candidates, key=lambda c: (c.energy_pj, -c.accuracy))
+        ]
+        return Table(columns, rows)
 
 
 def block_search(

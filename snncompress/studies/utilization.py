@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snncompress.base.display import new_figure, number, table
+from snncompress.base.display import new_figure, number
+from snncompress.base.tables import Column, Shown, Table, left_out
 from snncompress.contract.registry import registry
 from snncompress.errors import ModelError, OptionError, PluginError, SNNCompressError
 from snncompress.interfaces import Quantizer
@@ -70,7 +71,7 @@ class WeightRange:
 
 
 @dataclass(frozen=True, eq=False)
-class Utilization:
+class Utilization(Shown):
     """What :func:`utilization` found. ``print`` shows a table.
 
     Fields:
@@ -134,7 +135,7 @@ class Utilization:
         figure.supylabel("weights (%)", fontsize=10)
         return figure
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterator[str | Table]:
         titles = dict.fromkeys(use.quantizer for uses in self.uses.values() for use in uses)
         widths = dict.fromkeys(use.bits for uses in self.uses.values() for use in uses)
 
@@ -144,18 +145,25 @@ class Utilization:
             return [title, *(_cell(mean(u.measured for u in us), mean(u.estimate for u in us)) for us in same)]
 
         rows = [
-            ["" if at else name, "" if at else number(self.weights[name].largest), *row(title, uses)]
+            ["" if at else name, None if at else self.weights[name].largest, *row(title, uses)]
             for name, uses in self.uses.items()
             for at, title in enumerate(titles)
         ]
         every = [use for uses in self.uses.values() for use in uses]
-        rows += [["" if at else "mean", "", *row(title, every)] for at, title in enumerate(titles)]
-        header = ["layer", "max|W|", "quantizer", *map(_bits, widths)]
-        left_out = "".join(f"\nleft out: {name}: {why}" for name, why in self.skipped.items())
-        return (
-            f"{self.title}: grid values in use (%), and what max|W| reaches of the grid\n"
-            f"{table(header, rows)}{left_out}"
-        )
+        rows += [["" if at else "mean", None, *row(title, every)] for at, title in enumerate(titles)]
+        columns = [Column("layer"), Column("max|W|"), Column("quantizer", left=True), *map(Column, map(_bits, widths))]
+        yield f"{self.title}: grid values in use (%), and what max|W| reaches of the grid"
+        yield Table(columns, rows)
+        yield from left_out(self.skipped)
+
+    def _data(self) -> Table:
+        rows = [
+            (name, self.weights[name].largest, use.quantizer, use.bits, use.measured, use.estimate)
+            for name, uses in self.uses.items()
+            for use in uses
+        ]
+        keys = ("layer", "largest", "quantizer", "bits", "measured", "estimate")
+        return Table([Column(key) for key in keys], rows)
 
 
 def utilization(

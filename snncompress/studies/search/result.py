@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from snncompress.base.display import new_axes, number, table
+from snncompress.base.display import new_axes, number
+from snncompress.base.tables import Column, Shown, Table
 from snncompress.errors import OptionError
 from snncompress.model.plan import Plan
 
@@ -58,7 +60,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Shown):
     """What :func:`search` found. ``print`` shows a table: the Pareto front, or all trials where they are few.
 
     Fields:
@@ -170,22 +172,33 @@ class Search:
         ax.legend(loc="lower right")
         return ax
 
-    def __str__(self) -> str:
-        front = self.front
+    def to_table(self) -> Table:
+        """Every trial that is complete, not the Pareto front alone."""
+        return self._table(self.complete)
+
+    def _parts(self) -> Iterator[str | Table]:
         few = len(self.complete) <= MOST_ROWS
-        shown = sorted(self.complete if few else front, key=self._by_last)
+        yield self._title()
+        if self.complete:
+            yield self._table(self.complete if few else self.front)
+        if not few:
+            yield "shown: the Pareto front"
+        if reasons := self._reasons():
+            yield reasons.removeprefix("\n")
+
+    def _table(self, trials: Sequence[Trial]) -> Table:
+        front = self.front
         varied = list(dict.fromkeys(name for trial in self.complete for name in trial.settings))
-        header = ["trial", *map(_titled, self.objectives), *varied, "Pareto front"]
+        columns = (
+            Column("trial"), *(Column(o, _titled(o), partial(_shown, o)) for o in self.objectives),
+            *(Column(name, show=_setting) for name in varied),
+            Column("pareto", "Pareto front", lambda best: "*" if best else ""),
+        )  # fmt: skip
         rows = [
-            [
-                str(trial.number), *(_shown(o, v) for o, v in zip(self.objectives, trial.values, strict=True)),
-                *(_setting(trial.settings.get(name, "")) for name in varied), "*" if trial in front else "",
-            ]
-            for trial in shown
-        ]  # fmt: skip
-        body = f"\n{table(header, rows)}" if rows else ""
-        more = "" if few else "\nshown: the Pareto front"
-        return f"{self._title()}{body}{more}{self._reasons()}"
+            (trial.number, *trial.values, *(trial.settings.get(name) for name in varied), trial in front)
+            for trial in sorted(trials, key=self._by_last)
+        ]
+        return Table(columns, rows)
 
     def _title(self) -> str:
         return f"{self.title}: {self._states()}"
