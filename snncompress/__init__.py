@@ -55,6 +55,7 @@ from .pruning.epochs import Epoch
 from .pruning.refresh import refresh
 from .pruning.repair import repair
 from .pruning.training import finetune
+from .reports.reporting import report
 from .running.scores import cross_entropy
 from .saving.storage import load, save
 from .studies.curves import Sensitivity, ThresholdSweep
@@ -142,6 +143,7 @@ __all__ = [
     "quantizers",
     "refresh",
     "repair",
+    "report",
     "robustness",
     "save",
     "schedulers",

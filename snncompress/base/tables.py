@@ -160,8 +160,8 @@ class Shown:
         """What it consists of, in order."""
         raise NotImplementedError
 
-    def _data(self) -> Table:
-        """The table that goes out; by default the first one."""
+    def to_table(self) -> Table:
+        """The table that goes out as CSV and as a DataFrame, as an object."""
         return next(part for part in self._parts() if isinstance(part, Table))
 
     def __str__(self) -> str:
@@ -181,8 +181,8 @@ class Shown:
         Numbers have all their digits, shares go from 0 to 1, an empty field says that there is no value; sums aren't
         in it. Raises StorageError where the file can't be written.
         """
-        return self._data().to_csv(path)
+        return self.to_table().to_csv(path)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The table as a ``pandas.DataFrame``, without sums; raises OptionError where pandas isn't installed."""
-        return self._data().to_pandas()
+        return self.to_table().to_pandas()

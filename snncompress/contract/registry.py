@@ -51,6 +51,11 @@ class Entry:
         """First line of the class's docstring."""
         return (inspect.getdoc(self.cls) or "").split("\n", 1)[0]
 
+    @property
+    def plain_summary(self) -> str:
+        """The same without a docstring's marks."""
+        return re.sub(r"(:\w+:)?`+", "", self.summary)
+
 
 @dataclass(frozen=True)
 class PluginRecord:
@@ -68,10 +73,10 @@ class Entries(list[Entry], Shown):
     def _parts(self) -> Iterator[str | Table]:
         columns = (
             Column("name"),
-            Column("summary", "what it does", _unmarked, left=True),
+            Column("summary", "what it does", left=True),
             Column("distribution", "from", left=True),
         )
-        yield Table(columns, [(entry.name, entry.summary, entry.distribution) for entry in self])
+        yield Table(columns, [(entry.name, entry.plain_summary, entry.distribution) for entry in self])
 
 
 class Records(list[PluginRecord], Shown):
@@ -168,11 +173,6 @@ class Registry:
         raise OptionError(
             f"{kind} must be a name or an instance of snncompress.extend.{base.__name__}, not {value!r}{hint}."
         )
-
-
-def _unmarked(text: str) -> str:
-    """Without the marks of docstrings."""
-    return re.sub(r"(:\w+:)?`+", "", text)
 
 
 def _distribution(point: EntryPoint, *, version: bool = False) -> str:

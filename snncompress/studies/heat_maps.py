@@ -184,7 +184,8 @@ class Robustness(Shown):
         yield _by_layer(self.agreement, percent)
         yield from left_out(self.skipped)
 
-    def _data(self) -> Table:
+    def to_table(self) -> Table:
+        """A row for every criterion and layer."""
         rows = [
             (criterion, layer, cosine, self.agreement[criterion].get(layer))
             for criterion, layers in self.cosine.items()

@@ -99,7 +99,8 @@ class BlockSearch(Shown):
         """All fields as plain JSON values."""
         return dataclasses.asdict(self)
 
-    def _data(self) -> Table:
+    def to_table(self) -> Table:
+        """Every network that was measured, not the Pareto front alone."""
         return self._table(self.candidates)
 
     def plot(self, ax: Axes | None = None) -> Axes:

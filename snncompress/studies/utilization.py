@@ -156,7 +156,8 @@ class Utilization(Shown):
         yield Table(columns, rows)
         yield from left_out(self.skipped)
 
-    def _data(self) -> Table:
+    def to_table(self) -> Table:
+        """A row for every layer, quantizer and bit width."""
         rows = [
             (name, self.weights[name].largest, use.quantizer, use.bits, use.measured, use.estimate)
             for name, uses in self.uses.items()

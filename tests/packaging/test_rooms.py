@@ -20,7 +20,7 @@ FLOORS = [
     {"structure"},
     {"measuring"},
     {"pruning"},
-    {"saving", "export", "conversion", "studies"},
+    {"saving", "export", "conversion", "studies", "reports"},
     {"testing", "extend", "__init__", "__main__"},
 ]
 """From the ground up. Rooms on one floor know nothing of one another."""

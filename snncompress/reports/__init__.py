@@ -1,0 +1,1 @@
+"""A page that says what was done to a network, and what came of it."""
