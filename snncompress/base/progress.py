@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .distributed import rank
 
@@ -34,6 +34,7 @@ def tracked(items: Iterable[T], progress: Progress | None, what: str | Callable[
         yield from items
         return
     with bar as show:
+        show(_text(what), 0)  # the first item may take its time
         for done, item in enumerate(items):
             show(_text(what), done)
             yield item
@@ -62,21 +63,26 @@ def _in_notebook(total: int | None) -> Iterator[Show]:
     """An element of HTML, and not rich's bar, which needs ipywidgets and a front end that has them."""
     from IPython import display
 
+    handle: Any = None
     began = time.monotonic()
-    drawn = -_PAUSE
-    handle = display.display(display.HTML(_element("", 0, total, 0.0)), display_id=True)
+    drawn = 0.0
 
     def show(what: str, done: int) -> None:
-        nonlocal drawn
+        nonlocal handle, drawn
         now = time.monotonic() - began
-        if now - drawn >= _PAUSE:
-            handle.update(display.HTML(_element(what, done, total, now)))
-            drawn = now
+        if handle is not None and now - drawn < _PAUSE:
+            return
+        picture, drawn = display.HTML(_element(what, done, total, now)), now
+        if handle is None:
+            handle = display.display(picture, display_id=True)
+        else:
+            handle.update(picture)
 
     try:
         yield show
     finally:
-        handle.update(display.HTML(""))  # as on a terminal, what is over takes no room
+        if handle is not None:
+            handle.update(display.HTML(""))  # as on a terminal, what is over takes no room
 
 
 def _element(what: str, done: int, total: int | None, seconds: float) -> str:

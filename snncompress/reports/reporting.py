@@ -19,7 +19,7 @@ from torch import nn
 
 from snncompress.base.display import ENERGY, SIZE, unit
 from snncompress.base.files import write_whole
-from snncompress.base.tables import Column, Table, plain
+from snncompress.base.tables import Column, Shown, Table, plain
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward
@@ -97,16 +97,21 @@ def report(
         raise OptionError(f"report takes a mapping of names to networks, such as {{'dense': model}}, not {models!r}.")
     if isinstance(data, Iterator):  # every network must see the same batches
         data = list(data)
-    energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
-    rules = resolve_conventions(conventions)
-    named = named_neurons(adapter, neurons, time_dim)
-    networks = {str(n): _network(m, data, timesteps, forward, named, energy, rules) for n, m in models.items()}
-    comparison = Comparison({name: network.profile for name, network in networks.items()})
+    found = Measured.of(
+        models, data, timesteps=timesteps, forward=forward, adapter=adapter, neurons=neurons, time_dim=time_dim,
+        energy_model=energy_model, conventions=conventions,
+    )  # fmt: skip
+    return written(found, path, title)
+
+
+def written(found: Measured, path: str | os.PathLike[str], title: str | None = None) -> Path:
+    """The file of :func:`report` on what was measured."""
+    networks, comparison = found.networks, found.comparison
     sections: dict[str, Sequence[Part]] = {
-        "Before and after": list(_gains(networks, comparison)),
+        "Before and after": list(_gains(found)),
         "What was done, and why": [part for name, network in networks.items() for part in _done(name, network)],
         "Layer by layer": list(_layers(networks, comparison)),
-        "How it was counted": list(_counted(networks, energy)),
+        "How it was counted": list(_counted(networks)),
         "How to load it": list(_loading(networks)),
         "Versions": [_versions(networks)],
     }
@@ -148,20 +153,48 @@ def _network(
     )
 
 
-def _gains(networks: Mapping[str, _Network], comparison: Comparison) -> Iterator[Part]:
+@dataclass(frozen=True)
+class Measured(Shown):
+    """Networks that went through the same data: a comparison that has their accuracy, too."""
+
+    networks: Mapping[str, _Network]
+
+    @classmethod
+    def of(
+        cls, models: Mapping[str, nn.Module], data: Any, *, timesteps: int | None = None,
+        forward: Forward | None = None, adapter: Adapter | str | None = None, neurons: Neurons | None = None,
+        time_dim: int | None = None, energy_model: EnergyModel | str = "horowitz_45nm",
+        conventions: Conventions | str | None = None,
+    ) -> Measured:  # fmt: skip
+        """Arguments and errors of :func:`report`."""
+        energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
+        rules, named = resolve_conventions(conventions), named_neurons(adapter, neurons, time_dim)
+        return cls({str(n): _network(m, data, timesteps, forward, named, energy, rules) for n, m in models.items()})
+
+    @property
+    def comparison(self) -> Comparison:
+        """Of their profiles."""
+        return Comparison({name: network.profile for name, network in self.networks.items()})
+
+    def _parts(self) -> Iterator[str | Table]:
+        first, *others = self.networks.values()
+        accuracies = [network.accuracy for network in self.networks.values()]
+        rows: list[Sequence[Any]] = []
+        if any(accuracy is not None for accuracy in accuracies):
+            points = [_points(other.accuracy, first.accuracy) for other in others]
+            rows.append(("accuracy (%)", *(a if a is None else 100 * a for a in accuracies), *points))
+        label = Column("metric", "", lambda metric: METRICS.get(metric, metric))
+        for part in self.comparison._parts():
+            yield Table([label, *part.columns[1:]], [*rows, *part.rows]) if isinstance(part, Table) else part
+
+
+def _gains(found: Measured) -> Iterator[Part]:
     """What changed in a sentence for each network, and the table."""
+    networks, ratios = found.networks, found.comparison.ratios
     first, *others = networks
-    reference = networks[first].accuracy
-    table = comparison.to_table()
-    if gains := [_gain(name, networks[name], comparison.ratios[name], reference) for name in others]:
+    if gains := [_gain(name, networks[name], ratios[name], networks[first].accuracy) for name in others]:
         yield gains
-    rows = list(table.rows)
-    accuracies = [network.accuracy for network in networks.values()]
-    if any(accuracy is not None for accuracy in accuracies):
-        points = [_points(networks[name].accuracy, reference) for name in others]
-        rows.insert(0, ("accuracy (%)", *(a if a is None else 100 * a for a in accuracies), *points))
-    label = Column("metric", "", lambda metric: METRICS.get(metric, metric))
-    yield Table([label, *table.columns[1:]], rows)
+    yield found.to_table()
     profile = networks[first].profile
     yield Note(
         f"Measured on {profile.n_samples:,} samples. Counts and energy per {profile.conventions.per}; MB = 10⁶ bytes, "
@@ -298,9 +331,10 @@ def _layers(networks: Mapping[str, _Network], comparison: Comparison) -> Iterato
         yield Folded(f"All figures of {name}", [network.profile.to_table()])
 
 
-def _counted(networks: Mapping[str, _Network], energy: EnergyModel) -> Iterator[Part]:
+def _counted(networks: Mapping[str, _Network]) -> Iterator[Part]:
     profile = next(iter(networks.values())).profile
-    yield f"Energy model {profile.energy_model}. {_summary('energy model', energy.name)}".strip()
+    name = profile.energy_model.partition("(")[0]
+    yield f"Energy model {profile.energy_model}. {_summary('energy model', name)}".strip()
     yield f"Conventions {profile.conventions.describe()}."
     for name, network in networks.items():
         if network.profile.uncounted:

@@ -51,9 +51,9 @@ def bars(output: list[str]) -> list[tuple[dict[str, str | None], str]]:
 def test_a_notebook_shows_one_bar_that_moves_and_goes(front_end: FrontEnd, capsys: pytest.CaptureFixture[str]) -> None:
     seen = [(item, len(front_end.outputs[0])) for item in tracked(["a", "b", "c"], None, lambda: "step <x>")]
     (output,) = front_end.outputs
-    assert seen == [("a", 2), ("b", 3), ("c", 4)]  # drawn empty, then before every item
+    assert seen == [("a", 2), ("b", 3), ("c", 4)]  # at the start, and before every item
     assert [(bar["value"], bar["max"]) for bar, _ in bars(output)] == [("0", "3"), ("0", "3"), ("1", "3"), ("2", "3")]
-    assert all("step <x>" in text for _, text in bars(output)[1:])  # as text, not as an element
+    assert all("step <x>" in text for _, text in bars(output))  # as text, not as an element
     assert output[-1] == ""
     assert capsys.readouterr() == ("", "")
 
@@ -69,7 +69,7 @@ def test_the_bar_goes_where_the_loop_is_left(front_end: FrontEnd) -> None:
 def test_a_fast_loop_is_not_drawn_at_every_step(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_PAUSE", 3600.0)
     assert list(tracked(range(100), None, "fast")) == list(range(100))
-    assert len(front_end.outputs[0]) == 3  # empty, the first step, gone
+    assert len(front_end.outputs[0]) == 2  # the start, and gone
 
 
 def test_false_shows_nothing_and_a_callable_is_told(front_end: FrontEnd) -> None:
@@ -105,5 +105,5 @@ def test_a_real_kernel_sends_the_bar() -> None:
 
     kernel.process_message = process
     kernel.execute()
-    assert [bar["value"] for bar, _ in bars(sent)] == ["0", "0", "1", "2"]
+    assert [bar["value"] for bar, _ in bars(sent)] == ["0", "1", "2"]
     assert sent[-1] == ""

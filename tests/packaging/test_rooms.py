@@ -21,6 +21,7 @@ FLOORS = [
     {"measuring"},
     {"pruning"},
     {"saving", "export", "conversion", "studies", "reports"},
+    {"commands"},
     {"testing", "extend", "__init__", "__main__"},
 ]
 """From the ground up. Rooms on one floor know nothing of one another."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import snncompress
 from snncompress import load, plan_of, save
-from snncompress.__main__ import main
+from snncompress.commands.main import main
 from snncompress.saving.container import Container
 from snncompress.saving.describing import describe
 
