@@ -27,6 +27,7 @@ from .errors import (
 )
 from .export.exporting import export
 from .export.freezing import freeze
+from .export.nir_running import Approximation
 from .export.quickening import FrozenLayer, FrozenLayers, frozen_layers
 from .measuring.conventions import Conventions
 from .measuring.evaluation import Evaluation, evaluate
@@ -69,6 +70,7 @@ from .studies.utilization import GridUse, Utilization, WeightRange, utilization
 from .version import __version__
 
 __all__ = [
+    "Approximation",
     "BlockSearch",
     "Candidate",
     "ChannelMap",

@@ -662,7 +662,13 @@ class Dynamics:
 
         v ← v + leak · (rest - v) + gain · x;   it fires where v > θ, or v ≥ θ if ``inclusive``;   there v ← ``reset``
 
-    ``reset`` None subtracts θ instead. The tensors broadcast against x [N, C, ...]; a leak of 0 integrates.
+    ``reset`` None subtracts θ instead: at once, or with ``late`` in the next timestep, from what is left then. The
+    tensors broadcast against x [N, C, ...]; a leak of 0 integrates.
+
+    ``recurrent`` is what hands a neuron's spikes of the last timestep on to it: a layer, or a factor for each neuron;
+    what comes of it is added to x. With ``synapse`` = α, v gets a current in the place of x, which starts at 0:
+
+        i ← α · i + x
     """
 
     leak: Tensor
@@ -671,6 +677,9 @@ class Dynamics:
     rest: float
     reset: float | None
     inclusive: bool
+    late: bool = False
+    synapse: Tensor | None = None
+    recurrent: nn.Module | Tensor | None = None
 
 
 class Emission(Protocol):

@@ -194,14 +194,16 @@ class SNNTorchAdapter(Adapter):
         return 1 - beta.clamp(0, 1)
 
     def dynamics(self, neuron: nn.Module) -> Dynamics:
-        """Leaky: β·v + x, reset to zero, or by the threshold where β = 1.
+        """Leaky, RLeaky, Synaptic and RSynaptic: β·v + x, where x may be a synaptic current, and have recurrent parts.
 
-        snnTorch subtracts θ from β·v, where the equation has β·(v - θ); without delay, once more in the next step where
-        v is still above θ.
+        θ is subtracted in the next step, from β·v; without delay, once more in the step after where v is still above θ,
+        and no equation has that. With delay, all but Leaky are reset to zero in the next step with all that comes in
+        then, and no equation has that either.
         """
         node: Any = neuron
-        if (type(node).__module__, type(node).__name__) != ("snntorch._neurons.leaky", "Leaky"):
-            raise ModelError("of snnTorch's neurons only Leaky is known by equation")
+        kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
+        if kind not in ("Leaky", "RLeaky", "Synaptic", "RSynaptic"):
+            raise ModelError("of snnTorch's neurons Leaky, RLeaky, Synaptic and RSynaptic are known by equation")
         unlike = {
             "inhibition=True": node.inhibition,
             "state_quant": node.state_quant,
@@ -213,13 +215,23 @@ class SNNTorchAdapter(Adapter):
             raise ModelError(f"{odd[0]} isn't part of the leaky neuron's equation")
         leak = 1 - node.beta.detach().double().clamp(0, 1)
         reset = None if node.reset_mechanism == "subtract" else 0.0
-        if reset is None and (bool(leak.any()) or not node.reset_delay):
+        if reset is None and not node.reset_delay:
             raise ModelError(
-                "it resets by subtracting the threshold, but not at the end of a step, as the equation has it. Use "
-                "reset_mechanism='zero', or beta=1.0 with reset_delay=True, and fine-tune"
+                "with reset_delay=False it subtracts the threshold twice where the potential is above twice as much. "
+                "Use reset_delay=True, snnTorch's default, or reset_mechanism='zero', and fine-tune"
+            )
+        if reset is not None and node.reset_delay and kind != "Leaky":
+            raise ModelError(
+                "when it is reset to zero it also forgets the input of the step after the spike. Use "
+                "reset_mechanism='subtract', snnTorch's default, or reset_delay=False, and fine-tune"
             )
         threshold = node.threshold.detach().double()
-        return Dynamics(leak, torch.ones_like(leak), threshold, 0.0, reset, inclusive=False)
+        alpha = node.alpha.detach().double().clamp(0, 1) if hasattr(node, "alpha") else None
+        recurrent = getattr(node, "recurrent", None)
+        if recurrent is not None and not isinstance(recurrent, (nn.Linear, nn.Conv2d)):  # one-to-one
+            recurrent = torch.as_tensor(recurrent.V)
+        gain = torch.ones_like(leak)
+        return Dynamics(leak, gain, threshold, 0.0, reset, False, reset is None, alpha, recurrent)
 
     def reset_rule(self, neuron: nn.Module) -> Literal["subtract", "value", ""]:
         """What ``reset_mechanism`` says."""

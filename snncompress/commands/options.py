@@ -22,6 +22,7 @@ from .importing import built, imported
 _PLAIN = (int, float, str, bool, types.NoneType)
 _PLUGINS = {
     "criterion": "criterion", "quantizer": "quantizer", "scheduler": "scheduler", "energy_model": "energy model",
+    "target": "target",
 }  # fmt: skip
 _DATA = {"data", "validation", "test", "model"}
 """What is made by a call where a function is named."""

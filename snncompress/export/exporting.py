@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -16,7 +16,7 @@ from snncompress.base.distributed import no_sync
 from snncompress.base.files import write_whole
 from snncompress.contract.registry import registry
 from snncompress.errors import ModelError, OptionError
-from snncompress.interfaces import Adapter, Target
+from snncompress.interfaces import Adapter, Observer, Target
 from snncompress.measuring.fits import fitted, staged
 from snncompress.model.cells import layer_at
 from snncompress.model.chance import seeded
@@ -29,12 +29,14 @@ from .chip_graph import for_chip, whole_numbers
 from .freezing import folded
 from .integer_layers import make_float
 from .nir_export import nir_graph
+from .nir_running import Approximation, difference
 from .onnx_export import Step, onnx_model
 
 Format = Literal["nir", "onnx"]
 _NEEDS = {"nir": ("nir", "h5py"), "onnx": ("onnx", "onnxscript")}
 _ONNX_TORCH = (2, 10)  # PyTorch's exporter before it fails at batch norms or states, or keeps one side of an `if`
 _STEPS = 4
+_SAMPLES = 64
 
 
 def export(
@@ -46,7 +48,8 @@ def export(
     timesteps: int | None = None,
     adapter: Adapter | str | None = None,
     target: Target | str | None = None,
-) -> None:
+    approximate: bool = False,
+) -> Approximation | None:
     """Write a network, compressed or not, as a NIR graph or as one timestep in ONNX.
 
     The model stays as it is, and the file appears whole or not at all. In either format the network is taken apart into
@@ -65,8 +68,18 @@ def export(
     at v_reset. SpikingJelly fires at v ≥ θ already, which differs only for a potential that meets the threshold
     exactly: the graph's metadata tell under "fires", and the timestep under "dt".
 
-    NIR has linear, convolution (1-D, 2-D), average pooling (2-D), flatten, sums, and neurons reset to a value.
-    What it can't express is refused, among it max-pooling, reset by subtraction and concatenation.
+    NIR has linear, convolution (1-D, 2-D), average pooling (2-D), flatten, sums, and neurons reset to a value. What it
+    has no node for is written in several where they compute the same: max-pooling of spikes as a sum that is more than
+    half a spike; a synaptic current (snnTorch's Synaptic) as CubaLIF, i ← i + dt/τ_syn · (w_in · x - i), before v; a
+    neuron's own spikes (RLeaky, RSynaptic) over an edge back to it; a reset by subtraction as a leaky integrator u, a
+    threshold, and an edge back that takes θ off,
+
+        u ← u + dt/τ · (v_leak - u + r · (I - θ' · s));   s is 1 where u > θ, else 0;   edges back hand on the last s
+
+    ``approximate`` writes what isn't the same, in nodes that most programs read: averages in the place of max-pooling,
+    and a neuron in one node, reset to its rest, where it subtracts its threshold. Both networks are then run on samples
+    from ``data``, and how many spikes differ is printed. All else that NIR can't express is refused, such as
+    concatenation.
 
     **ONNX** (opset 21) holds one timestep: inputs "input" [N, ...] and for every neuron its states, such as
     "lif1.v" or "lif1.mem" [N, C, ...]; outputs "output" ("output_1" … for more) and the states' successors, such as
@@ -87,6 +100,10 @@ def export(
             are multiples of, and thresholds are in the same units, so that the file's neurons fire as the network's do
             (behind whole numbers whether it is where v > θ or where v ≥ θ);
             every linear layer has a bias, if of zeros.
+        approximate: whether NIR may hold another network where it can't hold this one.
+
+    Returns:
+        What ``approximate`` changed, where it did, else None.
 
     Raises:
         ModelError: the format can't express a module, which is named with the reason and what to do; or the model loops
@@ -120,12 +137,24 @@ def export(
             make_float(module)  # of a network that was frozen for integers
         step, x = _one_step(table.copy(), found, batch.x, timesteps)
         _check_same(table.model, found, step, x)
+        changed: Approximation | None = None
         if kind == "nir":
             step, x = _one_step(folded(table.copy().eval(), found, table.feed.example()), found, batch.x, timesteps)
         with found.alone(step):
-            chips = None if chip is None else numbers
-            content = _nir_bytes(step, found, x, chips) if kind == "nir" else onnx_model(Step(step, found), x)
+            if kind == "nir":
+                graph, replaced = nir_graph(step, found, x[:1], approximate=approximate)
+                if chip is not None:
+                    _refuse_several(graph, chip)
+                    graph = for_chip(graph, numbers)
+                content = _nir_bytes(graph)
+                if replaced:
+                    changed = _changed(table.copy(), found, batch.x, timesteps, graph, replaced)
+            else:
+                content = onnx_model(Step(step, found), x)
     write_whole(path, lambda file: file.write(content))
+    if changed is not None:
+        print(changed)
+    return changed
 
 
 def _checked_format(format: str | None, path: Path) -> Format:
@@ -146,11 +175,13 @@ def _checked_format(format: str | None, path: Path) -> Format:
     return result
 
 
-def _one_step(copy: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | None) -> tuple[nn.Module, Tensor]:
+def _one_step(
+    copy: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | None, samples: int = 2
+) -> tuple[nn.Module, Tensor]:
     """The copy, called once per timestep now, and one step's input [2, ...], both on the CPU."""
-    x = adapter.single_step(copy, x, timesteps)[:2].cpu()
+    x = adapter.single_step(copy, x, timesteps)[:samples].cpu()
     adapter.make_traceable(copy)
-    return copy.cpu().eval(), x if len(x) == 2 else x.repeat(2, *[1] * (x.dim() - 1))  # at N = 1 N would look fixed
+    return copy.cpu().eval(), x if len(x) > 1 else x.repeat(2, *[1] * (x.dim() - 1))  # at N = 1 N would look fixed
 
 
 def _check_same(model: nn.Module, adapter: Adapter, step: nn.Module, x: Tensor) -> None:
@@ -200,13 +231,40 @@ def _numbers(table: Bench[Any], chip: Target) -> dict[str, Tensor]:
     return {name: numbers for name, numbers in whole.items() if numbers is not None}
 
 
-def _nir_bytes(step: nn.Module, adapter: Adapter, x: Tensor, numbers: Mapping[str, Tensor] | None) -> bytes:
-    """``numbers`` for a chip, None for any reader."""
+def _changed(
+    copy: nn.Module, adapter: Adapter, x: Tensor, timesteps: int | None, graph: Any, replaced: dict[str, str]
+) -> Approximation:
+    """What the graph's spikes are beside the model's, on as many samples as are soon run."""
+    step, x = _one_step(copy, adapter, x, timesteps, _SAMPLES)
+    steps = timesteps or 4 * _STEPS
+    spikes: dict[str, list[Tensor]] = {}
+    with ExitStack() as stack, torch.no_grad(), adapter.alone(step):
+        step.double()
+        adapter.reset(step)
+        for name, neuron in adapter.neurons(step).items():
+            stack.callback(adapter.observe(neuron, _hearing(spikes.setdefault(name, [])), membrane=False))
+        for _ in range(steps):
+            step(x.double())
+    return difference(graph, x, {name: torch.cat(heard) for name, heard in spikes.items()}, steps, replaced)
+
+
+def _hearing(heard: list[Tensor]) -> Observer:
+    return lambda spikes, _: heard.append(spikes.double())
+
+
+def _refuse_several(graph: Any, chip: Target) -> None:
+    """Raise ModelError for what is one thing in the network and several nodes in the file: chips have no such parts."""
+    for name, node in graph.nodes.items():
+        if (kind := type(node).__name__) in ("Threshold", "Scale", "LI", "I"):
+            raise ModelError(
+                f"{name} takes several NIR nodes, {kind} among them, and what programs {chip.name!r} reads none of "
+                f"those. approximate=True writes neurons reset to their rest in one node, and averages for maxima."
+            )
+
+
+def _nir_bytes(graph: Any) -> bytes:
     import nir
 
-    graph = nir_graph(step, adapter, x[:1])
-    if numbers is not None:
-        graph = for_chip(graph, numbers)
     buffer = io.BytesIO()
     nir.write(buffer, graph)
     return buffer.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -14,10 +13,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
-from snncompress.model.weights_in_use import weight_in_use
 from snncompress.structure.fx_graphs import Tracer, called, operation
 
-DT = 1e-4  # seconds per timestep: what snnTorch, SpikingJelly and others assume
+from .nir_layers import FUNCTIONS, LAYERS, MAX_FUNCTIONS, adaptive_pool, avg_pool, flatten_node, pair, without_bias
+from .nir_neurons import DT, RefusedError, factor, neuron_part
 
 _ADDS = {"add", "iadd"}
 _SAME = {"contiguous", "clone", "detach", "dropout", "to", "float"}  # where they leave every value as it is
@@ -26,22 +25,18 @@ _JOINS = {"cat", "concat", "concatenate", "stack"}
 _MAX_POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
-_NO_MAX_POOL = "NIR has no max-pooling; train the network with nn.AvgPool2d in its place"
 
 
-def nir_graph(model: nn.Module, adapter: Adapter, x: Tensor) -> Any:
+def nir_graph(model: nn.Module, adapter: Adapter, x: Tensor, *, approximate: bool) -> tuple[Any, dict[str, str]]:
     """The ``nir.NIRGraph`` of a model that is called once per timestep, with plain weights.
 
-    ``x`` [1, ...] is one sample. Raises ModelError, naming the module, for what NIR can't express.
+    With it node → what was written in the place of what NIR can't express, where it may be ``approximate``. ``x``
+    [1, ...] is one sample. Raises ModelError, naming the module, for what can't be written.
     """
     import nir
 
-    writer = _Writer(model, adapter, x)
-    return nir.NIRGraph(writer.nodes, writer.edges, {"dt": DT, "fires": writer.fires})
-
-
-class _RefusedError(Exception):
-    """Why a module or an operation can't be expressed."""
+    writer = _Writer(model, adapter, x, approximate)
+    return nir.NIRGraph(writer.nodes, writer.edges, {"dt": DT, "fires": writer.fires}), writer.replaced
 
 
 class _LeafTracer(Tracer):
@@ -75,7 +70,11 @@ class _Run(fx.Interpreter):
 class _Writer:
     """NIR nodes and edges; ``_sources`` are the nodes whose outputs add up to a tensor of the traced graph."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, x: Tensor, approximate: bool) -> None:
+        self._approximate = approximate
+        self.replaced: dict[str, str] = {}
+        self._spiking: set[str] = set()
+        """Nodes that put out 0 or 1."""
         self.nodes: dict[str, Any] = {}
         self.edges: list[tuple[str, str]] = []
         self.fires = "v > v_threshold"
@@ -96,7 +95,7 @@ class _Writer:
         for node in graph.nodes:
             try:
                 self._write(node)
-            except (_RefusedError, ModelError) as error:
+            except (RefusedError, ModelError) as error:
                 raise ModelError(f"{self._place(node)} can't be written as NIR: {error}.") from error
 
     def _write(self, node: fx.Node) -> None:
@@ -107,7 +106,7 @@ class _Writer:
         elif node.op == "output":
             result: Any = node.args[0]
             if not isinstance(result, fx.Node) or result not in self._sources:
-                raise _RefusedError("the model must return one tensor, or a neuron's (spikes, membrane potential)")
+                raise RefusedError("the model must return one tensor, or a neuron's (spikes, membrane potential)")
             self._add(node, "output", nir.Output(np.array(self._shape(result))), self._sources[result])
         elif node.op == "call_module":
             self._write_module(node)
@@ -119,11 +118,12 @@ class _Writer:
         source = self._operand(node)
         if self._adapter.is_neuron(module):
             if name in self.nodes:
-                raise _RefusedError("it is called twice in one timestep; give each use a neuron of its own")
-            dynamics = self._neuron(module, self._shape(node))
-            self._add(node, name, dynamics, self._sources[source])
+                raise RefusedError("it is called twice in one timestep; give each use a neuron of its own")
+            self._add_neuron(node, name, module, source)
         elif isinstance(module, (nn.Identity, _DropoutNd)):
             self._sources[node] = self._sources[source]
+        elif isinstance(module, _MAX_POOLS):
+            self._add_max_pool(node, name, module, source)
         else:
             self._add(node, name, self._layer(module, source, node), self._sources[source])
 
@@ -136,37 +136,37 @@ class _Writer:
             self._sources[node] = self._sum(node)
         elif name == "getitem" and operands and isinstance(self._values[operands[0]], tuple):
             if node.args[1] != 0 and node.users:
-                raise _RefusedError("the membrane potential is used, and NIR's neurons hand on their spikes alone")
+                raise RefusedError("the membrane potential is used, and NIR's neurons hand on their spikes alone")
             self._sources[node] = self._sources[operands[0]]
         elif name in _JOINS:
-            raise _RefusedError("NIR can't concatenate, its edges only add up; use a sum")
-        elif name.startswith(("max_pool", "adaptive_max_pool")):
-            raise _RefusedError(_NO_MAX_POOL)
+            raise RefusedError("NIR can't concatenate, its edges only add up; use a sum")
+        elif name in MAX_FUNCTIONS and len(operands) == 1:
+            self._add_max_pool(node, node.name, MAX_FUNCTIONS[name](*node.args[1:], **node.kwargs), operands[0])
         elif len(operands) != 1:
-            raise _RefusedError(f"NIR has nothing for {name}")
+            raise RefusedError(f"NIR has nothing for {name}")
         elif name in _SAME and torch.equal(value, self._values[operands[0]]):
             self._sources[node] = self._sources[operands[0]]
         elif name in _RESHAPES:
             self._add(node, node.name, self._flatten(operands[0], node), self._sources[operands[0]])
-        elif name in _FUNCTIONS:
-            layer = self._layer(_FUNCTIONS[name](*node.args[1:], **node.kwargs), operands[0], node)
+        elif name in FUNCTIONS:
+            layer = self._layer(FUNCTIONS[name](*node.args[1:], **node.kwargs), operands[0], node)
             self._add(node, node.name, layer, self._sources[operands[0]])
         elif name == "mean" and self._is_global_mean(operands[0], node):
             self._add_global_mean(operands[0], node)
         else:
-            raise _RefusedError(f"NIR has nothing for {name}")
+            raise RefusedError(f"NIR has nothing for {name}")
 
     def _sum(self, node: fx.Node) -> tuple[str, ...]:
         parts: list[Any] = [*node.args, *node.kwargs.values()]
         if len(parts) != 2 or not all(isinstance(p, fx.Node) and p in self._sources for p in parts):
-            raise _RefusedError("NIR adds what two layers put out, not a constant and not with a factor")
+            raise RefusedError("NIR adds what two layers put out, not a constant and not with a factor")
         if self._memory[node] == self._memory[parts[0]] and self._used_elsewhere(parts[0]):
-            raise _RefusedError("it changes in place what is used elsewhere too; write y = x + … instead of x += …")
+            raise RefusedError("it changes in place what is used elsewhere too; write y = x + … instead of x += …")
         if len({self._shape(p) for p in parts}) != 1:
-            raise _RefusedError("NIR adds tensors of one shape, and these must be broadcast")
+            raise RefusedError("NIR adds tensors of one shape, and these must be broadcast")
         result = self._sources[parts[0]] + self._sources[parts[1]]
         if len(set(result)) != len(result):
-            raise _RefusedError(
+            raise RefusedError(
                 "it adds one tensor twice, and NIR has one edge between two nodes; double the weights instead"
             )
         return result
@@ -177,34 +177,32 @@ class _Writer:
         return any(self._memory.get(user) != self._memory[changed] for n in earlier for user in n.users)
 
     def _layer(self, module: nn.Module, source: fx.Node, node: fx.Node) -> Any:
-        for kind, write in _LAYERS.items():
+        for kind, write in LAYERS.items():
             if isinstance(module, kind):
                 layer = write(module, self._shape(source), self._shape(node))
                 plain = kind.forward(cast(Any, module), self._values[source])
                 if not torch.equal(plain, self._values[node]):
-                    raise _RefusedError(f"its class computes something else than {kind.__name__}")
+                    raise RefusedError(f"its class computes something else than {kind.__name__}")
                 return self._checked(layer, source, node)
-        if isinstance(module, _MAX_POOLS):
-            raise _RefusedError(_NO_MAX_POOL)
         if isinstance(module, _BatchNorm):
-            raise _RefusedError(
+            raise RefusedError(
                 "NIR has no batch normalization, and this one doesn't follow a layer it could be folded into"
             )
-        raise _RefusedError(f"NIR has no node for {type(module).__name__}")
+        raise RefusedError(f"NIR has no node for {type(module).__name__}")
 
     def _checked(self, layer: Any, source: fx.Node, node: fx.Node) -> Any:
         """NIR infers shapes again when a file is read."""
         for what, type_, wanted in (("input", layer.input_type, source), ("output", layer.output_type, node)):
             inferred = type_[what]
             if inferred is not None and tuple(inferred) != self._shape(wanted):
-                raise _RefusedError(
+                raise RefusedError(
                     f"NIR infers the {what} shape {list(map(int, inferred))} instead of {list(self._shape(wanted))}, "
                     f"as it takes kernels for square"
                 )
         return layer
 
     def _flatten(self, source: fx.Node, node: fx.Node) -> Any:
-        return _flatten(nn.Flatten(), self._shape(source), self._shape(node))
+        return flatten_node(nn.Flatten(), self._shape(source), self._shape(node))
 
     def _is_global_mean(self, source: fx.Node, node: fx.Node) -> bool:
         x, y = self._values[source], self._values[node]
@@ -218,30 +216,86 @@ class _Writer:
         self._add(node, node.name, pool, self._sources[source])
         if len(self._shape(node)) == 1:
             flat = nir.Flatten({"input": np.array((shape[0], 1, 1))}, 0, -1)
-            self._add(node, f"{node.name}_flatten", flat, self._sources[node])
+            self._add(node, f"{node.name}flatten_node", flat, self._sources[node])
 
-    def _neuron(self, module: nn.Module, shape: tuple[int, ...]) -> Any:
-        import nir
-
-        d = self._adapter.dynamics(module)
-        if d.reset is None:
-            raise _RefusedError(
-                "it resets by subtracting the threshold, and NIR's neurons are set to v_reset. Reset to a value "
-                "(SpikingJelly: v_reset=0.0, snnTorch: reset_mechanism='zero') and fine-tune"
-            )
+    def _add_neuron(self, node: fx.Node, name: str, module: nn.Module, source: fx.Node) -> None:
+        d, shape = self._adapter.dynamics(module), self._shape(node)
         if d.inclusive:
             self.fires = "v >= v_threshold"
-        leak, gain, threshold = (_full(t, shape) for t in (d.leak, d.gain, d.threshold))
-        reset = np.full(shape, d.reset)
-        if not leak.any():
-            return nir.IF(r=gain / DT, v_threshold=threshold, v_reset=reset)
-        if not leak.all():
-            raise _RefusedError(
-                "some of its neurons leak and others don't (a decay of 1), and NIR has either LIF or IF"
+        back, sources = None, self._sources[source]
+        if isinstance(d.recurrent, nn.Module):
+            back, bias = without_bias(LAYERS[type(d.recurrent)](d.recurrent, shape, shape))
+            sources = self._biased(source, name, bias)
+        elif d.recurrent is not None:
+            back = factor(d.recurrent, shape)
+        part = neuron_part(name, d, shape, back, plain=self._approximate)
+        if d.reset is None and self._approximate:
+            self.replaced[name] = "reset to its rest, in the place of a reset by subtraction"
+        for inner, made in part.nodes.items():
+            self._add_node(inner, made, sources if inner == part.entry else ())
+        self.edges += part.edges
+        self._sources[node] = (name,)
+        self._spiking.add(name)
+
+    def _biased(self, source: fx.Node, name: str, bias: NDArray[Any]) -> tuple[str, ...]:
+        """What feeds the neuron, with what its recurrent layer adds without a spike, also in the first timestep.
+
+        It goes to the layer before, where that feeds nothing else, since programs don't run edges back before that.
+        """
+        import nir
+
+        before = self._sources[source]
+        layer = self.nodes[before[0]]
+        direct = source.op == "call_module" and before == (str(source.target),) and len(source.users) == 1
+        if not bias.any():
+            return before
+        if direct and isinstance(layer, nir.Linear):
+            self.nodes[before[0]] = nir.Affine(layer.weight, bias)
+        elif direct and isinstance(layer, (nir.Affine, nir.Conv2d)):
+            layer.bias = layer.bias + bias
+        else:
+            one, shape = np.eye(len(bias)), self._shape(source)
+            kernel = one[..., None, None]
+            flat = len(shape) == 1
+            added = nir.Affine(one, bias) if flat else nir.Conv2d(shape[1:], kernel, 1, 0, 1, 1, bias)
+            self._add_node(f"{name}_bias", added, before)
+            before = (f"{name}_bias",)
+        return before
+
+    def _add_node(self, name: str, layer: Any, sources: tuple[str, ...]) -> None:
+        if name in self.nodes:
+            raise RefusedError(f"a node of its name, {name!r}, is there already")
+        self.nodes[name] = layer
+        self.edges += [(source, name) for source in sources]
+
+    def _add_max_pool(self, node: fx.Node, name: str, module: Any, source: fx.Node) -> None:
+        """Of spikes: whether the sum over a window is more than half a spike."""
+        import nir
+
+        if not isinstance(module, (nn.MaxPool2d, nn.AdaptiveMaxPool2d)):
+            raise RefusedError("NIR pools in two dimensions")
+        before, after = self._shape(source), self._shape(node)
+        if isinstance(module, nn.AdaptiveMaxPool2d):
+            average = adaptive_pool(nn.AdaptiveAvgPool2d(after[1:]), before, after)
+        elif tuple(pair(module.dilation)) != (1, 1):
+            raise RefusedError("NIR's pooling has no dilation")
+        else:
+            windows: list[Any] = [module.kernel_size, module.stride, module.padding]
+            average = avg_pool(nn.AvgPool2d(*windows), before, after)
+        sources = self._sources[source]
+        if self._approximate:
+            self._add(node, name, average, sources)
+            self.replaced[self._sources[node][0]] = "average pooling, in the place of max-pooling"
+        elif len(sources) == 1 and sources[0] in self._spiking:
+            sums = nir.SumPool2d(average.kernel_size, average.stride, average.padding)
+            self._add(node, f"{name}_sum", sums, sources)
+            self._add(node, name, nir.Threshold(np.full(after, 0.5)), self._sources[node])
+            self._spiking.add(self._sources[node][0])
+        else:
+            raise RefusedError(
+                "NIR has no max-pooling but of spikes, and what it pools isn't spikes. Put it behind the neurons, or "
+                "train with nn.AvgPool2d in its place; approximate=True writes averages, and says what they change"
             )
-        return nir.LIF(
-            tau=DT / leak, r=gain / leak, v_leak=np.full(shape, d.rest), v_threshold=threshold, v_reset=reset
-        )
 
     def _add(self, node: fx.Node, name: str, layer: Any, sources: tuple[str, ...]) -> None:
         base, number = name, 1
@@ -255,7 +309,7 @@ class _Writer:
     def _operand(self, node: fx.Node) -> fx.Node:
         operands = [n for n in node.all_input_nodes if n in self._sources]
         if len(operands) != 1 or len(node.all_input_nodes) != 1:
-            raise _RefusedError("it must have one input")
+            raise RefusedError("it must have one input")
         return operands[0]
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -269,107 +323,3 @@ class _Writer:
         stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
         owner = called(self._model, next(reversed(stack.values()))[0] if stack else "")
         return f"{owner}: {operation(node) or node.name}"
-
-
-def _full(value: Tensor, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """A value per neuron, of one that broadcasts against a batch of one sample."""
-    try:
-        result: NDArray[np.float64] = value.double().broadcast_to((1, *shape))[0].contiguous().numpy()
-    except RuntimeError as error:
-        raise _RefusedError(
-            f"a decay or threshold of shape {list(value.shape)} doesn't fit neurons {list(shape)}"
-        ) from error
-    return result
-
-
-def _weight(module: nn.Module) -> Tensor:
-    if (weight := weight_in_use(module)) is None:
-        raise _RefusedError("it computes its weight in forward, and which can't be told")
-    return weight
-
-
-def _linear(module: nn.Linear, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
-    import nir
-
-    if len(source) != 1:
-        raise _RefusedError(
-            f"NIR's linear node takes vectors, and this one gets {list(source)}; put an nn.Flatten before it"
-        )
-    weight = _weight(module).numpy()
-    return nir.Linear(weight) if module.bias is None else nir.Affine(weight, module.bias.numpy())
-
-
-def _conv(module: Any, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
-    import nir
-
-    if module.padding_mode != "zeros":
-        raise _RefusedError(f"NIR pads with zeros, not {module.padding_mode!r}")
-    weight = _ungrouped(_weight(module), module.groups)
-    bias = module.bias if module.bias is not None else weight.new_zeros(len(weight))
-    flat = isinstance(module, nn.Conv1d)
-    kind, shape = (nir.Conv1d, source[1]) if flat else (nir.Conv2d, source[1:])
-    stride, padding, dilation = (
-        value[0] if flat and not isinstance(value, str) else value
-        for value in (module.stride, module.padding, module.dilation)
-    )
-    return kind(shape, weight.numpy(), stride, padding, dilation, 1, bias.numpy())
-
-
-def _ungrouped(weight: Tensor, groups: int) -> Tensor:
-    """The same convolution in one group, the other weights 0: NIR 1.0.8 and its readers take groups for one."""
-    inputs = weight.shape[1]
-    result = weight.new_zeros(len(weight), inputs * groups, *weight.shape[2:])
-    for group, part in enumerate(weight.chunk(groups)):
-        result[group * len(part) : (group + 1) * len(part), group * inputs : (group + 1) * inputs] = part
-    return result
-
-
-def _avg_pool(module: nn.AvgPool2d, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
-    import nir
-
-    kernel, stride, padding = (_pair(v) for v in (module.kernel_size, module.stride, module.padding))
-    size = (np.array(source[1:]) + 2 * padding - kernel) // stride + 1
-    if tuple(size) != result[1:]:
-        raise _RefusedError("NIR's pooling leaves incomplete windows out; set ceil_mode=False")
-    if padding.any() and not module.count_include_pad:
-        raise _RefusedError("NIR's average counts the padding; set count_include_pad=True")
-    if module.divisor_override not in (None, 1):
-        raise _RefusedError("NIR's average divides by the size of the window; leave divisor_override out")
-    return (nir.AvgPool2d if module.divisor_override is None else nir.SumPool2d)(kernel, stride, padding)
-
-
-def _adaptive_pool(module: nn.AdaptiveAvgPool2d, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
-    import nir
-
-    before, after = np.array(source[1:]), np.array(result[1:])
-    if (before % after).any():
-        raise _RefusedError(
-            f"its windows differ in size, as {after.tolist()} doesn't divide {before.tolist()}; use nn.AvgPool2d"
-        )
-    return nir.AvgPool2d(before // after, before // after, np.array((0, 0)))
-
-
-def _flatten(module: nn.Flatten, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
-    import nir
-
-    if result != (int(np.prod(source)),):
-        raise _RefusedError(f"NIR flattens a sample whole, and this turns {list(source)} into {list(result)}")
-    return nir.Flatten({"input": np.array(source)}, 0, -1)
-
-
-def _pair(value: Any) -> NDArray[np.int64]:
-    return np.broadcast_to(np.array(value, dtype=np.int64), 2).copy()
-
-
-_LAYERS: dict[type[Any], Callable[..., Any]] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: _adaptive_pool,
-    nn.Flatten: _flatten,
-}
-_FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
-    "avg_pool2d": nn.AvgPool2d,
-    "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
-}

@@ -260,7 +260,7 @@ _MEANINGS: dict[str, str] = {
     "dense_accuracy": "accuracy of the original on what was held out",
 }
 _ELSEWHERE = {"snncompress", "torch", "framework", "before", "trials"}
-_KINDS = {"criterion": "criterion", "quantizer": "quantizer", "scheduler": "scheduler"}
+_KINDS = {name: name for name in ("criterion", "quantizer", "scheduler", "target")}
 
 
 def _settings(origin: Mapping[str, Any]) -> list[tuple[str, str, str]]:

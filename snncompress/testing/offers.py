@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import Literal
 
@@ -206,16 +207,34 @@ def _follows(trial: Trial, neuron: nn.Module, d: Dynamics, like: Tensor, *, memb
     start = 0.0 if d.reset is None else d.reset
     v = torch.full_like(currents[0], start)
     near = max(_NEAR, 64 * torch.finfo(like.dtype).eps)
+    current, last = torch.zeros_like(currents[0]), torch.zeros_like(currents[0])
     for x, fired, seen in zip(currents, spikes, potentials, strict=True):
-        v = v + leak * (d.rest - v) + gain * x
+        current = x + _handed_on(d.recurrent, last) + (0.0 if d.synapse is None else d.synapse.to(x) * current)
+        v = v + leak * (d.rest - v) + gain * current
+        if d.reset is None and d.late:
+            v = v - threshold * (last != 0)
         predicted = v >= threshold if d.inclusive else v > threshold
         doubtful = (v - threshold).abs() <= near
         if bool(((predicted.to(fired) != fired) & ~doubtful).any()):
             return False
         if membrane and not torch.allclose(seen, v, rtol=near, atol=near):
             return False
-        v = torch.where(fired != 0, v - threshold if d.reset is None else torch.full_like(v, d.reset), v)
+        last = fired
+        if d.reset is not None:
+            v = torch.where(fired != 0, torch.full_like(v, d.reset), v)
+        elif not d.late:
+            v = torch.where(fired != 0, v - threshold, v)
     return True
+
+
+def _handed_on(recurrent: nn.Module | Tensor | None, spikes: Tensor) -> Tensor | float:
+    if recurrent is None:
+        return 0.0
+    if isinstance(recurrent, Tensor):
+        return recurrent.detach().to(spikes) * spikes
+    with torch.no_grad():
+        made: Tensor = copy.deepcopy(recurrent).to(spikes)(spikes)
+    return made
 
 
 def _driven(trial: Trial, neuron: nn.Module, d: Dynamics, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

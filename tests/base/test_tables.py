@@ -17,6 +17,7 @@ from snncompress import (
     Candidate,
     Comparison,
     Conventions,
+    Fit,
     GradientFlow,
     GridUse,
     LayerProfile,
@@ -34,6 +35,8 @@ from snncompress import (
     WeightRange,
 )
 from snncompress.base.tables import Column, Shown, Table, percent
+from snncompress.interfaces import Limit
+from snncompress.measuring.fits import Row
 from snncompress.model.edits.slices import Slice
 
 
@@ -82,6 +85,7 @@ def results() -> Iterator[Shown]:
     grid = GridUse("uniform", 2, 0.5, 0.625, torch.arange(4.0), torch.tensor([0, 2, 2, 0]))
     yield Utilization({"fc": (grid,)}, {"fc": WeightRange(0.5, (-0.5, 0.5), torch.arange(3.0), torch.ones(2))})
     yield snncompress.frozen_layers(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
+    yield Fit("chip", (Row("conv", Limit.most("channels", 1500, 1024)),), {}, steps=("cut it",), notes=("a < b",))
     yield snncompress.criteria()
     yield snncompress.plugins()
 

@@ -15,8 +15,8 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import OptionError
-from tests.export.test_export_nir import simulate
+from snncompress import ModelError, OptionError
+from tests.export.nir_graphs import simulate
 
 EVENTS = torch.rand(6, 5, 2, 16, 16, generator=torch.Generator().manual_seed(0)).round()
 
@@ -116,3 +116,11 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
         written(net(), tmp_path / "net.nir")
     with pytest.raises(OptionError, match="target= writes NIR graphs"):
         snncompress.export(net(), tmp_path / "net.onnx", data=EVENTS, target="speck")
+
+
+def test_chips_get_no_loops(tmp_path: Path) -> None:
+    soft = nn.Sequential(layer.Linear(6, 4, bias=False), neuron.IFNode(v_reset=None)).eval()
+    x = torch.rand(5, 6).round()
+    with pytest.raises(ModelError, match=r"1_membrane takes several NIR nodes, I among them.*approximate=True"):
+        snncompress.export(soft, tmp_path / "soft.nir", data=x, timesteps=2, target=FPGA())
+    assert not (tmp_path / "soft.nir").exists()

@@ -1,4 +1,4 @@
-"""NIR files, read back and run by a few lines of numpy, against the networks that they were written from."""
+"""NIR files, read back and run, against the networks that they were written from."""
 
 from __future__ import annotations
 
@@ -26,89 +26,10 @@ from snncompress.export.exporting import export
 from snncompress.extend import Adapter
 from snncompress.model.network import weight_layers
 from snncompress.model.parametrizations import stored_weight
-from tests.equivalence import PAPER, same, snapshot
+from tests.equivalence import PAPER
 from tests.export.common import needs_onnx_export
-from tests.networks import Case, firing_rates, liven
-
-T = 10
-Values = dict[str, np.ndarray[Any, Any]]
-
-
-def simulate(graph: Any, xs: Tensor, name: str) -> np.ndarray[Any, Any]:
-    """What a node puts out at each step, [T, N, ...]: NIR's equations in Euler steps, in float64."""
-    dt = float(graph.metadata["dt"])
-    membranes: Values = {}
-    result = []
-    for x in xs.double().numpy():
-        values: Values = {"input": x}
-        waiting = [n for n in graph.nodes if n != "input"]
-        while waiting:
-            ready = next(n for n in waiting if all(a in values for a, b in graph.edges if b == n))
-            waiting.remove(ready)
-            total = sum(values[a] for a, b in graph.edges if b == ready)
-            values[ready] = node_step(graph.nodes[ready], ready, total, membranes, dt)
-        result.append(values[name])
-    return np.stack(result)
-
-
-def node_step(node: Any, name: str, x: Any, membranes: Values, dt: float) -> Any:
-    tensor = torch.from_numpy(x)
-    match node:
-        case nir.Output():
-            return x
-        case nir.Affine():
-            return x @ node.weight.T.astype(float) + node.bias
-        case nir.Linear():
-            return x @ node.weight.T.astype(float)
-        case nir.Conv1d() | nir.Conv2d():
-            weight, bias = torch.from_numpy(node.weight).double(), torch.from_numpy(node.bias).double()
-            stride, padding, dilation = (np.array(v).tolist() for v in (node.stride, node.padding, node.dilation))
-            conv = F.conv1d if isinstance(node, nir.Conv1d) else F.conv2d
-            return conv(tensor, weight, bias, stride, padding, dilation, int(node.groups)).numpy()
-        case nir.AvgPool2d() | nir.SumPool2d():
-            kernel, stride, padding = (tuple(v.tolist()) for v in (node.kernel_size, node.stride, node.padding))
-            mean = F.avg_pool2d(tensor, kernel, stride, padding).numpy()
-            return mean if isinstance(node, nir.AvgPool2d) else mean * np.prod(kernel)
-        case nir.Flatten():
-            return tensor.flatten(node.start_dim + 1).numpy()
-        case nir.IF() | nir.LIF():
-            v = membranes.get(name, np.broadcast_to(node.v_reset, x.shape))
-            v = v + dt * (node.r * x if isinstance(node, nir.IF) else (node.v_leak - v + node.r * x) / node.tau)
-            spikes = v > node.v_threshold
-            membranes[name] = np.where(spikes, node.v_reset, v)
-            return spikes.astype(float)
-    raise AssertionError(node)
-
-
-def spikes(case: Case) -> dict[str, np.ndarray[Any, Any]]:
-    """Every neuron's spikes in the model itself, [T, N, ...]."""
-    found: dict[str, list[Tensor]] = {}
-    adapter = find_adapter(case.model)
-
-    def listen(name: str) -> Callable[[Tensor, Tensor | None], None]:
-        return lambda s, _: found.setdefault(name, []).append(s.clone())
-
-    stops = [adapter.observe(n, listen(name), membrane=False) for name, n in adapter.neurons(case.model).items()]
-    with torch.no_grad():
-        case.feed(case.model, case.feed.first())
-    for stop in stops:
-        stop()
-    adapter.reset(case.model)
-    return {name: torch.cat(steps).numpy() for name, steps in found.items()}
-
-
-def agree(case: Case, path: Path) -> Any:
-    """Export, read back, run: every neuron's spikes must be the model's."""
-    rates = firing_rates(case)
-    assert all(0.01 < rate < 1 for rate in rates.values()), rates
-    before = snapshot(case.model)
-    export(case.model, path, data=case.x, timesteps=T)
-    assert same(before, snapshot(case.model))
-    graph = nir.read(path)
-    xs = case.x.expand(T, *case.x.shape)
-    for name, expected in spikes(case).items():
-        np.testing.assert_array_equal(simulate(graph, xs, name), expected, err_msg=name)
-    return graph
+from tests.export.nir_graphs import T, agree, alive, spikes
+from tests.networks import Case, liven
 
 
 def spikingjelly_network(multi_step: bool) -> nn.Module:
@@ -144,10 +65,6 @@ NETWORKS = pytest.mark.parametrize(
     [lambda: spikingjelly_network(True), lambda: spikingjelly_network(False), snntorch_network],
     ids=["spikingjelly multi-step", "spikingjelly", "snntorch"],
 )
-
-
-def alive(net: nn.Module, channels: int = 2) -> Case:
-    return liven(Case(net, 2 * torch.rand(4, channels, 8, 8), T))
 
 
 @NETWORKS
@@ -281,7 +198,8 @@ def test_snntorch_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        (nn.MaxPool2d(2), r"1 \(MaxPool2d\) can't be written as NIR: NIR has no max-pooling; .*nn.AvgPool2d"),
+        (nn.MaxPool2d(2, dilation=2), r"1 \(MaxPool2d\) can't be written as NIR: NIR's pooling has no dilation"),
+        (nn.MaxPool2d(3, ceil_mode=True), r"leaves incomplete windows out"),
         (nn.AvgPool2d(3, ceil_mode=True), r"leaves incomplete windows out; set ceil_mode=False"),
         (nn.AvgPool2d(2, padding=1, count_include_pad=False), r"set count_include_pad=True"),
         (nn.AvgPool2d(2, divisor_override=3), r"leave divisor_override out"),
@@ -326,7 +244,7 @@ class Apply(nn.Module):
     ("function", "why"),
     [
         (lambda m, x: torch.cat([m.fire(x), x], 1), r"Apply: cat can't be written as NIR: .*its edges only add up"),
-        (lambda m, x: m.fire(F.max_pool1d(x, 2)), r"Apply: max_pool1d .*NIR has no max-pooling"),
+        (lambda m, x: m.fire(F.max_pool1d(x, 2)), r"Apply: max_pool1d .*NIR pools in two dimensions"),
         (lambda m, x: m.fire(x) * 2, r"Apply: mul can't be written as NIR: NIR has nothing for mul"),
         (lambda m, x: m.fire(x) * x, r"NIR has nothing for mul"),
         (lambda m, x: m.fire(x) + x.chunk(2, 1)[0].sum(), r"NIR has nothing for getitem"),
@@ -359,11 +277,17 @@ class OwnIF(neuron.IFNode):
 @pytest.mark.parametrize(
     ("fire", "why"),
     [
-        (neuron.LIFNode(v_reset=None), r"1 \(LIFNode\) .*subtracting the threshold.*Reset to a value .*and fine-tune"),
-        (snn.Leaky(0.5, init_hidden=True), r"1 \(Leaky\) .*subtracting the threshold.*reset_mechanism='zero'"),
+        (
+            snn.Leaky(0.5, init_hidden=True, reset_delay=False),
+            r"1 \(Leaky\) .*Use reset_delay=True",
+        ),
+        (
+            snn.Synaptic(0.5, 0.5, init_hidden=True, reset_mechanism="zero"),
+            r"1 \(Synaptic\) .*also forgets the input of the step after the spike. Use reset_mechanism='subtract'",
+        ),
         (neuron.QIFNode(), r"1 \(QIFNode\) .*IFNode, LIFNode and ParametricLIFNode are known by equation"),
         (OwnIF(), r"1 \(OwnIF\) .*are known by equation"),
-        (snn.Synaptic(0.5, 0.5, init_hidden=True), r"1 \(Synaptic\) .*only Leaky is known by equation"),
+        (snn.Alpha(0.6, 0.5, init_hidden=True), r"1 \(Alpha\) .*Synaptic and RSynaptic are known by equation"),
         (snn.Leaky(0.5, init_hidden=True, reset_mechanism="none"), r"reset_mechanism='none' isn't part of the leaky"),
         (leaky(graded_spikes_factor=2.0), r"graded_spikes_factor isn't part"),
         (leaky(reset_delay=False, threshold=-0.5), r"a negative threshold isn't part"),
