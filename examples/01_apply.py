@@ -1,12 +1,13 @@
 """Compress a spiking network in one call: prune its channels, quantize its weights, fine-tune, measure.
 
-    python examples/01_apply.py [--framework spikingjelly|snntorch]
+    python examples/01_apply.py [--framework spikingjelly|snntorch] [--output demo]
 
-The data are real scans of handwritten digits, 8x8 pixels, that come with scikit-learn.
+It ends with a table, a picture of energy and size layer by layer, and a report to open in a browser. The data are real scans of handwritten digits, 8x8 pixels, that come with scikit-learn.
 """
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -85,7 +86,9 @@ FRAMEWORKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--framework", choices=FRAMEWORKS, default="spikingjelly")
-    network, accuracy = FRAMEWORKS[parser.parse_args().framework]
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the picture and the report")
+    options = parser.parse_args()
+    network, accuracy = FRAMEWORKS[options.framework]
     torch.set_num_threads(1)  # networks this small train fastest in one thread
     torch.manual_seed(0)
 
@@ -128,6 +131,13 @@ def main() -> None:
         cells = [f"{form.format(value / unit)} (× {share:.2f})" for value, share in values]
         table.add_row(label, form.format(first / unit), *cells)
     Console().print(table)
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    picture = options.output / "layers.png"
+    after[1].plot(before=before).savefig(picture, dpi=120)
+    named = dict(zip(("before", "straight after", "fine-tuned"), nets, strict=True))
+    page = snncompress.report(named, (x_test, y_test), path=options.output / "report.html", timesteps=T)
+    print(f"picture: {picture.resolve()}\nreport:  {page.resolve()}")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def written(found: Measured, path: str | os.PathLike[str], title: str | None = N
     networks, comparison = found.networks, found.comparison
     sections: dict[str, Sequence[Part]] = {
         "Before and after": list(_gains(found)),
-        "What was done, and why": [part for name, network in networks.items() for part in _done(name, network)],
+        "What was done, and why": list(_done(networks)),
         "Layer by layer": list(_layers(networks, comparison)),
         "How it was counted": list(_counted(networks)),
         "How to load it": list(_loading(networks)),
@@ -217,8 +217,18 @@ def _points(accuracy: float | None, reference: float | None) -> str | None:
     return f"{100 * (accuracy - reference):+.1f} points".replace("-", "−")
 
 
-def _done(name: str, network: _Network) -> Iterator[Part]:
-    yield Heading(name)
+def _done(networks: Mapping[str, _Network]) -> Iterator[Part]:
+    told: dict[Plan | None, str] = {}
+    for name, network in networks.items():
+        yield Heading(name)
+        if network.plan in told and network.plan is not None:
+            yield f"It has the plan of {told[network.plan]}; only its weights may differ."
+        else:
+            yield from _plan(name, network)
+        told.setdefault(network.plan, name)
+
+
+def _plan(name: str, network: _Network) -> Iterator[Part]:
     plan = network.plan
     if plan is None:
         yield f"{network.kind.__name__} as it was handed in: it holds no plan, so nothing was done to it here."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -123,6 +124,14 @@ def test_it_says_what_the_plan_says(shown: tuple[Page, str, dict[str, nn.Module]
     assert [row[1:] for row in page.cells if row[0] == "2" and "→" in row[-1]] == [["", "32 → 4"]]
     assert plan.skipped
     assert all([layer, why] in page.cells for layer, why in plan.skipped.items())
+
+
+def test_one_plan_is_told_once(shown: tuple[Page, str, dict[str, nn.Module]], tmp_path: Path) -> None:
+    _, _, models = shown
+    twice = {"a": models[ODD], "b": copy.deepcopy(models[ODD])}
+    page = Page(snncompress.report(twice, torch.eye(2), path=tmp_path / "r.html", timesteps=1).read_text())
+    assert sum(row[:1] == ["criterion"] for row in page.cells) == 1
+    assert any("plan of a;" in text for text in page.text)
 
 
 def test_without_labels_or_plan_it_says_less(tmp_path: Path) -> None:
