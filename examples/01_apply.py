@@ -2,7 +2,8 @@
 
     python examples/01_apply.py [--framework spikingjelly|snntorch] [--output demo]
 
-It ends with a table, a picture of energy and size layer by layer, and a report to open in a browser. The data are real scans of handwritten digits, 8x8 pixels, that come with scikit-learn.
+It ends with a table, a picture of energy and size layer by layer, and a report to open in a browser. The data are real
+scans of handwritten digits, 8x8 pixels, that come with scikit-learn.
 """
 
 import argparse
