@@ -276,8 +276,11 @@ _KINDS = {name: name for name in ("criterion", "quantizer", "scheduler", "target
 def _settings(origin: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What was asked for, what that is, and what it says; settings that ask for nothing are left out."""
     rows = []
+    moot = {"quantizer", "order", "rounding"} if origin.get("bits") is None else set()
+    if origin.get("criterion") is None:
+        moot |= {"ratio", "scheduler", "order"}
     for key, value in origin.items():
-        if key in _ELSEWHERE or value is None:
+        if key in _ELSEWHERE | moot or value is None:
             continue
         meaning = _summary(_KINDS[key], value) if key in _KINDS else _MEANINGS.get(key, "")
         rows.append((key, _worded(value), meaning))

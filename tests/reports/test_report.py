@@ -126,12 +126,13 @@ def test_it_says_what_the_plan_says(shown: tuple[Page, str, dict[str, nn.Module]
     assert all([layer, why] in page.cells for layer, why in plan.skipped.items())
 
 
-def test_one_plan_is_told_once(shown: tuple[Page, str, dict[str, nn.Module]], tmp_path: Path) -> None:
-    _, _, models = shown
-    twice = {"a": models[ODD], "b": copy.deepcopy(models[ODD])}
+def test_one_plan_is_told_once_and_what_was_not_done_is_not(tmp_path: Path) -> None:
+    pruned = snncompress.apply(Net(), "magnitude", ratio=0.5, bits=None, data=torch.eye(2), timesteps=2)
+    twice = {"a": pruned, "b": copy.deepcopy(pruned)}
     page = Page(snncompress.report(twice, torch.eye(2), path=tmp_path / "r.html", timesteps=1).read_text())
     assert sum(row[:1] == ["criterion"] for row in page.cells) == 1
     assert any("plan of a;" in text for text in page.text)
+    assert [row for row in page.cells if row[0] in ("quantizer", "order", "rounding")] == []
 
 
 def test_without_labels_or_plan_it_says_less(tmp_path: Path) -> None:
