@@ -38,6 +38,7 @@ from snncompress.base.tables import Column, Shown, Table, percent
 from snncompress.interfaces import Limit
 from snncompress.measuring.fits import Row
 from snncompress.model.edits.slices import Slice
+from snncompress.studies.search.result import Search, Trial
 
 
 class Reader(HTMLParser):
@@ -85,6 +86,7 @@ def results() -> Iterator[Shown]:
     grid = GridUse("uniform", 2, 0.5, 0.625, torch.arange(4.0), torch.tensor([0, 2, 2, 0]))
     yield Utilization({"fc": (grid,)}, {"fc": WeightRange(0.5, (-0.5, 0.5), torch.arange(3.0), torch.ones(2))})
     yield snncompress.frozen_layers(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
+    yield Search((Trial(0, "complete", (0.9, 200.0), {"bits": 4}),), ("accuracy", "energy"), (True, False))
     yield Fit("chip", (Row("conv", Limit.most("channels", 1500, 1024)),), {}, steps=("cut it",), notes=("a < b",))
     yield snncompress.criteria()
     yield snncompress.plugins()
