@@ -76,6 +76,7 @@ def freeze(
         OptionError: another value of ``integer``.
 
     Example:
+        >>> import torch
         >>> from spikingjelly.activation_based import layer, neuron
         >>> net = nn.Sequential(layer.Conv2d(1, 2, 3), layer.BatchNorm2d(2), neuron.IFNode())
         >>> frozen = freeze(net, torch.rand(1, 1, 5, 5), timesteps=2)
