@@ -34,6 +34,7 @@ from .interfaces import (
     Stage,
     StandIn,
     Target,
+    StateGrid,
 )
 from .model.modules import patched, remove_along, stacked, without
 from .model.network import remove_from_layer
@@ -69,6 +70,7 @@ __all__ = [
     "Stage",
     "StandIn",
     "Target",
+    "StateGrid",
     "all_steps",
     "first_step",
     "hookimpl",

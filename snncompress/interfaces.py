@@ -682,6 +682,33 @@ class Dynamics:
     recurrent: nn.Module | Tensor | None = None
 
 
+class StateGrid(Protocol):
+    """Fixed-point arithmetic for a neuron that an adapter makes ``step_on`` it: all that it holds are multiples of δ.
+
+    A neuron's step is then ``v = charge(v, x, leak(l), gain)``, ``s = fire(v, θ, surrogate)``, and where s = 1 it is
+    reset to ``reset_value(r)``, or ``s * threshold(θ)`` is subtracted. Potentials are what a grid says they are, floats
+    or whole numbers of δ: an adapter computes with nothing but products with spikes, sums and differences.
+    """
+
+    def leak(self, leak: Tensor | float) -> Any:
+        """The leak that is taken for this one."""
+
+    def threshold(self, threshold: Tensor | float) -> Tensor:
+        """The threshold on the grid."""
+
+    def reset_value(self, value: float) -> Tensor:
+        """On the grid, what a potential is reset to."""
+
+    def charge(self, v: Any, x: Tensor, leak: Any, gain: Any, rest: float = 0.0, less: Any = None) -> Tensor:
+        """v + leak · (rest - v) + gain · x - less, on the grid and within its range; ``less`` is on the grid.
+
+        ``leak`` comes from :meth:`leak`. A first ``v`` may be a number.
+        """
+
+    def fire(self, v: Tensor, threshold: Tensor | float, surrogate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The spikes, ``surrogate(v - threshold)`` with the threshold on the grid."""
+
+
 class Emission(Protocol):
     """The spikes of consecutive timesteps, which a fast neuron fills in, in what form the network wants them."""
 
@@ -721,6 +748,7 @@ class Adapter(ABC):
             "states": ("states", "set_states"),
             "equations": ("dynamics",),
             "inference": ("make_fast",),
+            "fixed point": ("step_on",),
         }
     )
     """Groups of methods that an adapter may leave as they are."""
@@ -818,6 +846,14 @@ class Adapter(ABC):
         """
         return ""
 
+    def state_bits(self, neuron: nn.Module) -> int | None:
+        """How many bits a membrane potential has that a neuron keeps in fixed point; None for floats.
+
+        By default those of the grid that it was made to ``step_on``. An adapter whose framework rounds states itself
+        tells those, too; such a neuron keeps them.
+        """
+        return getattr(getattr(neuron, "state_grid", None), "bits", None)
+
     def leak(self, neuron: nn.Module) -> Tensor:
         """The share of the membrane potential that is lost in a timestep, [] or per channel, for ``repair``.
 
@@ -899,3 +935,14 @@ class Adapter(ABC):
         first. Raises ModelError, with the reason, for a neuron that it can't be done for.
         """
         raise ModelError(f"the adapter of {self.framework} has no fast neurons")
+
+    # --- optional, "fixed point": state_bits of snncompress.apply ---
+
+    def step_on(self, neuron: nn.Module, grid: StateGrid) -> None:
+        """Let a neuron do its steps by ``grid``, in either step mode, trained or not; another call takes its place.
+
+        ``neuron.state_grid`` is that grid from then on, and ``dynamics`` are those that it makes of the neuron's.
+        ``make_fast`` refuses it then, and after ``make_traceable`` it still computes on the grid. Raises ModelError,
+        with the reason, for a neuron that it can't be done for, which then stays as it was.
+        """
+        raise ModelError(f"the adapter of {self.framework} has no fixed-point neurons")

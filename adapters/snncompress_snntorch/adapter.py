@@ -19,6 +19,7 @@ from snncompress.extend import (
     ModelError,
     Observer,
     StandIn,
+    StateGrid,
     all_steps,
     first_step,
     patched,
@@ -158,7 +159,8 @@ class SNNTorchAdapter(Adapter):
                 raise ModelError(
                     f"{type(neuron).__name__} needs all timesteps at once, so it can't be exported as one."
                 )
-            vars(neuron).pop("forward", None)  # a fast one
+            if not hasattr(neuron, "state_grid"):
+                vars(neuron).pop("forward", None)  # a fast one
             neuron.spike_grad = _above_zero
             vars(neuron)["reset_mechanism_val"] = int(neuron._buffers.pop("reset_mechanism_val"))
 
@@ -205,15 +207,16 @@ class SNNTorchAdapter(Adapter):
         if kind not in ("Leaky", "RLeaky", "Synaptic", "RSynaptic"):
             raise ModelError("of snnTorch's neurons Leaky, RLeaky, Synaptic and RSynaptic are known by equation")
         unlike = {
-            "inhibition=True": node.inhibition,
-            "state_quant": node.state_quant,
-            "graded_spikes_factor": bool((node.graded_spikes_factor != 1).any()),
+            **_unlike(node),
             "reset_mechanism='none'": node.reset_mechanism == "none",
             "a negative threshold": not node.reset_delay and bool((node.threshold < 0).any()),
         }
         if odd := [what for what, found in unlike.items() if found]:
             raise ModelError(f"{odd[0]} isn't part of the leaky neuron's equation")
-        leak = 1 - node.beta.detach().double().clamp(0, 1)
+        grid: StateGrid | None = getattr(node, "state_grid", None)
+        leak, threshold = 1 - node.beta.detach().double().clamp(0, 1), node.threshold.detach().double()
+        if grid is not None:
+            leak, threshold = grid.leak(leak), grid.threshold(threshold).double()
         reset = None if node.reset_mechanism == "subtract" else 0.0
         if reset is None and not node.reset_delay:
             raise ModelError(
@@ -225,7 +228,6 @@ class SNNTorchAdapter(Adapter):
                 "when it is reset to zero it also forgets the input of the step after the spike. Use "
                 "reset_mechanism='subtract', snnTorch's default, or reset_delay=False, and fine-tune"
             )
-        threshold = node.threshold.detach().double()
         alpha = node.alpha.detach().double().clamp(0, 1) if hasattr(node, "alpha") else None
         recurrent = getattr(node, "recurrent", None)
         if recurrent is not None and not isinstance(recurrent, (nn.Linear, nn.Conv2d)):  # one-to-one
@@ -241,16 +243,15 @@ class SNNTorchAdapter(Adapter):
     def make_fast(self, neuron: nn.Module, emitted: Callable[[Tensor], Emission]) -> None:
         """Leaky and Lapicque, with all three resets; with ``reset_delay``, or reset to zero."""
         node: Any = neuron
-        kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
-        if kind not in ("Leaky", "Lapicque"):
+        kind = _kind(node)
+        if not kind:
             raise ModelError("of snnTorch's neurons Leaky and Lapicque have a fast form")
         after = not getattr(node, "reset_delay", True)
         unlike = {
-            "inhibition=True": node.inhibition,
-            "state_quant": node.state_quant,
-            "graded_spikes_factor": bool((node.graded_spikes_factor != 1).any()),
+            **_unlike(node),
             "a threshold below 0": bool((node.threshold < 0).any()),
-            "reset_delay=False with reset_mechanism='subtract'": after and node.reset_mechanism == "subtract",
+            _TWICE: after and node.reset_mechanism == "subtract",
+            "fixed-point states": hasattr(node, "state_grid"),
         }
         if odd := [what for what, found in unlike.items() if found]:
             raise ModelError(f"a neuron with {odd[0]} has no fast form")
@@ -265,6 +266,26 @@ class SNNTorchAdapter(Adapter):
         wipes = kind == "Lapicque"
         step = _Step(_plain(decay), _plain(gain), _plain(node.threshold.detach()), node.reset_mechanism, after, wipes)
         vars(node)["forward"] = partial(_fast, node, emitted, step)
+
+    def state_bits(self, neuron: nn.Module) -> int | None:
+        """Also of ``state_quant``: as many as its levels need."""
+        cells = getattr(getattr(neuron, "state_quant", None), "__closure__", None) or ()
+        for levels in (cell.cell_contents for cell in cells):
+            if isinstance(levels, Tensor) and levels.dim() == 1 and len(levels) > 1:
+                return (len(levels) - 1).bit_length()
+        return super().state_bits(neuron)
+
+    def step_on(self, neuron: nn.Module, grid: StateGrid) -> None:
+        """Leaky and Lapicque, with all three resets; with ``reset_delay``, or reset to zero."""
+        node: Any = neuron
+        if not _kind(node):
+            raise ModelError("of snnTorch's neurons Leaky and Lapicque have a fixed-point form")
+        after = not getattr(node, "reset_delay", True)
+        unlike = {**_unlike(node), _TWICE: after and node.reset_mechanism == "subtract"}
+        if odd := [what for what, found in unlike.items() if found]:
+            raise ModelError(f"a neuron with {odd[0]} has no fixed-point form")
+        node.state_grid = grid
+        vars(node)["forward"] = partial(_in_fixed_point, node)
 
     @contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
@@ -359,6 +380,49 @@ def _fast(
         mem = step(mem if mem.shape == current.shape else torch.zeros_like(current), current, fired)
     node.mem = mem
     spikes = emission.spikes[0]
+    return spikes if node.init_hidden and not node.output else (spikes, mem)
+
+
+_TWICE = "reset_delay=False with reset_mechanism='subtract'"
+
+
+def _kind(node: nn.Module) -> str:
+    """Leaky or Lapicque, themselves; else empty."""
+    kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
+    return kind if kind in ("Leaky", "Lapicque") else ""
+
+
+def _unlike(node: Any) -> dict[str, bool]:
+    """What may make a neuron another than its equation says, and whether it does."""
+    return {
+        "inhibition=True": bool(node.inhibition),
+        "state_quant": bool(node.state_quant),
+        "graded_spikes_factor": bool((node.graded_spikes_factor != 1).any()),
+    }
+
+
+def _in_fixed_point(node: Any, input_: Tensor, mem: Tensor | None = None) -> Any:
+    """A neuron's call, its potentials on its grid."""
+    grid: StateGrid = node.state_grid
+    if node.init_hidden and mem is not None:
+        raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+    lapicque, reset = _kind(node) == "Lapicque", node.reset_mechanism
+    leak = node.time_step / (node.R * node.C) if lapicque else 1 - node.beta.clamp(0, 1)
+    gain = node.R * leak if lapicque else 1.0
+    mem = node.mem if mem is None else mem
+    mem = mem if mem.shape == input_.shape else torch.zeros_like(input_)
+    theta = node.threshold
+    fired = grid.fire(mem, theta, lambda x: node.spike_grad(x).detach())
+    if reset == "zero" and not lapicque:
+        mem = mem - fired * mem
+    less = fired * grid.threshold(theta) if reset == "subtract" else None
+    mem = grid.charge(mem, input_, grid.leak(leak), gain, less=less)
+    if reset == "zero" and lapicque:
+        mem = mem - fired * mem
+    spikes = grid.fire(mem, theta, lambda x: node.fire(x + theta))
+    if reset == "zero" and not getattr(node, "reset_delay", True):
+        mem = mem - spikes * mem
+    node.mem = mem
     return spikes if node.init_hidden and not node.output else (spikes, mem)
 
 

@@ -18,6 +18,7 @@ from snncompress.extend import (
     ModelError,
     Observer,
     StandIn,
+    StateGrid,
     all_steps,
     first_step,
     patched,
@@ -182,7 +183,8 @@ class SpikingJellyAdapter(Adapter):
         """Ũ - θ ≥ 0, as the surrogate functions have it."""
         neuron: Any
         for neuron in self.neurons(model).values():
-            vars(neuron).pop("forward", None)  # a fast one
+            if not hasattr(neuron, "state_grid"):
+                vars(neuron).pop("forward", None)  # a fast one
             neuron.surrogate_function = _AtLeastZero()
             neuron.store_v_seq = False
 
@@ -217,25 +219,62 @@ class SpikingJellyAdapter(Adapter):
     def dynamics(self, neuron: nn.Module) -> Dynamics:
         """IFNode, LIFNode and ParametricLIFNode: v + (v_reset - v)/τ + x, or x/τ with ``decay_input``."""
         node: Any = neuron
-        kind = type(node).__name__ if _lives_in(type(node), "neuron") else ""
-        if kind == "IFNode":
-            leak, gain = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-        elif kind in ("LIFNode", "ParametricLIFNode"):
-            plif = kind == "ParametricLIFNode"
-            leak = node.w.detach().double().sigmoid() if plif else torch.tensor(1 / node.tau, dtype=torch.float64)
-            gain = leak if node.decay_input else torch.ones_like(leak)
-        else:
-            raise ModelError("of SpikingJelly's neurons IFNode, LIFNode and ParametricLIFNode are known by equation")
+        grid: StateGrid | None = getattr(node, "state_grid", None)
+        leak = _leak(node, torch.float64).detach()
         threshold = torch.as_tensor(node.v_threshold, dtype=torch.float64)
+        if grid is not None:
+            leak, threshold = grid.leak(leak), grid.threshold(threshold).double()
+        gain = leak if getattr(node, "decay_input", False) else torch.ones_like(leak)
         return Dynamics(leak, gain, threshold, node.v_reset or 0.0, node.v_reset, inclusive=True)
 
     def make_fast(self, neuron: nn.Module, emitted: Callable[[Tensor], Emission]) -> None:
         """IFNode, LIFNode and ParametricLIFNode with their step in as few passes over memory as torch allows."""
         d, node = self.dynamics(neuron), cast(Any, neuron)
-        if node.store_v_seq or node._neuron_precision is not None:
-            raise ModelError("it stores its potentials, or computes in a precision of its own")
+        _check_plain(node)
+        if hasattr(node, "state_grid"):
+            raise ModelError("it computes in fixed point")
         leak, gain, threshold = float(d.leak), float(d.gain), float(d.threshold)
         vars(node)["forward"] = partial(_fast, node, emitted, _Step(leak, gain, leak * d.rest, threshold, d.reset))
+
+    def step_on(self, neuron: nn.Module, grid: StateGrid) -> None:
+        """IFNode, LIFNode and ParametricLIFNode."""
+        node: Any = neuron
+        _leak(node, torch.float32)
+        _check_plain(node)
+        node.state_grid = grid
+        vars(node)["forward"] = partial(_in_fixed_point, node)
+
+
+def _leak(node: Any, dtype: torch.dtype) -> Tensor:
+    """1/τ, with its gradient; raises ModelError for a neuron of another equation."""
+    kind = type(node).__name__ if _lives_in(type(node), "neuron") else ""
+    if kind == "ParametricLIFNode":
+        return cast(Tensor, node.w.to(dtype).sigmoid())
+    if kind not in ("IFNode", "LIFNode"):
+        raise ModelError("of SpikingJelly's neurons IFNode, LIFNode and ParametricLIFNode are known by equation")
+    return torch.tensor(1 / node.tau if kind == "LIFNode" else 0.0, dtype=dtype)
+
+
+def _check_plain(node: Any) -> None:
+    if node.store_v_seq or node._neuron_precision is not None:
+        raise ModelError("it stores its potentials, or computes in a precision of its own")
+
+
+def _in_fixed_point(node: Any, x: Tensor) -> Tensor:
+    """A neuron's call, its potentials on its grid."""
+    grid: StateGrid = node.state_grid
+    leak = grid.leak(_leak(node, torch.float32))
+    gain = leak if getattr(node, "decay_input", False) else 1.0
+    multi, v, made = _is_multi_step(node), node.v, []
+    for current in x if multi else (x,):
+        v = grid.charge(v, current, leak, gain, node.v_reset or 0.0)
+        spikes = grid.fire(v, node.v_threshold, node.surrogate_function)
+        made.append(spikes)
+        fired = spikes.detach() if node.detach_reset else spikes
+        lost = grid.threshold(node.v_threshold) if node.v_reset is None else v - grid.reset_value(node.v_reset)
+        v = v - fired * lost
+    node.v = v
+    return torch.stack(made) if multi else made[0]
 
 
 @dataclass(frozen=True)

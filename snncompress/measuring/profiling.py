@@ -355,7 +355,8 @@ class _Meter:
                 memory = counter.memory(divisor, bits)
             elif name in self.neurons:
                 kind, neuron = "neuron", self.neurons[name]
-                updates, state_mb = neuron.updates / divisor, neuron.size * FLOAT_BITS / 8e6
+                bits = self.adapter.state_bits(module)
+                updates, state_mb = neuron.updates / divisor, neuron.size * (bits or FLOAT_BITS) / 8e6
                 firing_rate = neuron.spikes / neuron.updates if neuron.updates else None
                 n_ac = updates if self.conventions.neuron_updates == "in_totals" else 0.0
                 memory = MemoryUse(output_size=neuron.size, n_outputs=updates, n_spikes_out=neuron.spikes / divisor)

@@ -35,7 +35,7 @@ class LayerProfile:
         n_mac, n_ac: multiply-accumulates and accumulates per sample (or per batch, see the conventions).
         energy_pj: their energy in pJ.
         firing_rate: mean spikes per neuron and timestep; neuron rows only.
-        bits: bit width of the weight; weight rows only.
+        bits: bit width of the weight; of neurons that of a membrane potential in fixed point, None for one in float.
         sparsity: share of weights that are exactly 0; weight rows only.
         input_rate: mean spikes per input and timestep (of averaged spikes, all that were averaged); weight rows only,
             and None where the input isn't spikes.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from snncompress.contract.plain import PlainAdapter
 from snncompress.errors import ModelError, OptionError
-from snncompress.interfaces import Adapter, Dynamics, Observer, StandIn
+from snncompress.interfaces import Adapter, Dynamics, Observer, StandIn, StateGrid
 
 from .modules import patched, remove_along, stacked
 from .one_step import all_steps, first_step, through
@@ -166,6 +166,16 @@ class OwnNeurons(Adapter):
     def reset_rule(self, neuron: nn.Module) -> Literal["subtract", "value", ""]:
         """Of a neuron of the framework."""
         return super().reset_rule(neuron) if self.is_own(neuron) else self.base.reset_rule(neuron)
+
+    def state_bits(self, neuron: nn.Module) -> int | None:
+        """Of a neuron of the framework."""
+        return self.base.state_bits(neuron)
+
+    def step_on(self, neuron: nn.Module, grid: StateGrid) -> None:
+        """A neuron of the framework."""
+        if self.is_own(neuron):
+            raise ModelError("it is a class of your own, whose equation isn't known")
+        self.base.step_on(neuron, grid)
 
     def make_neuron(self, kind: Literal["lif", "if"]) -> nn.Module:
         """One of the framework."""

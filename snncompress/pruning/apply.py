@@ -13,6 +13,7 @@ from snncompress.base.progress import Progress
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, NothingToDoWarning
 from snncompress.interfaces import Adapter, Criterion, Forward, Loss, Quantizer, Scheduler, Target
+from snncompress.model.fixed_point import Leak, Overflow
 from snncompress.model.network import weight_layers
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.plan import attach, continued, refuse_frozen
@@ -25,6 +26,7 @@ from .meeting import within
 from .run import Run
 from .settings import Finetune, RepairChoice, Settings
 from .smallest import check_max_drop, smallest
+from .states import StateSettings
 from .targeting import confirmed, prepared
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,6 +58,9 @@ def apply(
     refresh: bool = False,
     budget: Mapping[str, float] | None = None,
     round_to: int = 1,
+    state_bits: int | Mapping[str, int | None] | None = None,
+    state_overflow: Overflow = "saturate",
+    state_leak: Leak = "exact",
     max_drop: float | None = None,
     validation: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -131,6 +136,13 @@ def apply(
             the last fifth of each one's samples, which then neither calibrates nor trains; the batches are gone
             through once and kept in memory.
         round_to: layers with a multiple of so many channels are left one, as some hardware likes them.
+        state_bits: bit width of membrane potentials, 3 to 32: a number for all neurons, a mapping from neuron name or
+            glob to number, or None for states in float. Potential, threshold and what a layer adds up, its bias in it,
+            lie on one fixed-point grid per layer, or per channel where the layer's weights have scales per channel;
+            its step is found on ``data`` (:mod:`snncompress.pruning.states`). It is done last, before any fine-tuning,
+            which trains through it.
+        state_overflow: whether a potential beyond the range stays at its end ("saturate") or wraps around ("wrap").
+        state_leak: "exact" takes the leak to the nearest 2^-12; "shift" to the nearest 2^-k, which subtracts v >> k.
         checkpoint: a folder in which every finished step is kept. The same call with the same folder goes on after
             the last one, and ends with the plan of a run that was never stopped (where all that is random comes from
             torch's generators or the data loader's, as the built-in trainer's does).
@@ -167,7 +179,7 @@ def apply(
     found = find_adapter(model, named_neurons(adapter, neurons, time_dim))
     settings = Settings.of(
         criterion, ratio, bits, quantizer, scheduler, order, finetune, seed, truncate, repair, rounding, refresh,
-        data is None, round_to, target,
+        data is None, round_to, target, StateSettings(state_bits, state_overflow, state_leak),
     )  # fmt: skip
     limits = None if budget is None else Budget.of(budget)
     check_max_drop(max_drop, validation, data, checkpoint)

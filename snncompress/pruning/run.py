@@ -45,6 +45,7 @@ from .selection import (
 )
 from .settings import Finetune, Settings
 from .shares import Shares
+from .states import check_state_bits, fixed_point_states, kept_states
 from .steps import ChannelPruning, LayerPruning, Pruning, Regrowth, WeightPruning
 from .training import train
 
@@ -76,6 +77,9 @@ class Run(Generic[M]):
         names = weight_layers(model)
         self.skips = resolve_skip(skip, network, names, settings.granularity).and_(decays(model))
         self._widths: dict[str, int | None] = per_layer(settings.bits, names, "bits", check_bits)
+        neurons = list(feed.adapter.neurons(model))
+        self._states: dict[str, int | None] = per_layer(settings.states.bits, neurons, "state_bits", check_state_bits)
+        self._kept = kept_states(model, feed, self._states) if any(self._states.values()) else {}
         computed = {n: why for n in self.quantized() if (why := computed_weight(layer_at(model, n)))}
         self.skips = Skips(self.skips.prune, {**self.skips.quantize, **computed})
         self.pruning, self.skipped = self._what_goes(network)
@@ -103,12 +107,19 @@ class Run(Generic[M]):
         for number, step in enumerate(steps[done:], done + 1):
             what = f"step {number}/{len(steps)}: "
             if new := step(what):
-                self.repair(new, what, last=number == len(steps) or not self.settings.prunes)
+                self.repair(new, what, last=number >= self._last(steps))
+            if number == self._last(steps):
+                new = new + self.quantize_states(what)
+            if new:
                 self.tune(what)
                 same_everywhere(self.model)
             if store:
                 store.save(number, self.edits, self.repaired, self.left, self.model, self.feed)
         self.truncate()
+
+    def _last(self, steps: list[Step]) -> int:
+        """The step after which nothing is quantized or pruned any more."""
+        return len(steps) if self.settings.prunes else steps.index(self.quantize) + 1
 
     def steps(self) -> list[Step]:
         """Quantization and the pruning steps, in the order that was asked for."""
@@ -134,6 +145,22 @@ class Run(Generic[M]):
         regrowth = self._regrowth(step, seed, what)
         return self._keep(self.pruning.step(scores, partial(self._shares.after, step), regrowth))
 
+    def quantize_states(self, what: str) -> list[Edit]:
+        """Put every neuron that has a bit width on a grid."""
+        left = self.feed.adapter.neurons(self.model)
+        edits = fixed_point_states(
+            self.model, self.network_now(), self.feed,
+            {name: b for name, b in self._states.items() if name in left and name not in self._kept},
+            self.settings.states, self.settings.seed, self.progress, what,
+        )  # fmt: skip
+        for edit in edits:
+            edit.apply(self.model, self.feed.adapter)
+        return self._keep(list(edits))
+
+    def network_now(self) -> Network:
+        """As it is after what was done to it so far."""
+        return self.pruning.network() if isinstance(self.pruning, BlockPruning) else self.network
+
     def _regrowth(self, step: int, seed: int, what: str) -> Regrowth | None:
         """What may come back of what is masked; None in the last step, and where what goes is gone."""
         growth = self.settings.growth
@@ -158,9 +185,17 @@ class Run(Generic[M]):
         if self._before is None or kind is None:
             return
         self._since += new
-        network = self.pruning.network() if isinstance(self.pruning, BlockPruning) else self.network
         fitted = fit(
-            self.model, self._before, network, self.feed, self._since, kind, seed, self.progress, what, rounding
+            self.model,
+            self._before,
+            self.network_now(),
+            self.feed,
+            self._since,
+            kind,
+            seed,
+            self.progress,
+            what,
+            rounding,
         )
         self.repaired = list(dict.fromkeys([*self.repaired, *fitted]))
 
@@ -241,12 +276,12 @@ class Run(Generic[M]):
     def whole(self) -> dict[str, str]:
         """Layers that stay whole, and why."""
         cut = Plan(tuple(self.edits)).removed_channels()
-        return {**self.skipped, **{name: why for name, why in self.left.items() if name not in cut}}
+        return {**self.skipped, **self._kept, **{name: why for name, why in self.left.items() if name not in cut}}
 
     def why_nothing(self) -> str:
         """The text of a warning where something was asked for and nothing was done; else empty."""
         quantizes = any(self._widths.values())
-        if self.edits or not (quantizes or self.settings.prunes):
+        if self.edits or not (quantizes or self._kept or self.settings.prunes):
             return ""
         left = {**(self.skips.quantize if quantizes else {}), **self.whole()}
         if not left:

@@ -97,7 +97,8 @@ def per_layer(value: Any, names: Collection[str], what: str, check: Callable[[An
 def _matching(pattern: str, names: Collection[str], what: str) -> list[str]:
     matches = [n for n in names if n == pattern] or [n for n in names if fnmatch.fnmatchcase(n, pattern)]
     if not matches:
-        raise OptionError(f"{what}: {pattern!r} matches no weight layer. The model's: {', '.join(names)}.")
+        kind = "neuron" if what == "state_bits" else "weight layer"
+        raise OptionError(f"{what}: {pattern!r} matches no {kind}. The model's: {', '.join(names)}.")
     return matches
 
 

@@ -18,6 +18,7 @@ from snncompress.version import __version__
 
 from .fitting import RepairKind, Rounding
 from .repair import check_rounding
+from .states import FLOAT_STATES, StateSettings
 
 Finetune = int | Callable[[nn.Module], object] | None
 Truncate = Literal["auto"] | int | None
@@ -56,6 +57,8 @@ class Settings:
     """Batch norms that were folded for it."""
     plain_quantizer: bool = True
     """Was the quantizer named, so that its options are for us to choose?"""
+    states: StateSettings = FLOAT_STATES
+    """How the neurons' states are kept."""
 
     @classmethod
     def of(
@@ -63,6 +66,7 @@ class Settings:
         scheduler: str | Scheduler, order: str, finetune: Finetune, seed: int, truncate: Truncate,
         repair: RepairChoice, rounding: Rounding, refresh: bool, synthetic: bool, round_to: int = 1,
         target: str | Target | None = None,
+        states: StateSettings = FLOAT_STATES,
     ) -> Settings:  # fmt: skip
         """Names become instances with default options; the data, which may be ``synthetic``, settle what "auto" is."""
         find = registry().resolve
@@ -73,7 +77,7 @@ class Settings:
         return cls(
             chosen, ratio, bits, codec, schedule, order, finetune, seed, truncate, word, rounding, refresh, synthetic,
             round_to, growth=growth, chip=None if target is None else find("target", target, Target),
-            plain_quantizer=isinstance(quantizer, str),
+            plain_quantizer=isinstance(quantizer, str), states=states,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -138,6 +142,7 @@ class Settings:
             **({"refresh": True} if self.refresh else {}),
             **({"round_to": self.round_to} if self.round_to > 1 else {}),
             **({"target": _named(self.chip)} if self.chip else {}),
+            **self.states.origin(),
         }
 
 

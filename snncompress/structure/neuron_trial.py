@@ -17,6 +17,7 @@ from snncompress.errors import SNNCompressError
 from snncompress.interfaces import Adapter
 from snncompress.model.chance import Steady, seeded
 from snncompress.model.copying import private_copy
+from snncompress.model.fixed_point import remove_channels
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import Member
 from snncompress.running.data import Run
@@ -54,7 +55,7 @@ def uncuttable(neuron: nn.Module, adapter: Adapter, call: Call, member: Member, 
     kept[gone] = False
     whole, cut = private_copy(neuron, adapter), private_copy(neuron, adapter)
     try:
-        adapter.remove_channels(cut, gone.tolist(), width=member.width, axis=member.axis)
+        remove_channels(adapter, cut, gone.tolist(), width=member.width, axis=member.axis)
     except SNNCompressError as error:
         return f"its channels can't be removed safely: {error}"
     except Exception:  # a plugin's adapter may raise anything

@@ -16,7 +16,15 @@ from snncompress.model.copying import private_copy
 from snncompress.model.modules import tensors_in
 
 from .common import broken, calling, check_name
-from .offers import check_books, check_conversion, check_equations, check_export, check_inference, check_states
+from .offers import (
+    check_books,
+    check_conversion,
+    check_equations,
+    check_export,
+    check_fixed_point,
+    check_inference,
+    check_states,
+)
 from .trials import AdapterReport, Call, Trial, check_passes_on, equal, flat, in_order, mapped, nearly
 
 _Shown = list[tuple[Tensor, "Tensor | None"]]
@@ -39,7 +47,7 @@ def check_adapter(adapter: Adapter, model: nn.Module, x: Tensor, timesteps: int 
     Then the optional parts (``Adapter.OPTIONAL``): "books" change nothing and pass exceptions on; "conversion" makes
     the two neurons that it is asked for; "export" leaves the spikes as they were; "states" are all that a neuron
     remembers; "equations" predict its spikes on random currents; "inference" leaves
-    them as they were.
+    them as they were; in "fixed point" all that is remembered lies on the grid, and a fine grid changes nothing.
 
     Returns:
         What was checked, and what is missing: a part that the adapter doesn't offer, or not for a neuron of this model,
@@ -77,7 +85,7 @@ def check_adapter(adapter: Adapter, model: nn.Module, x: Tensor, timesteps: int 
         _check_identities(trial)
         _check_remove_channels(trial)
         checks = check_books, check_conversion, check_export, check_states, check_equations, check_inference
-        for check in checks:
+        for check in (*checks, check_fixed_point):
             check(trial)
     return trial.report
 

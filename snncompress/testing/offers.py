@@ -1,4 +1,4 @@
-"""What an adapter may offer beyond what it must: books, conversion, export, states, equations, inference."""
+"""What an adapter may offer beyond what it must: books, conversion, export, states, equations, inference, grids."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.interfaces import Dynamics, Observer
+from snncompress.model.fixed_point import FixedPoint
 from snncompress.model.modules import tensors_in
 from snncompress.model.spikes import Emitted, EmittedBytes, in_float
 
@@ -197,6 +198,28 @@ def check_inference(trial: Trial) -> None:
                 made = [t for _ in range(2) for t in trial.call(neuron, call, "after make_fast()")]
                 if not nearly([in_float(t) for t in made], wanted):
                     raise broken(adapter, f"make_fast() changes what {name} puts out.")
+        adapter.reset(model)
+
+
+def check_fixed_point(trial: Trial) -> None:
+    """On a grid that is fine enough ``step_on`` changes nothing; on a coarse one, all that is remembered lies on it."""
+    adapter = trial.adapter
+    for name, call in trial.calls().items():
+        model = trial.copy()
+        if name not in (neurons := trial.neurons(model)):
+            continue
+        neuron = neurons[name]
+        with trial.optional("fixed point", (name, neuron)):
+            wanted = [t for _ in range(2) for t in trial.call(neuron, call, "as it was")]
+            for step, bits in ((2.0**-20, 32), (0.25, 8)):
+                adapter.step_on(neuron, FixedPoint(torch.tensor(step), bits))
+                adapter.reset(model)
+                made = [t for _ in range(2) for t in trial.call(neuron, call, "after step_on()")]
+                if bits == 32 and not nearly(made, wanted):
+                    raise broken(adapter, f"step_on() changes what {name} puts out, on the finest of grids.")
+            off = [k for k, v in _states(trial, name, neuron).items() if not torch.equal(v, (v * 4).round() / 4)]
+            if off:
+                raise broken(adapter, f"after step_on(), {off[0]!r} of {name} isn't on the grid.")
         adapter.reset(model)
 
 

@@ -14,7 +14,7 @@ from snncompress_spikingjelly import SpikingJellyAdapter
 from torch import Tensor, nn
 
 from snncompress.contract.registry import adapters
-from snncompress.extend import Adapter, Dynamics, ModelError, Observer, StandIn
+from snncompress.extend import Adapter, Dynamics, ModelError, Observer, StandIn, StateGrid
 from snncompress.model.modules import patched
 from snncompress.testing import (
     check_adapter,
@@ -92,7 +92,7 @@ def test_our_adapters(adapter: type, make: Callable[[], tuple[nn.Module, Tensor,
     report = check_adapter(adapter(), model, x, timesteps)
     assert report.checked[:6] == ("is_neuron", "run", "reset", "observe", "identities", "remove_channels")
     assert {"conversion", "states"} <= set(report.checked)
-    known = "equations of", "inference of", "export: lif", "books: right"
+    known = "equations of", "inference of", "fixed point of", "export: lif", "books: right"
     assert all(any(part in what for part in known) for what in report.missing)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(module.training for module in model.modules())
@@ -103,9 +103,10 @@ def test_the_report_names_what_is_missing() -> None:
     assert str(report).splitlines()[0] == f"checked: {', '.join(report.checked)}"
     assert [line for line in str(report).splitlines()[1:]] == [f"missing: {what}" for what in report.missing]
     assert "export" not in report.checked
-    export, inference = report.missing
+    export, inference, fixed = report.missing
     assert export.startswith("export: lif (Synaptic) gets its state from Loop.forward")
     assert inference == "inference of lif (Synaptic): of snnTorch's neurons Leaky and Lapicque have a fast form"
+    assert fixed == "fixed point of lif (Synaptic): of snnTorch's neurons Leaky and Lapicque have a fixed-point form"
 
 
 @pytest.mark.parametrize("options", [{"reset_delay": False}, {"beta": 1.0, "reset_delay": False}], ids=str)
@@ -141,7 +142,7 @@ def test_an_adapter_that_does_only_what_it_must() -> None:
     report = check_adapter(BareAdapter(), model, x, 3)
     assert report.checked == ("is_neuron", "run", "reset", "observe", "identities", "remove_channels")
     assert [what.partition(" ")[0].rstrip(":") for what in report.missing] == [
-        "books", "conversion", "export", *["states"] * 2, *["equations"] * 2, *["inference"] * 2,
+        "books", "conversion", "export", *["states"] * 2, *["equations"] * 2, *["inference"] * 2, *["fixed"] * 2,
     ]  # fmt: skip
     assert not any(BareAdapter().offers().values())
 
@@ -152,6 +153,7 @@ def test_samples_first() -> None:
     assert report.checked[6:] == ("states", "equations")
     assert ToyAdapter().offers() == {
         "books": False, "conversion": False, "export": False, "states": True, "equations": True, "inference": False,
+        "fixed point": False,
     }  # fmt: skip
 
 
@@ -195,6 +197,7 @@ def test_every_method_is_required_or_optional_or_given() -> None:
         "offers",
         "leak",
         "reset_rule",
+        "state_bits",
         "beside",
         "differentiable",
         "refusal",
@@ -611,6 +614,17 @@ class FailsToExplain(SpikingJellyAdapter):
         raise RuntimeError("no equation")
 
 
+class StaysInFloat(SpikingJellyAdapter):
+    def step_on(self, neuron: nn.Module, grid: StateGrid) -> None:
+        neuron.state_grid = grid
+
+
+class StepsLower(SpikingJellyAdapter):
+    def step_on(self, neuron: nn.Module, grid: StateGrid) -> None:
+        super().step_on(neuron, grid)
+        neuron.v_threshold = 0.5
+
+
 ADAPTERS = {
     Unnamed: "'framework' must be",
     TakesAnything: "is_neuron() takes torch's Linear for a neuron",
@@ -677,6 +691,8 @@ ADAPTERS = {
     ResetsBySubtraction: "dynamics() of 1 predicts other spikes",
     WritesItsEquation: "dynamics() must return a Dynamics, not a str",
     FailsToExplain: "equations of 1 (LIFNode) failed: RuntimeError: no equation",
+    StaysInFloat: "after step_on(), 'v' of 1 isn't on the grid",
+    StepsLower: "step_on() changes what 1 puts out, on the finest of grids",
 }
 
 

@@ -12,6 +12,7 @@ from .norms import FoldNorm
 from .quantization import QuantizeWeights
 from .silence import SilenceChannels
 from .slices import Slice
+from .states import QuantizeStates
 from .timesteps import TruncateTimesteps
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Edit",
     "FoldNorm",
     "MaskWeights",
+    "QuantizeStates",
     "QuantizeWeights",
     "RemoveBlock",
     "RemoveChannels",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from snncompress.base.packing import pack_indices, unpack_indices
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
+from snncompress.model.fixed_point import remove_channels
 from snncompress.model.modules import number_at, set_number
 from snncompress.model.network import ChannelGroup, prunable_type, remove_from_layer, width
 
@@ -116,7 +117,7 @@ class RemoveChannels(Edit):
         for piece in self.slices:
             if piece.side == "neuron":
                 neuron = model.get_submodule(piece.module)
-                adapter.remove_channels(neuron, list(piece.indices), width=piece.width, axis=piece.axis)
+                remove_channels(adapter, neuron, list(piece.indices), width=piece.width, axis=piece.axis)
             else:
                 remove_from_layer(model.get_submodule(piece.module), piece.side, list(piece.indices))
         for new in self.widths:
