@@ -33,8 +33,8 @@ from .interfaces import (
     Signal,
     Stage,
     StandIn,
-    Target,
     StateGrid,
+    Target,
 )
 from .model.modules import patched, remove_along, stacked, without
 from .model.network import remove_from_layer
@@ -69,8 +69,8 @@ __all__ = [
     "Signal",
     "Stage",
     "StandIn",
-    "Target",
     "StateGrid",
+    "Target",
     "all_steps",
     "first_step",
     "hookimpl",

@@ -1,4 +1,4 @@
-"""Networks for other tools: NIR graphs for neuromorphic hardware and simulators, ONNX for inference engines."""
+"""Networks for other tools: NIR for neuromorphic hardware, ONNX for inference engines, whole numbers for either."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ from snncompress.model.network import weight_layers
 from snncompress.running.bench import Bench, bench
 
 from .chip_graph import for_chip, whole_numbers
-from .freezing import folded
+from .freezing import folded, freeze
+from .integer_file import counts_in_integers, integer_file
 from .integer_layers import make_float
+from .integer_network import heard
 from .nir_export import nir_graph
 from .nir_running import Approximation, difference
 from .onnx_export import Step, onnx_model
 
-Format = Literal["nir", "onnx"]
-_NEEDS = {"nir": ("nir", "h5py"), "onnx": ("onnx", "onnxscript")}
+Format = Literal["nir", "onnx", "integer"]
+_NEEDS = {"nir": ("nir", "h5py"), "onnx": ("onnx", "onnxscript"), "integer": ("safetensors",)}
+_ENDINGS = {"safetensors": "integer"}
 _ONNX_TORCH = (2, 10)  # PyTorch's exporter before it fails at batch norms or states, or keeps one side of an `if`
 _STEPS = 4
 _SAMPLES = 64
@@ -50,7 +53,7 @@ def export(
     target: Target | str | None = None,
     approximate: bool = False,
 ) -> Approximation | None:
-    """Write a network, compressed or not, as a NIR graph or as one timestep in ONNX.
+    """Write a network, compressed or not, as a NIR graph, as one timestep in ONNX, or in whole numbers.
 
     The model stays as it is, and the file appears whole or not at all. In either format the network is taken apart into
     single timesteps; that it then still computes the same, nothing but its neurons having a memory, is tested on a
@@ -88,10 +91,14 @@ def export(
     a DequantizeLinear, which gives the model's weights to the last bit. A grid without zero, as ReScaW's, is stored
     as odd integers of half the scale. Batch norms stay, and may be fused by the engine.
 
+    **Integer** (safetensors) holds a network in whole numbers, as ``freeze(…, integer="full")`` makes it, for readers
+    that know nothing of torch: codes of a byte, multipliers, thresholds, and as JSON in which order they are used; see
+    docs/integer.md, where an interpreter in numpy fires as the network does, to the last spike.
+
     Args:
         model: a network of SpikingJelly or snnTorch that runs step by step or in multi-step mode.
         path: the file.
-        format: "nir" or "onnx"; None: the ending of ``path``.
+        format: "nir", "onnx" or "integer"; None: the ending of ``path``, .nir, .onnx or .safetensors.
         data: an example of what it takes: a batch, a DataLoader, or an iterable of batches.
         timesteps: T says that ``data`` are samples [N, ...], fed as constant current; None that they go in as they are.
         adapter: a framework's name or an Adapter, where the model doesn't tell.
@@ -130,6 +137,10 @@ def export(
     chip: Target | None = None if target is None else registry().resolve("target", target, Target)
     if chip is not None and kind != "nir":
         raise OptionError(f"target= writes NIR graphs, not {kind!r}: format='nir'.")
+    if kind == "integer":
+        content = _integer_bytes(model, data, timesteps, adapter)
+        write_whole(path, lambda file: file.write(content))
+        return None
     with no_sync(), bench(model, data, timesteps, adapter=adapter) as table:
         numbers = {} if chip is None else _numbers(table, chip)
         found, batch = table.adapter, table.feed.first()
@@ -158,9 +169,11 @@ def export(
 
 
 def _checked_format(format: str | None, path: Path) -> Format:
-    kind: Any = path.suffix[1:] if format is None else format
+    kind: Any = _ENDINGS.get(path.suffix[1:], path.suffix[1:]) if format is None else format
     if kind not in get_args(Format):
-        raise OptionError(f"format must be 'nir' or 'onnx', not {kind!r}; None takes the ending of the file's name.")
+        raise OptionError(
+            f"format must be 'nir', 'onnx' or 'integer', not {kind!r}; None takes the ending of the file's name."
+        )
     for package in _NEEDS[kind]:
         try:
             import_module(package)
@@ -229,6 +242,25 @@ def _numbers(table: Bench[Any], chip: Target) -> dict[str, Tensor]:
         )
     whole = {name: whole_numbers(layer_at(table.model, name)) for name in weight_layers(table.model)}
     return {name: numbers for name, numbers in whole.items() if numbers is not None}
+
+
+def _integer_bytes(model: nn.Module, data: Any, timesteps: int | None, adapter: Adapter | str | None) -> bytes:
+    if not counts_in_integers(model):
+        model = freeze(model, data, timesteps=timesteps, integer="full", adapter=adapter)
+    with no_sync(), bench(model, data, timesteps, adapter=adapter, plain=True) as table:
+        found, x = table.adapter, table.feed.example_batch().x
+        step = private_copy(table.model, found)
+        first = found.single_step(step, x, timesteps)
+        steps = [first] * (timesteps or 1) if timesteps or first.dim() == x.dim() else list(x)
+        with torch.no_grad(), found.alone(step):
+            whole = heard(table.model, found, table.feed.example())
+            single = heard(step, found, lambda net: [net(x) for x in steps])
+            if any(not torch.equal(single.get(name, spikes[:0]), spikes) for name, spikes in whole.items()):
+                raise ModelError(
+                    f"{type(model).__name__} computes something else when it is run one timestep at a time. Likely "
+                    f"cause: its forward works across timesteps. Let it handle one, and leave the rest to a loop."
+                )
+            return integer_file(step, found, first[:1])
 
 
 def _changed(

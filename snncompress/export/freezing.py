@@ -20,6 +20,7 @@ from snncompress.structure.folding import foldable
 
 from .integer_layers import Codes, make_float
 from .integer_layers import codes as codes_of
+from .integer_network import integer_network
 from .quickening import quicken
 
 M = TypeVar("M", bound=nn.Module)
@@ -30,7 +31,7 @@ def freeze(
     data: Any = None,
     *,
     timesteps: int | None = None,
-    integer: bool | Literal["auto"] = False,
+    integer: bool | Literal["auto", "full"] = False,
     forward: Forward | None = None,
     adapter: Adapter | str | None = None,
 ) -> M:
@@ -60,13 +61,24 @@ def freeze(
     why. The operators are oneDNN's inside torch, and not part of its public interface: they are tried once, and without
     them all layers compute in float.
 
+    With ``integer="full"`` neurons count in whole numbers too. That takes states in fixed point (``state_bits`` of
+    :func:`snncompress.apply`) and layers that each drive neurons of their own, with nothing but a batch norm between:
+
+        y = M · Σ k s + B + A · q - reset        q ← saturate(y >> 24, rounded)        it fires where q ≥ θ, or q > θ
+
+    with numbers q of the grid's step, sums of codes and spikes in 32 bits, and M, B, A and θ whole; scales are folded
+    into M and B, which are per channel where they are. Layers before the first spikes compute in float64, and their
+    output is rounded to 2^-24 of a step; a layer behind the last spikes puts out floats. Every spike is that of the
+    network in float64, but where a sum comes nearer to a tie than floats can tell; on the example it is tried.
+
     Args:
         model: a network, compressed or not; it stays as it is.
         data: an example of what it takes: a batch, a DataLoader, or an iterable of batches, of which one sample is
             used. None: noise of a shape that fits.
         timesteps: T feeds samples [N, ...] as constant current for T steps; None feeds a batch as it is.
         integer: whether layers compute with integers where they can. "auto" leaves those in float that are known to be
-            faster so. With True a network in which no layer can is an error.
+            faster so. With True a network in which no layer can is an error. With "full" there is no float between the
+            first layer's output and the readout; a layer or neuron that would need one is an error.
         forward: ``forward(model, batch)`` for models with a signature of their own.
         adapter: a framework's name or an Adapter, where the model doesn't tell.
 
@@ -83,8 +95,8 @@ def freeze(
         >>> frozen[1]
         Identity()
     """
-    if not (isinstance(integer, bool) or integer == "auto"):
-        raise OptionError(f"integer must be True, False or 'auto', not {integer!r}.")
+    if not (isinstance(integer, bool) or integer in ("auto", "full")):
+        raise OptionError(f"integer must be True, False, 'auto' or 'full', not {integer!r}.")
     with no_sync(), bench(model, data, timesteps, forward, adapter=adapter, plain=True, noise="structure") as table:
         frozen, found = table.model.eval(), table.adapter
         if not integer:
@@ -92,7 +104,10 @@ def freeze(
                 make_float(module)  # of a network that was frozen for integers
         codes = {name: _codes(layer_at(frozen, name)) for name in weight_layers(frozen)} if integer else {}
         folded(frozen, found, table.feed.example())
-        frozen = quicken(frozen, found, table.feed.example(), codes, integer=integer)
+        if integer == "full":
+            frozen = integer_network(frozen, found, table.feed.example(), codes)
+        else:
+            frozen = quicken(frozen, found, table.feed.example(), codes, integer=integer)
     found.reset(frozen)
     found.adopt(frozen)
     return frozen

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from snncompress.errors import ModelError
 from snncompress.model.grids import Grid
 from snncompress.model.parametrizations import PACKED
 from snncompress.model.spikes import MOST, counts_of, in_float
 
-from .mixing import blank, mixed
+from .mixing import blank, mixed, ways
 
 _CONVOLUTIONS: tuple[tuple[type[_ConvNd], Callable[..., Tensor]], ...] = (
     (nn.Conv1d, F.conv1d), (nn.Conv2d, F.conv2d), (nn.Conv3d, F.conv3d),
@@ -102,9 +103,8 @@ class IntegerLayer(nn.Module):
 
     def _pack(self, counts: Tensor) -> _Packed:
         layer = cast(Any, self)
-        numbers, scale, bias = cast(Tensor, self._numbers), self.scale, layer.bias
-        if self.offset:  # one more channel, which sums up what all others read
-            numbers = torch.cat([numbers, torch.ones_like(numbers[:1])])
+        numbers, scale, bias = self._with_ones(cast(Tensor, self._numbers)), self.scale, layer.bias
+        if self.offset:
             scale = torch.cat([scale, scale.new_ones(1)])
             bias = None if bias is None else torch.cat([bias, bias.new_zeros(1)])
         packed = _Packed(numbers, scale, bias, _geometry(layer), counts)
@@ -112,14 +112,12 @@ class IntegerLayer(nn.Module):
             self._numbers = None  # the packed ones hold all
         return packed
 
+    def _with_ones(self, numbers: Tensor) -> Tensor:
+        """With an offset one more channel, which sums up what all others read."""
+        return torch.cat([numbers, torch.ones_like(numbers[:1])]) if self.offset else numbers
+
     def _in_float(self, x: Tensor) -> Tensor:
-        layer = cast(Any, self)
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, self.weight, layer.bias)
-        axes = _axes(layer) + 1
-        merged = x.reshape(-1, *x.shape[x.dim() - axes :])
-        made: Tensor = layer._conv_forward(merged, self.weight, layer.bias)
-        return made.view(*x.shape[: x.dim() - axes], *made.shape[1:])
+        return _multiplied(self, x, self.weight, cast(Any, self).bias)
 
     @property
     def numbers(self) -> Tensor:
@@ -151,11 +149,103 @@ class IntegerLayer(nn.Module):
         return {**vars(self), "_numbers": self.numbers, "_packed": None}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return blank, (IntegerLayer, type(self).__mro__[2]), self.__getstate__()
+        return blank, ways(type(self)), self.__getstate__()
 
     def extra_repr(self) -> str:
         """The layer's own, and that it computes with integers."""
         return f"{cast(Any, super()).extra_repr()}, integer"
+
+
+class ExactLayer(nn.Module):
+    """A layer that multiplies in float64, whatever it is given; mixed into the layer's own class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C, *] → [..., C', *]."""
+        layer = cast(Any, self)
+        bias = None if layer.bias is None else layer.bias.double()
+        return _multiplied(self, in_float(x).double(), layer.weight.double(), bias)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return blank, ways(type(self)), vars(self)
+
+
+def make_exact(layer: nn.Module) -> str:
+    """Let a layer compute in float64, in place; or leave it and say why it can't."""
+    if not isinstance(layer, (nn.Linear, *dict(_CONVOLUTIONS))):
+        return f"{type(layer).__name__} has no form of its own in float64"
+    layer.__class__ = mixed(ExactLayer, cast(Any, type(layer)))
+    return ""
+
+
+def _multiplied(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear layer or a convolution makes of an input with any number of axes in front."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    axes = _axes(layer) + 1
+    merged = x.reshape(-1, *x.shape[x.dim() - axes :])
+    made: Tensor = layer._conv_forward(merged, weight, bias)
+    return made.view(*x.shape[: x.dim() - axes], *made.shape[1:])
+
+
+class SumLayer(IntegerLayer):
+    """An integer layer that hands its sums on as they are, int32, to neurons that count in whole numbers.
+
+    Its scale and bias are theirs to use. Where 8 bits have no number for 0, what it hands on is twice the sum.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Σ k · s, or with an offset o of a half Σ (2k + 2o) · s; raises ModelError for what isn't spikes."""
+        counts = counts_of(x)
+        if counts is None:
+            raise ModelError(
+                f"A {type(self).__name__} of a network in whole numbers reads something else than spikes. Likely "
+                f"cause: other data than the example that it was frozen with."
+            )
+        axes = _axes(self) + 1
+        shape = counts.shape
+        made = self._exact(counts.reshape(-1, *shape[len(shape) - axes :]))
+        if self.offset:
+            made = 2 * made[:, :-1] + round(2 * self.offset) * made[:, -1:]
+        return made.view(*shape[: len(shape) - axes], *made.shape[1:])
+
+    @property
+    def unit(self) -> Tensor:
+        """What one in a sum means, [C], in float64: the scale, or with an offset half of it."""
+        return self.scale.double() / (2 if self.offset else 1)
+
+    def _exact(self, counts: Tensor) -> Tensor:
+        """[N, C, *] → [N, C', *], int32."""
+        if counts.numel() and counts.device.type == "cpu" and not unavailable() and self._most() < 2**24:
+            if self._packed is None:
+                self._packed = self._pack(counts)
+            return self._packed(counts).to(torch.int32)  # floats hold whole numbers up to 2^24
+        layer = cast(Any, self)
+        x, weight = counts.double(), self._with_ones(self.numbers).double()
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight).to(torch.int32)
+        g = cast(_Geometry, _geometry(layer))
+        convolve = dict(_CONVOLUTIONS)[next(kind for kind, _ in _CONVOLUTIONS if isinstance(layer, kind))]
+        return convolve(x, weight, None, g.stride, g.padding, g.dilation, g.groups).to(torch.int32)
+
+    def _most(self) -> int:
+        """No sum is larger."""
+        wide = self._with_ones(self.numbers).long().abs().flatten(1).sum(1)
+        return int(wide.max()) * MOST if wide.numel() else 0
+
+    def _pack(self, counts: Tensor) -> _Packed:
+        numbers = self._with_ones(self.numbers)
+        packed = _Packed(numbers, torch.ones(len(numbers)), None, _geometry(self), counts)
+        if torch.equal(packed.numbers(), numbers):
+            self._numbers = None
+        return packed
+
+
+def make_sums(layer: nn.Module, found: Codes) -> str:
+    """Turn a layer, batch norm folded, into one that hands on sums, in place; or leave it and say why not."""
+    if reason := make_integer(layer, found):
+        return reason
+    layer.__class__ = mixed(SumLayer, type(layer).__bases__[1])
+    return ""
 
 
 def make_integer(layer: nn.Module, found: Codes) -> str:
@@ -182,7 +272,7 @@ def make_float(layer: nn.Module) -> None:
     if isinstance(layer, IntegerLayer):
         module: Any = layer
         weight = module.weight
-        module.__class__ = type(module).__mro__[2]
+        module.__class__ = type(module).__bases__[1]
         for name in ("_numbers", "_packed", "offset", PACKED):
             del vars(module)[name]
         del module._buffers["scale"]

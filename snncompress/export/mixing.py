@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, reduce
+from typing import Any
 
 from torch import nn
 
@@ -16,10 +17,24 @@ def mixed(way: type, kind: type) -> type:
     ('LoudLinear', True)
     """
     name = way.__name__.removesuffix("Layer") + kind.__name__
-    return type(name, (way, kind), {"__module__": way.__module__, "__doc__": kind.__doc__})
+    return type(name, (way, kind), {"__module__": way.__module__, "__doc__": kind.__doc__, "_mixed": True})
 
 
-def blank(way: type, kind: type) -> nn.Module:
+def ways(kind: Any) -> tuple[type, ...]:
+    """What a class was mixed of, the layer's own last.
+
+    >>> class Loud(nn.Module): ...
+    >>> class Late(nn.Module): ...
+    >>> ways(mixed(Loud, mixed(Late, nn.Linear))) == (Loud, Late, nn.Linear)
+    True
+    """
+    if "_mixed" not in vars(kind):
+        return (kind,)
+    way, inner = kind.__bases__
+    return (way, *ways(inner))
+
+
+def blank(*classes: type) -> nn.Module:
     """One without contents, into which pickle puts the state: a class made at run time can't be found by its name."""
-    made: nn.Module = object.__new__(mixed(way, kind))
+    made: nn.Module = object.__new__(reduce(lambda kind, way: mixed(way, kind), reversed(classes)))
     return made

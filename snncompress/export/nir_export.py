@@ -13,10 +13,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
-from snncompress.structure.fx_graphs import Tracer, called, operation
+from snncompress.structure.fx_graphs import called, operation
 
 from .nir_layers import FUNCTIONS, LAYERS, MAX_FUNCTIONS, adaptive_pool, avg_pool, flatten_node, pair, without_bias
 from .nir_neurons import DT, RefusedError, factor, neuron_part
+from .step_graphs import step_graph
 
 _ADDS = {"add", "iadd"}
 _SAME = {"contiguous", "clone", "detach", "dropout", "to", "float"}  # where they leave every value as it is
@@ -39,34 +40,6 @@ def nir_graph(model: nn.Module, adapter: Adapter, x: Tensor, *, approximate: boo
     return nir.NIRGraph(writer.nodes, writer.edges, {"dt": DT, "fires": writer.fires}), writer.replaced
 
 
-class _LeafTracer(Tracer):
-    """Goes into modules that are written in terms of others; not into neurons, torch's layers and their subclasses."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        super().__init__(deep=True)
-        self._adapter = adapter
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        homes = (cls.__module__ for cls in type(m).__mro__)
-        layer = any(
-            h.startswith("torch.nn.modules.") and h.split(".")[-1] not in ("module", "container") for h in homes
-        )
-        return layer or self._adapter.is_neuron(m)
-
-
-class _Run(fx.Interpreter):
-    """Keeps what every node computed, also where it is changed in place later."""
-
-    def __init__(self, model: fx.GraphModule) -> None:
-        super().__init__(model, garbage_collect_values=False)
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        self.values[n] = result.clone() if isinstance(result, Tensor) else result
-        return result
-
-
 class _Writer:
     """NIR nodes and edges; ``_sources`` are the nodes whose outputs add up to a tensor of the traced graph."""
 
@@ -80,16 +53,7 @@ class _Writer:
         self.fires = "v > v_threshold"
         self._model, self._adapter = model, adapter
         self._sources: dict[fx.Node, tuple[str, ...]] = {}
-        try:
-            tracer = _LeafTracer(adapter)
-            graph = tracer.trace(model)
-            run = _Run(fx.GraphModule(tracer.root, graph))
-            run.run(x)
-        except Exception as error:  # the code is the user's: anything can come out of it
-            raise ModelError(
-                f"torch.fx can't trace {type(model).__name__}: {type(error).__name__}: {error}. Keep loops over time "
-                f"and decisions that depend on the input out of its forward."
-            ) from error
+        graph, run = step_graph(model, adapter, x)
         self._values = run.values
         self._memory = {n: v.untyped_storage().data_ptr() for n, v in run.env.items() if isinstance(v, Tensor)}
         for node in graph.nodes:

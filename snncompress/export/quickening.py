@@ -23,7 +23,7 @@ from snncompress.running.data import Run
 from snncompress.running.sameness import same
 
 from .integer_layers import Codes, IntegerLayer, instructions, make_float, make_integer
-from .mixing import blank, mixed
+from .mixing import blank, mixed, ways
 
 M = TypeVar("M", bound=nn.Module)
 _WHY = "_snncompress_why_float"
@@ -113,7 +113,7 @@ class ConstantInput(nn.Module, Memory):
         self._read = self._made = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return blank, (ConstantInput, type(self).__mro__[2]), {**vars(self), "_read": None, "_made": None}
+        return blank, ways(type(self)), {**vars(self), "_read": None, "_made": None}
 
 
 def _has_time(layer: Any, x: Tensor) -> bool:
@@ -183,11 +183,22 @@ def quicken(model: M, adapter: Adapter, run: Run, found: Mapping[str, Codes | st
         if seen is None:
             model = before
     for name, layer in layers.items():
-        if seen is not None and not isinstance(layer, (IntegerLayer, ConstantInput)) and seen[name].constant(layer):
-            vars(layer).update(_read=None, _made=None)
-            layer.__class__ = mixed(ConstantInput, cast(Any, type(layer)))
-        vars(model.get_submodule(name))[_WHY] = why[name]
+        if seen is not None and not isinstance(layer, (IntegerLayer, ConstantInput)):
+            made_constant(layer, seen[name].inputs)
+        noted(model.get_submodule(name), why[name])
     return model
+
+
+def made_constant(layer: nn.Module, inputs: list[Tensor]) -> None:
+    """Compute a layer once whose inputs are the same in every timestep."""
+    if _Seen(inputs).constant(layer):
+        vars(layer).update(_read=None, _made=None)
+        layer.__class__ = mixed(ConstantInput, cast(Any, type(layer)))
+
+
+def noted(layer: nn.Module, why: str) -> None:
+    """Remember why a layer computes in float, for :func:`frozen_layers`."""
+    vars(layer)[_WHY] = why
 
 
 def _reason(code: Codes | str | None) -> str:

@@ -69,11 +69,11 @@ class FixedPoint(nn.Module):
 
     def threshold(self, threshold: Tensor | float) -> Tensor:
         """The nearest value that a potential can exceed."""
-        return self._near(threshold, self.top - 1)
+        return self._near(threshold)
 
     def reset_value(self, value: float) -> Tensor:
         """The nearest value."""
-        return self._near(value, self.top)
+        return self._near(value)
 
     def charge(
         self, v: Tensor | float, x: Tensor, leak: Tensor, gain: Tensor | float, rest: float = 0.0, less: Any = None
@@ -94,8 +94,10 @@ class FixedPoint(nn.Module):
         return self._values(_straight(made, self.within(nearest(made.detach()))), x.dtype)
 
     def fire(self, v: Tensor, threshold: Tensor | float, surrogate: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the surrogate function makes of the difference."""
-        return surrogate((v - self.threshold(threshold).to(v.dtype)).to(self.step.dtype))
+        """What the surrogate function makes of the difference, a whole number of steps."""
+        step = self.step.to(torch.promote_types(v.dtype, torch.float32))
+        apart = _whole(v / step) - _whole(self.threshold(threshold) / step)
+        return surrogate((apart * step).to(self.step.dtype))
 
     def within(self, numbers: Tensor) -> Tensor:
         """What a register of so many bits holds of them."""
@@ -108,9 +110,9 @@ class FixedPoint(nn.Module):
         """Settings."""
         return f"bits={self.bits}, overflow={self.overflow!r}, leak={self.leaks!r}"
 
-    def _near(self, value: Tensor | float, most: int) -> Tensor:
+    def _near(self, value: Tensor | float) -> Tensor:
         exact = torch.as_tensor(value, dtype=self.step.dtype, device=self.step.device)
-        numbers = nearest(exact.detach() / self.step).clamp(-most - 1, most)
+        numbers = nearest(exact.detach() / self.step).clamp(-self.top - 1, self.top - 1)
         return _straight(exact, self._values(numbers, self.step.dtype))
 
     def _values(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:

@@ -146,7 +146,8 @@ class _Range:
         self.threshold, gain, self._cut = _equation(feed, neuron, settings)
         self.axis = -1 if layer is None else -1 - weight_dims(layer)
         self._top = 2 ** (bits - 1) - 1
-        self._steps = self._candidates(None if unit is None else unit * gain.to(unit))
+        fits = unit is not None and gain.numel() in (1, len(unit))
+        self._steps = self._candidates(unit * gain.to(unit).flatten() if unit is not None and fits else None)
         self._errors, self._count = torch.zeros_like(self._steps), 0
 
     def _candidates(self, unit: Tensor | None) -> Tensor:

@@ -403,7 +403,7 @@ def test_an_adapter_that_knows_nothing_of_it(tmp_path: Path) -> None:
 
 def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, data = nn.Sequential(nn.Linear(4, 3), neuron.IFNode()), torch.rand(2, 4)
-    with pytest.raises(OptionError, match="format must be 'nir' or 'onnx', not 'pt'"):
+    with pytest.raises(OptionError, match="format must be 'nir', 'onnx' or 'integer', not 'pt'"):
         export(net, tmp_path / "net.pt", data=data, timesteps=2)
     with pytest.raises(StorageError, match="can't be written"):
         export(net, tmp_path / "nowhere" / "net.nir", data=data, timesteps=2)

@@ -234,7 +234,7 @@ def test_without_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_options() -> None:
     for odd in ("yes", None, 8):
-        with pytest.raises(OptionError, match="integer must be True, False or 'auto'"):
+        with pytest.raises(OptionError, match="integer must be True, False, 'auto' or 'full'"):
             freeze(network("multi-step"), X, timesteps=4, integer=odd)
     with pytest.raises(ModelError, match="8: its weight isn't quantized"):
         freeze(network("multi-step"), X, timesteps=4, integer=True)

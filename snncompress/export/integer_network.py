@@ -1,0 +1,170 @@
+"""A network in whole numbers: between its first layer's output and its readout there is no float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.errors import ModelError, SNNCompressError
+from snncompress.interfaces import Adapter
+from snncompress.model.chance import seeded
+from snncompress.model.copying import private_copy
+from snncompress.model.fixed_point import state_grid
+from snncompress.model.modules import tensors_in
+from snncompress.model.network import WEIGHT_LAYERS
+from snncompress.model.patches import weight_dims
+from snncompress.model.spikes import counts_of, in_float
+from snncompress.running.data import Run
+from snncompress.structure.tracing import trace
+
+from .integer_layers import Codes, SumLayer, make_exact, make_integer, make_sums
+from .integer_neurons import IntegerGrid, as_spikes
+from .quickening import made_constant, noted
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def integer_network(model: M, adapter: Adapter, run: Run, codes: Mapping[str, Codes | str]) -> M:
+    """A network with folded batch norms in whole numbers, in place; ``codes`` are those of its weights, or why not.
+
+    Raises ModelError for layers and neurons that can't be, each with its reason, and where the example gives other
+    spikes than in float64.
+    """
+    network = trace(model, adapter, run, groups=False)
+    wanted = heard(in_double(private_copy(model, adapter)), adapter, run)
+    inputs = _inputs(model, adapter, run)
+    why: dict[str, str] = {}
+    analog: set[str] = set()
+    for name in network.layers:
+        layer, seen, drives = model.get_submodule(name), inputs.get(name, []), network.drives.get(name)
+        first = not network.producers.get(name)
+        reason = _codes_reason(codes.get(name))
+        if not reason and not _whole(seen):
+            reason = "its input isn't spikes: averages of them, for one, are fractions"
+        if not reason:
+            reason = (make_sums if drives else make_integer)(layer, cast(Codes, codes[name]))
+        if reason and (first or not drives):  # what comes before the first spikes, and behind the last
+            noted(layer, reason)
+            reason = ""
+            if first and drives:
+                analog.add(name)
+                reason = make_exact(layer)
+                made_constant(layer, seen)
+        if reason:
+            why[name] = reason
+    for name, neuron in adapter.neurons(model).items():
+        drivers = [layer for layer in network.layers if name in network.drives.get(layer, ())]
+        reason = _count(name, neuron, model, adapter, drivers, analog)
+        if reason and not why.keys() & set(drivers):
+            why[name] = reason
+    if why:
+        raise ModelError(
+            f"This {type(model).__name__} can't be a network in whole numbers: "
+            f"{'; '.join(f'{name}: {reason}' for name, reason in why.items())}. Quantize weights and states with "
+            f"snncompress.apply(…, bits=4, state_bits=8), or take integer='auto', which leaves such layers in float."
+        )
+    model.register_forward_hook(handed_out)
+    _check(model, adapter, run, wanted)
+    return model
+
+
+def in_double(model: M) -> M:
+    """A network whose layers multiply in float64, in place."""
+    for module in model.modules():
+        if isinstance(module, WEIGHT_LAYERS):
+            make_exact(module)
+    return model
+
+
+def handed_out(model: nn.Module, args: Any, output: Any) -> Any:
+    """A hook: what a network puts out are floats."""
+    return in_float(output)
+
+
+def heard(model: nn.Module, adapter: Adapter, run: Run) -> dict[str, Tensor]:
+    """The spikes of every neuron in an example, by name, in the order of time."""
+    found: dict[str, list[Tensor]] = {}
+
+    def note(name: str, spikes: Tensor, potential: Tensor | None) -> None:
+        found.setdefault(name, []).append(in_float(spikes).bool())
+
+    with torch.no_grad(), seeded(model), ExitStack() as stack:
+        for name, neuron in adapter.neurons(model).items():
+            stack.callback(adapter.observe(neuron, partial(note, name), membrane=False))
+        run(model)
+    adapter.reset(model)
+    return {name: torch.cat(spikes) for name, spikes in found.items()}
+
+
+def _inputs(model: nn.Module, adapter: Adapter, run: Run) -> dict[str, list[Tensor]]:
+    """What each weight layer reads in an example."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(name: str, module: nn.Module, args: Any, named: Any) -> None:
+        seen.setdefault(name, []).extend(x.clone() for x in list(tensors_in([args, named]))[:1])
+
+    with torch.no_grad(), seeded(model), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, WEIGHT_LAYERS):
+                hook = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+                stack.callback(hook.remove)
+        run(model)
+    adapter.reset(model)
+    return seen
+
+
+def _whole(inputs: list[Tensor]) -> bool:
+    return bool(inputs) and any(bool(x.any()) for x in inputs) and all(counts_of(x) is not None for x in inputs)
+
+
+def _codes_reason(code: Codes | str | None) -> str:
+    if isinstance(code, str):
+        return code
+    return "" if isinstance(code, Codes) else "its weight isn't quantized"
+
+
+def _count(
+    name: str, neuron: nn.Module, model: nn.Module, adapter: Adapter, drivers: list[str], analog: set[str]
+) -> str:
+    """Let a neuron count in whole numbers, or say why it can't."""
+    grid = state_grid(neuron)
+    if grid is None:
+        return "its state is in float, see state_bits of snncompress.apply"
+    if len(drivers) != 1:
+        return f"{len(drivers)} layers add up before it ({', '.join(drivers)}), and their scales differ"
+    layer: Any = model.get_submodule(drivers[0])
+    if not isinstance(layer, SumLayer) and drivers[0] not in analog:
+        return f"its layer {drivers[0]} computes in float"
+    wide = int(getattr(layer, "out_channels", getattr(layer, "out_features", 0)))
+    unit = layer.unit if isinstance(layer, SumLayer) else torch.ones(wide)
+    bias = torch.zeros(wide) if layer.bias is None or drivers[0] in analog else layer.bias
+    try:
+        counting = IntegerGrid(
+            name, grid, adapter.dynamics(neuron), unit, bias, weight_dims(layer), analog=drivers[0] in analog
+        )
+        adapter.step_on(neuron, cast(Any, counting))
+    except ModelError as error:
+        return str(error)
+    neuron.register_forward_hook(as_spikes)
+    return ""
+
+
+def _check(model: nn.Module, adapter: Adapter, run: Run, wanted: Mapping[str, Tensor]) -> None:
+    """Raise ModelError where whole numbers fire otherwise than floats of 64 bits."""
+    try:
+        found = heard(model, adapter, run)
+    except SNNCompressError as error:
+        raise ModelError(f"This {type(model).__name__} can't be a network in whole numbers: {error}") from error
+    for name, spikes in wanted.items():
+        other = found.get(name)
+        if other is None or other.shape != spikes.shape or int((other ^ spikes).sum()) > 1e-3 * spikes.numel():
+            raise ModelError(
+                f"{name} fires otherwise in whole numbers than in float64, on the example that the network was frozen "
+                f"with. Likely cause: something between its layer and it computes with numbers, such as a factor or a "
+                f"sum. Take integer='auto', which leaves such layers in float."
+            )

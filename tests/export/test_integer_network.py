@@ -1,0 +1,187 @@
+"""freeze(integer="full") and its file: every spike is that of the network in fixed point, and of the page's numpy."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import snntorch as snn
+import torch
+from safetensors import safe_open
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import Tensor, nn
+
+import snncompress
+from snncompress import ModelError, OptionError, Plan, QuantizeStates
+from snncompress.contract.detection import find_adapter
+from snncompress.export.integer_layers import SumLayer
+from snncompress.export.integer_network import heard
+from snncompress.model.edits import QuantizeWeights
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "integer.md").read_text()
+X = 3 * torch.rand(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+T = 4
+
+
+def interpreter() -> Any:
+    """The class that the page has."""
+    found: dict[str, Any] = {}
+    exec(next(block for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S) if "class" in block), found)
+    return found["Interpreter"]
+
+
+def jelly(mode: str = "m", bits: int = 4, groups: int = 2, **options: Any) -> nn.Module:
+    """States of 6 bits, so that some saturate."""
+    first = neuron.LIFNode(tau=3.0, detach_reset=True, v_threshold=0.5)
+    second = neuron.ParametricLIFNode(v_threshold=0.3, v_reset=-0.1, decay_input=False)
+    net = nn.Sequential(
+        layer.Conv2d(2, 6, 3, bias=False), layer.BatchNorm2d(6), first, layer.MaxPool2d(2),
+        layer.Conv2d(6, 8, 2, padding=1, groups=groups, stride=2), layer.BatchNorm2d(8), second, layer.Flatten(),
+        layer.Linear(32, 6), neuron.IFNode(v_reset=None, v_threshold=0.2), layer.Linear(6, 3),
+    )  # fmt: skip
+    net[5].weight.data = torch.linspace(-2, 2, 8)
+    net[1].bias.data = torch.linspace(-0.5, 0.5, 6)
+    functional.set_step_mode(net, mode)
+    return small(net, bits, **options)
+
+
+def leaky(**options: Any) -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3), snn.Leaky(0.8, init_hidden=True, threshold=0.5), nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3), snn.Leaky(torch.full((8, 1, 1), 0.6), init_hidden=True, threshold=0.2), nn.Flatten(),
+        nn.Linear(8, 5), snn.Leaky(0.5, init_hidden=True, threshold=0.1, reset_mechanism="zero"),
+    )  # fmt: skip
+    return small(net, 8, skip=["0"], **options)
+
+
+def small(net: nn.Module, bits: int, **options: Any) -> nn.Module:
+    given = {"data": X, "timesteps": T, "repair": None, "progress": False, "state_bits": 6, **options}
+    return snncompress.apply(net.eval(), None, None, bits, **given)
+
+
+CASES = {
+    "SpikingJelly": jelly,
+    "step by step, all layers": lambda: jelly("s", skip=[]),
+    "by shifts, wrapping": lambda: jelly(state_leak="shift", state_overflow="wrap"),
+    "8 bits": lambda: jelly(bits=8, groups=1),
+    "snnTorch": leaky,
+    "snnTorch, by shifts": lambda: leaky(state_leak="shift"),
+}
+
+
+def spikes(model: nn.Module) -> dict[str, Tensor]:
+    adapter = find_adapter(model)
+
+    def run(net: nn.Module) -> None:
+        adapter.reset(net)
+        adapter.run(net, X, T)
+
+    return heard(model, adapter, run)
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_spikes_are_those_of_floats_and_of_the_file(make: Any, tmp_path: Path) -> None:
+    model = make()
+    whole = snncompress.freeze(model, X, timesteps=T, integer="full")
+    wanted, found = spikes(model), spikes(whole)
+    assert all(0 < s.float().mean() < 0.9 for s in wanted.values())
+    assert all(torch.equal(found[name], s) for name, s in wanted.items())
+    assert sum(isinstance(module, SumLayer) for module in whole.modules()) >= 2
+    again = pickle.loads(pickle.dumps(whole)) if "LIF" in str(model) else whole
+    assert all(torch.equal(spikes(again)[name], s) for name, s in wanted.items())
+
+    snncompress.export(whole, tmp_path / "net.safetensors", data=X, timesteps=T)
+    net = interpreter()(tmp_path / "net.safetensors")
+    for t in range(T):
+        output = net.step(X.numpy())
+        for name, s in wanted.items():
+            assert np.array_equal(net.spikes[name], s[t].numpy())
+    find_adapter(whole).reset(whole)
+    assert torch.allclose(find_adapter(whole).run(whole, X, T)[-1].double(), torch.tensor(output).double(), atol=1e-5)
+
+
+def test_the_numbers_of_a_network_by_hand(tmp_path: Path) -> None:
+    """Weights ±1/2 and ±3/2 of s = 0.5 are odd quarters; with δ = 0.125 one in a sum is 2 δ, and with a gain of 1/2
+    (τ = 2, the input leaks too) 1 δ: M = 2^24. A bias of 0.3 is 0.3 · 0.5 / 0.125 = 1.2 δ, A = 2^11, and θ = 8 δ.
+    """
+    net = nn.Sequential(nn.Linear(2, 2), neuron.IFNode(), nn.Linear(2, 2), neuron.LIFNode(), nn.Linear(2, 1))
+    net[0].weight.data, net[0].bias.data = torch.eye(2), torch.zeros(2)
+    net[2].weight.data = torch.tensor([[0.75, -0.25], [0.25, 0.75]])
+    net[2].bias.data = torch.tensor([0.3, 0.0])
+    rescaw = {"gamma": "max", "per_channel": False}
+    edits = (
+        QuantizeWeights("2", "rescaw", 2, rescaw),
+        QuantizeStates("1", 8, (0.25,)),
+        QuantizeStates("3", 8, (0.125,)),
+    )
+    model = Plan(edits).apply(net).eval()
+    x = torch.ones(1, 2)
+    snncompress.export(model, tmp_path / "net.safetensors", data=x, timesteps=3)
+    with safe_open(tmp_path / "net.safetensors", "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it has no iterator
+        nodes = json.loads(file.metadata()["integer_network"])["nodes"]
+    assert [node["op"] for node in nodes] == ["linear", "neuron", "linear", "neuron", "linear"]
+    assert found["2.weight"].tolist() == [[3, -1], [1, 3]]
+    assert found["2.weight"].dtype == torch.int8
+    assert (found["3.multiplier"] - 2**24).abs().max() <= 2  # the layer's scale is found from floats of 32 bits
+    assert (found["3.bias"] - torch.tensor([round(1.2 * 2**24), 0])).abs().max() <= 2
+    assert (found["3.decay"].item(), found["3.threshold"].item(), found["3.rest"].item()) == (2048, 8, 0)
+    # both first neurons fire each time, so 3 - 1 + 1.2 = 3.2 → 3, 1.5 + 3.2 → 5, 2.5 + 3.2 → 6; and 4, 6, 7: silent
+    numbers = interpreter()(tmp_path / "net.safetensors")
+    assert [(numbers.step(x.numpy()), numbers.q["3"].tolist())[1] for _ in range(3)] == [[[3, 4]], [[5, 6]], [[6, 7]]]
+
+
+def averaging() -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), neuron.IFNode(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3), neuron.IFNode(), nn.Flatten(),
+        nn.Linear(4, 2),
+    )  # fmt: skip
+    return small(net, 4)
+
+
+def between() -> nn.Module:
+    class Doubling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2.0
+
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(128, 6), neuron.IFNode(v_threshold=0.1), nn.Linear(6, 6), Doubling(),
+        neuron.IFNode(v_threshold=0.1), nn.Linear(6, 2),
+    )  # fmt: skip
+    return small(net, 4)
+
+
+REFUSED = {
+    "states in float": (lambda: jelly(state_bits=None), "2: its state is in float, see state_bits.*; 6: its"),
+    "weights in float": (lambda: jelly(skip={"quantize": ["4"]}), "4: its weight isn't quantized. Quantize"),
+    "averages": (averaging, "3: its input isn't spikes: averages of them"),
+    "a factor": (between, "what the layer before 5 sums up reaches it as floats"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cant_be_is_refused(make: Any, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        snncompress.freeze(make(), X, timesteps=T, integer="full")
+
+
+def test_no_such_integers() -> None:
+    with pytest.raises(OptionError, match="'auto' or 'full', not 'all'"):
+        snncompress.freeze(nn.Sequential(neuron.IFNode()), X, integer="all")  # type: ignore[arg-type]
+
+
+def test_other_data_than_spikes_are_refused() -> None:
+    whole = snncompress.freeze(jelly(), X, timesteps=T, integer="full")
+    with pytest.raises(ModelError, match="reads something else than spikes"):
+        whole[4](torch.full((1, 6, 3, 3), 0.5))
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks run, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)), {})
