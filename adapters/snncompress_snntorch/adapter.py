@@ -276,16 +276,24 @@ class SNNTorchAdapter(Adapter):
         return super().state_bits(neuron)
 
     def step_on(self, neuron: nn.Module, grid: StateGrid) -> None:
-        """Leaky and Lapicque, with all three resets; with ``reset_delay``, or reset to zero."""
+        """Leaky, Lapicque and Synaptic, with all three resets; with ``reset_delay``, or of Leaky reset to zero.
+
+        Synaptic's current lies on the grid of its membrane potential.
+        """
         node: Any = neuron
-        if not _kind(node):
-            raise ModelError("of snnTorch's neurons Leaky and Lapicque have a fixed-point form")
+        kind = _kind(node, ("Leaky", "Lapicque", "Synaptic"))
+        if not kind:
+            raise ModelError("of snnTorch's neurons Leaky, Lapicque and Synaptic have a fixed-point form")
         after = not getattr(node, "reset_delay", True)
-        unlike = {**_unlike(node), _TWICE: after and node.reset_mechanism == "subtract"}
+        unlike = {
+            **_unlike(node),
+            _TWICE: after and node.reset_mechanism == "subtract",
+            "reset_delay=False": after and kind == "Synaptic",
+        }
         if odd := [what for what, found in unlike.items() if found]:
             raise ModelError(f"a neuron with {odd[0]} has no fixed-point form")
         node.state_grid = grid
-        vars(node)["forward"] = partial(_in_fixed_point, node)
+        vars(node)["forward"] = partial(_in_fixed_point_twice if kind == "Synaptic" else _in_fixed_point, node)
 
     @contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
@@ -386,10 +394,10 @@ def _fast(
 _TWICE = "reset_delay=False with reset_mechanism='subtract'"
 
 
-def _kind(node: nn.Module) -> str:
-    """Leaky or Lapicque, themselves; else empty."""
+def _kind(node: nn.Module, kinds: tuple[str, ...] = ("Leaky", "Lapicque")) -> str:
+    """Which of snnTorch's own classes it is; none of them: empty."""
     kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
-    return kind if kind in ("Leaky", "Lapicque") else ""
+    return kind if kind in kinds else ""
 
 
 def _unlike(node: Any) -> dict[str, bool]:
@@ -424,6 +432,25 @@ def _in_fixed_point(node: Any, input_: Tensor, mem: Tensor | None = None) -> Any
         mem = mem - spikes * mem
     node.mem = mem
     return spikes if node.init_hidden and not node.output else (spikes, mem)
+
+
+def _in_fixed_point_twice(node: Any, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None) -> Any:
+    """A call of Synaptic, both its states on its grid; a reset to zero takes the potential, and what has just come."""
+    grid: StateGrid = node.state_grid
+    if node.init_hidden and (syn is not None or mem is not None):
+        raise TypeError("`mem` or `syn` should not be passed as an argument while `init_hidden=True`")
+    before = [node.syn if syn is None else syn, node.mem if mem is None else mem]
+    syn, mem = (state if state.shape == input_.shape else torch.zeros_like(input_) for state in before)
+    theta, reset = node.threshold, node.reset_mechanism
+    fired = grid.fire(mem, theta, lambda x: node.spike_grad(x).detach())
+    less = fired * grid.threshold(theta) if reset == "subtract" else None
+    syn = grid.charge(syn, input_, grid.leak(1 - node.alpha.clamp(0, 1)), 1.0)
+    mem = grid.charge(mem, syn, grid.leak(1 - node.beta.clamp(0, 1)), 1.0, less=less)
+    if reset == "zero":
+        mem = mem - fired * mem
+    spikes = grid.fire(mem, theta, lambda x: node.fire(x + theta))
+    node.syn, node.mem = syn, mem
+    return spikes if node.init_hidden and not node.output else (spikes, syn, mem)
 
 
 def _derives(module: nn.Module, name: str) -> bool:

@@ -27,9 +27,9 @@ from snncompress.running.bench import Bench, bench
 
 from .chip_graph import for_chip, whole_numbers
 from .freezing import folded, freeze
-from .integer_file import counts_in_integers, integer_file
+from .integer_file import integer_file
 from .integer_layers import make_float
-from .integer_network import heard
+from .integer_network import counts_in_integers, heard, refuse_integers
 from .nir_export import nir_graph
 from .nir_running import Approximation, difference
 from .onnx_export import Step, onnx_model
@@ -70,6 +70,9 @@ def export(
     r = 1 / (1 - β). Shapes have no batch axis; every neuron has its own τ, r and threshold, in float64. Membranes start
     at v_reset. SpikingJelly fires at v ≥ θ already, which differs only for a potential that meets the threshold
     exactly: the graph's metadata tell under "fires", and the timestep under "dt".
+
+    Of neurons in fixed point the equation has the threshold and the leak on the grid; that potentials are rounded NIR
+    can't say, and the metadata do under "fixed_point": JSON, neuron → bits, overflow, step.
 
     NIR has linear, convolution (1-D, 2-D), average pooling (2-D), flatten, sums, and neurons reset to a value. What it
     has no node for is written in several where they compute the same: max-pooling of spikes as a sum that is more than
@@ -141,6 +144,7 @@ def export(
         content = _integer_bytes(model, data, timesteps, adapter)
         write_whole(path, lambda file: file.write(content))
         return None
+    refuse_integers(model, f"written as {kind.upper()}")
     with no_sync(), bench(model, data, timesteps, adapter=adapter) as table:
         numbers = {} if chip is None else _numbers(table, chip)
         found, batch = table.adapter, table.feed.first()

@@ -20,7 +20,7 @@ from snncompress.structure.folding import foldable
 
 from .integer_layers import Codes, make_float
 from .integer_layers import codes as codes_of
-from .integer_network import integer_network
+from .integer_network import integer_network, refuse_integers
 from .quickening import quicken
 
 M = TypeVar("M", bound=nn.Module)
@@ -97,6 +97,7 @@ def freeze(
     """
     if not (isinstance(integer, bool) or integer in ("auto", "full")):
         raise OptionError(f"integer must be True, False, 'auto' or 'full', not {integer!r}.")
+    refuse_integers(model, "frozen")
     with no_sync(), bench(model, data, timesteps, forward, adapter=adapter, plain=True, noise="structure") as table:
         frozen, found = table.model.eval(), table.adapter
         if not integer:

@@ -29,11 +29,6 @@ _RESHAPES = {"flatten", "view", "reshape", "squeeze"}
 _SAME = {"contiguous", "clone", "detach"}
 
 
-def counts_in_integers(model: nn.Module) -> bool:
-    """Is this a network that was frozen with ``integer="full"``?"""
-    return any(isinstance(module, IntegerGrid) for module in model.modules())
-
-
 def integer_file(step: nn.Module, adapter: Adapter, x: Tensor) -> bytes:
     """The file of a network in whole numbers that is called once per timestep; ``x`` [1, …] is one sample.
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from snncompress.errors import ModelError
 from snncompress.model.grids import Grid
 from snncompress.model.parametrizations import PACKED
 from snncompress.model.spikes import MOST, counts_of, in_float
@@ -194,13 +193,10 @@ class SumLayer(IntegerLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Σ k · s, or with an offset o of a half Σ (2k + 2o) · s; raises ModelError for what isn't spikes."""
+        """Σ k · s, or with an offset o of a half Σ (2k + 2o) · s; of other input floats, which no neuron takes."""
         counts = counts_of(x)
         if counts is None:
-            raise ModelError(
-                f"A {type(self).__name__} of a network in whole numbers reads something else than spikes. Likely "
-                f"cause: other data than the example that it was frozen with."
-            )
+            return self._in_float(in_float(x))
         axes = _axes(self) + 1
         shape = counts.shape
         made = self._exact(counts.reshape(-1, *shape[len(shape) - axes :]))

@@ -73,6 +73,20 @@ def integer_network(model: M, adapter: Adapter, run: Run, codes: Mapping[str, Co
     return model
 
 
+def counts_in_integers(model: nn.Module) -> bool:
+    """Is this a network that was frozen with ``integer="full"``?"""
+    return any(isinstance(module, IntegerGrid) for module in model.modules())
+
+
+def refuse_integers(model: nn.Module, what: str) -> None:
+    """Raise ModelError where a network counts in whole numbers already."""
+    if counts_in_integers(model):
+        raise ModelError(
+            f"This {type(model).__name__} can't be {what}: it counts in whole numbers already. Take the network that "
+            f"it was made from."
+        )
+
+
 def in_double(model: M) -> M:
     """A network whose layers multiply in float64, in place."""
     for module in model.modules():

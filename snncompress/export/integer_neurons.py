@@ -87,7 +87,8 @@ class IntegerGrid(nn.Module):
         else:
             raise ModelError(
                 f"what the layer before {self.neuron} sums up reaches it as floats: something between computes in "
-                f"float. Take integer='auto', which leaves such layers in float."
+                f"float, or the layer reads something else than spikes. Take integer='auto', which leaves such layers "
+                f"in float."
             )
         q = v.long() if isinstance(v, Tensor) and not v.is_floating_point() else self.rest
         if self.leaks == "shift":

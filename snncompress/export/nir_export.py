@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
+from snncompress.model.fixed_point import state_grid
 from snncompress.structure.fx_graphs import called, operation
 
 from .nir_layers import FUNCTIONS, LAYERS, MAX_FUNCTIONS, adaptive_pool, avg_pool, flatten_node, pair, without_bias
@@ -37,7 +39,13 @@ def nir_graph(model: nn.Module, adapter: Adapter, x: Tensor, *, approximate: boo
     import nir
 
     writer = _Writer(model, adapter, x, approximate)
-    return nir.NIRGraph(writer.nodes, writer.edges, {"dt": DT, "fires": writer.fires}), writer.replaced
+    metadata: dict[str, Any] = {"dt": DT, "fires": writer.fires}
+    grids = {name: grid for name, neuron in adapter.neurons(model).items() if (grid := state_grid(neuron))}
+    if grids:
+        metadata["fixed_point"] = json.dumps(
+            {n: {"bits": g.bits, "overflow": g.overflow, "step": g.step.flatten().tolist()} for n, g in grids.items()}
+        )
+    return nir.NIRGraph(writer.nodes, writer.edges, metadata), writer.replaced
 
 
 class _Writer:

@@ -143,7 +143,7 @@ def nearest(x: Tensor) -> Tensor:
     >>> nearest(torch.tensor([0.5, 1.5001, -2.5, 1.6]))
     tensor([ 0.,  1., -2.,  2.])
     """
-    return torch.copysign(torch.ceil(x.abs() - (0.5 + TIE)), x) + 0.0
+    return torch.sign(x) * torch.ceil(x.abs() - (0.5 + TIE)) + 0.0  # not -0
 
 
 def _whole(numbers: Tensor) -> Tensor:

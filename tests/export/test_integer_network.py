@@ -175,10 +175,46 @@ def test_no_such_integers() -> None:
         snncompress.freeze(nn.Sequential(neuron.IFNode()), X, integer="all")  # type: ignore[arg-type]
 
 
-def test_other_data_than_spikes_are_refused() -> None:
+def test_what_counts_in_whole_numbers_is_not_frozen_or_written_again(tmp_path: Path) -> None:
     whole = snncompress.freeze(jelly(), X, timesteps=T, integer="full")
-    with pytest.raises(ModelError, match="reads something else than spikes"):
-        whole[4](torch.full((1, 6, 3, 3), 0.5))
+    with pytest.raises(ModelError, match="can't be frozen: it counts in whole numbers already"):
+        snncompress.freeze(whole, X, timesteps=T)
+    with pytest.raises(ModelError, match="can't be written as NIR: it counts"):
+        snncompress.export(whole, tmp_path / "net.nir", data=X, timesteps=T)
+    with pytest.raises(ModelError, match=r"the layer before 6 .* or the layer reads something else than spikes"):
+        whole[6](whole[4](torch.full((1, 1, 6, 3, 3), 0.5)))
+    assert {row.bits for row in snncompress.profile(whole, X, timesteps=T).layers if row.kind == "neuron"} == {6}
+
+
+def test_nir_tells_what_it_cant_express(tmp_path: Path) -> None:
+    import nir
+
+    net = small(nn.Sequential(nn.Flatten(), nn.Linear(128, 4), neuron.LIFNode(), nn.Linear(4, 2)), 4, skip=[])
+    snncompress.export(net, tmp_path / "net.nir", data=X, timesteps=T)
+    told = json.loads(nir.read(tmp_path / "net.nir").metadata["fixed_point"])
+    assert (told["2"]["bits"], told["2"]["overflow"], len(told["2"]["step"])) == (6, "saturate", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [jelly, leaky])
+def test_onnx_rounds_as_the_network_does(make: Any, tmp_path: Path) -> None:
+    """Of a network in fixed point the exported timestep has the rounding, in floats."""
+    ort = pytest.importorskip("onnxruntime")
+    model = make()
+    snncompress.export(model, tmp_path / "net.onnx", data=X, timesteps=T)
+    session = ort.InferenceSession(tmp_path / "net.onnx")
+    names = [value.name for value in session.get_outputs()]
+    states = {
+        value.name: np.full([4, *value.shape[1:]], -0.1 if value.name == "6.v" else 0.0, np.float32)
+        for value in session.get_inputs()[1:]
+    }
+    adapter, outputs = find_adapter(model), []
+    for _ in range(T):
+        made = dict(zip(names, session.run(None, {"input": X.numpy(), **states}), strict=True))
+        outputs.append(made["output"])
+        states = {name: made[f"{name}_next"] for name in states}
+    with torch.no_grad():
+        assert np.allclose(np.stack(outputs), adapter.run(model, X, T).numpy(), atol=1e-5)
 
 
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,19 @@ def test_spikes_are_those_of_whole_numbers(make: Any, options: dict[str, Any], w
         assert torch.equal(net(CURRENTS), wanted)
 
 
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_synaptic_on_a_fine_grid_and_on_a_coarse_one(reset: str) -> None:
+    """A current and a potential; where all are whole numbers of quarters anyway, rounding changes nothing."""
+    net = nn.Sequential(snn.Synaptic(1.0, 1.0, threshold=2.0, init_hidden=True, reset_mechanism=reset))
+    fixed = Plan((QuantizeStates("0", 12, (STEP,)),)).apply(net)
+    rounded = (CURRENTS / STEP).round() * STEP - 0.25
+    for x in rounded:
+        assert torch.equal(fixed(x), net(x))
+    assert torch.equal(fixed[0].mem, net[0].mem)
+    fixed(torch.full((3, 4), 0.3))
+    assert torch.equal(fixed[0].syn, net[0].syn + 0.25)
+
+
 def test_a_step_for_each_channel() -> None:
     """θ = 1 is 4, 2 and 1 of these steps; a current of 0.45 is 2, 1 and 0 of them."""
     net = Plan((QuantizeStates("0", 8, (0.25, 0.5, 1.0), -3),)).apply(nn.Sequential(neuron.IFNode()))
@@ -114,7 +127,7 @@ def test_a_wide_state_is_exact_where_float32_is_not() -> None:
     ("edit", "said"),
     [
         ({"neuron": "2"}, "no module '2'"),
-        ({"neuron": "1"}, "'1' can't be put on a grid: of snnTorch's neurons Leaky and Lapicque"),
+        ({"neuron": "1"}, "'1' can't be put on a grid: of snnTorch's neurons Leaky, Lap"),
         ({"bits": 2}, "3 to 32 bits, not 2"),
         ({"step": (0.0,)}, "positive number"),
         ({"overflow": "explode"}, "not 'explode'"),
@@ -122,7 +135,7 @@ def test_a_wide_state_is_exact_where_float32_is_not() -> None:
     ],
 )
 def test_what_cant_be_is_refused(edit: dict[str, Any], said: str) -> None:
-    net = nn.Sequential(nn.Linear(3, 4), snn.Synaptic(0.5, 0.5, init_hidden=True))
+    net = nn.Sequential(nn.Linear(3, 4), snn.Alpha(0.9, 0.8, init_hidden=True))
     data = {"neuron": "1", "bits": 8, "step": [0.5], **edit}
     with pytest.raises(PlanError, match=said):
         Plan((QuantizeStates(**{k: tuple(v) if k == "step" else v for k, v in data.items() if k != "edit"}),)).apply(

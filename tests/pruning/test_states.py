@@ -115,10 +115,10 @@ def test_states_that_snntorch_rounds_itself_are_kept() -> None:
         ({"state_bits": {"lif9": 8}}, OptionError, "'lif9' matches no neuron. The model's: 1"),
         ({"state_overflow": "carry"}, OptionError, "state_overflow must be 'saturate' or 'wrap'"),
         ({"state_leak": "none"}, OptionError, "state_leak must be 'exact' or 'shift'"),
-        ({}, ModelError, r"The state of 1 \(Synaptic\) can't be put on a grid of 8 bits.*'1': None"),
+        ({}, ModelError, r"The state of 1 \(Alpha\) can't be put on a grid of 8 bits.*'1': None"),
     ],
 )
 def test_what_cant_be_is_refused(options: dict[str, Any], error: type[Exception], said: str) -> None:
-    net = nn.Sequential(nn.Linear(64, 4), snn.Synaptic(0.5, 0.5, init_hidden=True))
+    net = nn.Sequential(nn.Linear(64, 4), snn.Alpha(0.9, 0.8, init_hidden=True))
     with pytest.raises(error, match=said):
         apply(net, None, data=X.flatten(1), **options)

@@ -103,10 +103,9 @@ def test_the_report_names_what_is_missing() -> None:
     assert str(report).splitlines()[0] == f"checked: {', '.join(report.checked)}"
     assert [line for line in str(report).splitlines()[1:]] == [f"missing: {what}" for what in report.missing]
     assert "export" not in report.checked
-    export, inference, fixed = report.missing
+    export, inference = report.missing
     assert export.startswith("export: lif (Synaptic) gets its state from Loop.forward")
     assert inference == "inference of lif (Synaptic): of snnTorch's neurons Leaky and Lapicque have a fast form"
-    assert fixed == "fixed point of lif (Synaptic): of snnTorch's neurons Leaky and Lapicque have a fixed-point form"
 
 
 @pytest.mark.parametrize("options", [{"reset_delay": False}, {"beta": 1.0, "reset_delay": False}], ids=str)
@@ -692,7 +691,7 @@ ADAPTERS = {
     WritesItsEquation: "dynamics() must return a Dynamics, not a str",
     FailsToExplain: "equations of 1 (LIFNode) failed: RuntimeError: no equation",
     StaysInFloat: "after step_on(), 'v' of 1 isn't on the grid",
-    StepsLower: "step_on() changes what 1 puts out, on the finest of grids",
+    StepsLower: "step_on() changes what 1 puts out, on a fine grid",
 }
 
 
