@@ -159,8 +159,8 @@ class _Range:
         base = (largest / (self._top - 1)).view(1)
         first = torch.zeros(1, device=base.device)
         if unit is not None:
-            base, per_octave = unit, 1
-            first = torch.ceil(torch.log2(largest / (self._top - 0.5) / unit))
+            base, per_octave = unit if bool((unit != unit[0]).any()) else unit[:1], 1
+            first = torch.ceil(torch.log2(largest / (self._top - 0.5) / base))
         count = min(_MOST, (self.bits - 1) * per_octave)
         exponents = first + torch.arange(count, device=base.device)[:, None] / per_octave
         found: Tensor = base * 2.0**exponents

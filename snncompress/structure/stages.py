@@ -178,6 +178,8 @@ def _stage(seen: _Seen, name: str, model: nn.Module, adapter: Adapter) -> Stage:
     kind, reset, several = _neuron(adapter, seen.neurons, neurons)
     if scales == "layer" and several:
         scales = "channel"
+    held = [adapter.state_bits(seen.neurons[neuron]) for neuron in neurons]
+    states = max((b for b in held if b is not None), default=None) if None not in held else None
     return Stage(
         name=name,
         out_channels=width(copy, "out"),
@@ -190,6 +192,8 @@ def _stage(seen: _Seen, name: str, model: nn.Module, adapter: Adapter) -> Stage:
         reset=reset,
         weight_bits=bits,
         scales=scales,
+        state_bits=states,
+        threshold_bits=states,
         biased=norm or getattr(layer, "bias", None) is not None,
         recurrent=sum(inner),
     )

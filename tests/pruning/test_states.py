@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
+from snncompress_rescaw import ReScaW
 from snntorch.functional.quant import state_quant
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 import snncompress
 from snncompress import ModelError, NothingToDoWarning, OptionError, Plan, QuantizeStates, plan_of, profile
+from snncompress.contract.detection import find_adapter
 from snncompress.model.fixed_point import state_grid
+from snncompress.structure.stages import stages
 
 X = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -53,6 +56,13 @@ def test_steps_are_those_of_the_weights_times_powers_of_two() -> None:
         assert torch.allclose(powers, powers.round(), atol=1e-3)
     assert [e.neuron for e in plan_of(small).edits if isinstance(e, QuantizeStates)] == ["2", "4"]
     assert state_grid(apply(model, None)[2]).step.shape == ()
+    one = snncompress.apply(
+        nn.Sequential(nn.Linear(64, 6), neuron.IFNode(), nn.Linear(6, 2)), None, bits=4, data=X.flatten(1), timesteps=2,
+        quantizer=ReScaW(per_channel=False), state_bits=8, skip=[], progress=False,
+    )  # fmt: skip
+    assert state_grid(one[1]).step.shape == ()
+    (stage,) = (s for s in stages(one, find_adapter(one), lambda net: net(X.flatten(1))) if s.neuron)
+    assert (stage.state_bits, stage.threshold_bits) == (8, 8)
 
 
 def test_the_least_error() -> None:
