@@ -30,8 +30,6 @@ TIE = 2.0**-12
 """What is so near to a tie counts as one: a float of 32 bits misses one by less."""
 _NARROW = 12
 """Bits of a state whose arithmetic is exact in float32."""
-_LAST = 20
-"""Bits of a state that float32 can hold from step to step."""
 
 
 class FixedPoint(nn.Module):
@@ -78,7 +76,7 @@ class FixedPoint(nn.Module):
     def charge(
         self, v: Tensor | float, x: Tensor, leak: Tensor, gain: Tensor | float, rest: float = 0.0, less: Any = None
     ) -> Tensor:
-        """[N, C, …] of x's dtype, in float64 where a state has more than 20 bits."""
+        """[N, C, …] of x's dtype: in float32, whose multiples of δ are exact to 20 bits or so."""
         work = torch.promote_types(x.dtype, torch.float32 if self.bits <= _NARROW else torch.float64)
         step = self.step.to(work)
         held = _whole(torch.as_tensor(v, dtype=work, device=x.device) / step)
@@ -116,8 +114,7 @@ class FixedPoint(nn.Module):
         return _straight(exact, self._values(numbers, self.step.dtype))
 
     def _values(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = torch.float64 if self.bits > _LAST else dtype
-        return (numbers * self.step.to(numbers.dtype)).to(wide)
+        return (numbers * self.step.to(numbers.dtype)).to(dtype)
 
 
 def state_grid(neuron: nn.Module) -> FixedPoint | None:

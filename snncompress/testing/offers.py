@@ -211,11 +211,11 @@ def check_fixed_point(trial: Trial) -> None:
         neuron = neurons[name]
         with trial.optional("fixed point", (name, neuron)):
             wanted = [t for _ in range(2) for t in trial.call(neuron, call, "as it was")]
-            for step, bits in ((2.0**-14, 20), (0.25, 8)):
+            for step, bits in ((2.0**-20, 32), (0.25, 8)):
                 adapter.step_on(neuron, FixedPoint(torch.tensor(step), bits))
                 adapter.reset(model)
                 made = [t for _ in range(2) for t in trial.call(neuron, call, "after step_on()")]
-                if bits == 20 and not nearly(made, wanted):
+                if bits == 32 and not nearly(made, wanted):
                     raise broken(adapter, f"step_on() changes what {name} puts out, on a fine grid.")
             off = [k for k, v in _states(trial, name, neuron).items() if not torch.equal(v, (v * 4).round() / 4)]
             if off:

@@ -116,10 +116,12 @@ def test_gradients_pass_straight_through() -> None:
     assert [t.grad.tolist() for t in (x, theta, leak)] == [[1.5, 1.5], -4.0, -4.0]
 
 
-def test_a_wide_state_is_exact_where_float32_is_not() -> None:
-    grid = FixedPoint(torch.tensor(1.0), 32)
-    v = grid.charge(torch.tensor(2.0**30 - 1, dtype=torch.float64), torch.tensor(2.0), grid.leak(0.0), 1.0)
-    assert v.item() == 2**30 + 1
+def test_a_wide_state_is_exact_where_sums_in_float32_are_not() -> None:
+    """Next to 2^19 floats of 32 bits lie a 32nd apart: half a step and 2^-9 more or less would be the same to them."""
+    grid = FixedPoint(torch.tensor(1.0), 20)
+    v = torch.tensor(2.0**19 - 1)
+    assert grid.charge(v, torch.tensor(-(0.5 + 2.0**-9)), grid.leak(0.0), 1.0).item() == 2.0**19 - 2
+    assert grid.charge(v, torch.tensor(-(0.5 - 2.0**-9)), grid.leak(0.0), 1.0).item() == 2.0**19 - 1
     assert nearest(torch.tensor(-0.2)).item() == 0
 
 
