@@ -229,6 +229,8 @@ class SNNTorchAdapter(Adapter):
                 "reset_mechanism='subtract', snnTorch's default, or reset_delay=False, and fine-tune"
             )
         alpha = node.alpha.detach().double().clamp(0, 1) if hasattr(node, "alpha") else None
+        if grid is not None and alpha is not None:
+            alpha = 1 - grid.leak(1 - alpha)
         recurrent = getattr(node, "recurrent", None)
         if recurrent is not None and not isinstance(recurrent, (nn.Linear, nn.Conv2d)):  # one-to-one
             recurrent = torch.as_tensor(recurrent.V)

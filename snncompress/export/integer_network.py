@@ -158,9 +158,10 @@ def _count(
     unit = layer.unit if isinstance(layer, SumLayer) else torch.ones(wide)
     bias = torch.zeros(wide) if layer.bias is None or drivers[0] in analog else layer.bias
     try:
-        counting = IntegerGrid(
-            name, grid, adapter.dynamics(neuron), unit, bias, weight_dims(layer), analog=drivers[0] in analog
-        )
+        equation = adapter.dynamics(neuron)
+        if equation.synapse is not None or equation.recurrent is not None:
+            return "a synaptic current, or its own spikes, have no form in whole numbers yet"
+        counting = IntegerGrid(name, grid, equation, unit, bias, weight_dims(layer), analog=drivers[0] in analog)
         adapter.step_on(neuron, cast(Any, counting))
     except ModelError as error:
         return str(error)
