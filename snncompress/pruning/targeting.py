@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snncompress.errors import OptionError
+from snncompress.errors import OptionError, SNNCompressError
 from snncompress.interfaces import Quantizer, Stage, Target
 from snncompress.measuring.counting import FLOAT_BITS
 from snncompress.measuring.fits import fitted, judged, staged, too_much
@@ -32,6 +32,7 @@ from .allocation import Costs, Part
 from .selection import Target as Group
 from .selection import check_bits, named_layers, per_layer
 from .settings import Settings
+from .states import StateSettings, kept_states
 
 _MOST_BITS = 16
 
@@ -58,7 +59,28 @@ def prepared(table: Bench[Any], settings: Settings, skip: Any) -> tuple[Settings
     if bits is not None:
         skip = _in_full(chip, skip, bits)
     bits = settings.bits if bits is None else bits or None
-    return dataclasses.replace(settings, quantizer=quantizer, bits=bits, folds=folds), skip
+    states = _states(chip, table, settings)
+    return dataclasses.replace(settings, quantizer=quantizer, bits=bits, folds=folds, states=states), skip
+
+
+def _states(chip: Target, table: Bench[Any], settings: Settings) -> StateSettings:
+    """With as many bits for states as the chip has, where none were asked for and all neurons can be given them.
+
+    Thresholds lie on the same grid, so it is the fewer of the two.
+    """
+    asked = settings.states.bits
+    most = min((bits for bits in (chip.state_bits, chip.threshold_bits) if bits is not None), default=None)
+    if most is None or settings.synthetic or not (asked is None or isinstance(asked, int)):
+        return settings.states
+    bits = most if asked is None else min(asked, most)
+    if asked is None:
+        if chip.scales == "layer":  # and a state's step is one for each channel
+            return settings.states
+        try:
+            kept_states(table.model, table.feed, dict.fromkeys(table.adapter.neurons(table.model), bits))
+        except SNNCompressError:  # they stay floats, as the verdict says
+            return settings.states
+    return dataclasses.replace(settings.states, bits=bits)
 
 
 def confirmed(table: Bench[Any], model: nn.Module, settings: Settings) -> None:

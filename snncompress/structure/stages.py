@@ -176,10 +176,10 @@ def _stage(seen: _Seen, name: str, model: nn.Module, adapter: Adapter) -> Stage:
         operations.append("recurrence")
     bits, scales = _grid(layer, norm=norm)
     kind, reset, several = _neuron(adapter, seen.neurons, neurons)
+    states = [adapter.state_bits(model.get_submodule(neuron)) for neuron in neurons]
+    held = None if not states or None in states else max(bits for bits in states if bits is not None)
     if scales == "layer" and several:
         scales = "channel"
-    held = [adapter.state_bits(seen.neurons[neuron]) for neuron in neurons]
-    states = max((b for b in held if b is not None), default=None) if None not in held else None
     return Stage(
         name=name,
         out_channels=width(copy, "out"),
@@ -192,8 +192,8 @@ def _stage(seen: _Seen, name: str, model: nn.Module, adapter: Adapter) -> Stage:
         reset=reset,
         weight_bits=bits,
         scales=scales,
-        state_bits=states,
-        threshold_bits=states,
+        state_bits=held,
+        threshold_bits=held,
         biased=norm or getattr(layer, "bias", None) is not None,
         recurrent=sum(inner),
     )

@@ -85,6 +85,8 @@ def test_a_network_of_snntorch_compressed_for_xylo() -> None:
     x = torch.ones(3, 1, 16)
     dense = snncompress.fits(Hearing(130), "xylo_audio3", data=x)
     assert dense.widths == {"a": 128}
+    held = snncompress.fits(snncompress.apply(Hearing(100), None, data=x, target="xylo_audio3"), "xylo_audio3", data=x)
+    assert {row.limit.needs for row in held.rows if row.limit.what == "bits of a state"} == {16}
     small = snncompress.apply(Hearing(100), None, bits=7, data=x, skip=[], repair=None)
     found = snncompress.fits(small, "xylo_audio3", data=x)
     assert found.ok, str(found)
