@@ -120,8 +120,8 @@ def fits(
 ) -> Fit:
     """Does a network fit a chip? What each layer needs, what the chip has, and what would make it fit.
 
-    Batch norms count as folded into the layer before them, and weights as what they are: floats have 32 bits. Whether
-    states are on a grid doesn't count yet; a note says so.
+    Batch norms count as folded into the layer before them, and weights as what they are: floats have 32 bits. States
+    and thresholds count where they are on a grid; of floats a note says that they aren't.
 
     Args:
         model: a network of SpikingJelly or snnTorch, compressed or not; it stays as it is.
