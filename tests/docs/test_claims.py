@@ -1,4 +1,4 @@
-"""What the README says of compressed models in other hands is so."""
+"""What the documentation says of compressed models in other hands is so."""
 
 from __future__ import annotations
 

@@ -69,20 +69,6 @@ def test_all_commands_are_of_these_kinds() -> None:
     assert len(BENCHMARKS) > 10 < len(COMMANDS)
 
 
-def anchors(path: Path) -> set[str]:
-    """As GitHub makes them of headings."""
-    titles = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]*)\)", TEXT))))
-def test_links_lead_somewhere(link: str) -> None:
-    path, _, anchor = link.partition("#")
-    target = (PAGE.parent / path).resolve() if path else PAGE
-    assert target.exists()
-    assert not anchor or anchor in anchors(target)
-
-
 def test_figures_stand_where_it_says() -> None:
     """What has a decimal point, in the column "here", stands in the file that the row links to; else it has none."""
     checked = 0

@@ -1,57 +1,49 @@
-"""The README says what is: its code is the code in the repo, its tables are what the scripts wrote."""
+"""The README is short, and its figures and those of docs/measurements are what the benchmarks wrote."""
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
 
-import snncompress
-from tests.packaging.lines import code_lines
+from tests.docs.pages import DOCS, ROOT, name_of
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = [
-    "mnist.md", "performance.md", "cqp_mnist.md", "nmnist.md", "unstructured.md",
-    "squeezenet_cifar10.md", "conversion.md", "storage.md", "exports.md",
-]  # fmt: skip
-PLUGIN = ROOT / "examples" / "external_plugin" / "snncompress_peak" / "__init__.py"
+MEASURED = sorted((DOCS / "measurements").glob("*.md"))
+RESULTS = {path.name: path.read_text() for path in (ROOT / "benchmarks" / "results").glob("*.md")}
 
 
-def code_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, flags=re.S)
+def rows(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.startswith("|")]
 
 
-def test_the_plugin_is_the_one_that_is_tested() -> None:
-    assert PLUGIN.read_text().strip() in README
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
-def test_the_plugin_takes_at_most_twenty_lines() -> None:
-    assert len(code_lines(PLUGIN.read_text())) <= 20
+def test_figures_of_the_readme_stand_in_the_results() -> None:
+    """Every number with a decimal point."""
+    written = "\n".join(RESULTS.values())
+    gain = [row for row in rows(README) if not row.startswith(("| network", "| ---"))]
+    assert len(gain) == 5
+    for row in gain:
+        figures = re.findall(r"\d+\.\d+", row)
+        assert len(figures) >= 3
+        assert [figure for figure in figures if figure not in written] == []
 
 
-@pytest.mark.parametrize("block", code_blocks())
-def test_code_parses_and_names_what_exists(block: str) -> None:
-    for node in ast.walk(ast.parse(block)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "snncompress":
-            assert hasattr(snncompress, node.attr), node.attr
+@pytest.mark.parametrize("page", [p for p in MEASURED if p.name != "index.md"], ids=name_of)
+def test_tables_are_what_the_benchmarks_wrote(page: Path) -> None:
+    """Every row, or every figure of one, stands in a result file; and the page names the script that wrote it."""
+    text = page.read_text()
+    written = {row for result in RESULTS.values() for row in rows(result)}
+    for row in rows(text):
+        figures = re.findall(r"\d+\.\d+", row)
+        one_file = any(all(figure in result for figure in figures) for result in RESULTS.values())
+        assert row in written or (one_file if figures else re.search("images in a batch|^[| :-]+$", row)), row
+    assert re.search(r"`benchmarks/\w+\.py`", text)
 
 
-@pytest.mark.parametrize("result", RESULTS)
-def test_tables_are_what_the_benchmarks_wrote(result: str) -> None:
-    """Every table row of the README's measured section stands in a result file."""
-    measured = README.split("## What it is worth, measured")[1].split("\n## ")[0]
-    written = {
-        line.strip() for f in (ROOT / "benchmarks" / "results").glob("*.md") for line in f.read_text().splitlines()
-    }
-    rows = [line.strip() for line in measured.splitlines() if line.startswith("|")]
-    assert rows
-    assert [row for row in rows if row not in written] == []
-    assert f"benchmarks/{result.removesuffix('.md')}.py" in measured
-
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:examples|tests|benchmarks|adapters)/[\w/.]*)`", README))))
-def test_paths_exist(path: str) -> None:
-    assert (ROOT / path).exists()
+def test_every_result_is_linked_from_the_index() -> None:
+    assert set(re.findall(r"results/(\w+\.md)\)", (DOCS / "measurements" / "index.md").read_text())) == set(RESULTS)
