@@ -1,7 +1,9 @@
 # make demo         compress a small network and show what it costs before and after (FRAMEWORK=snntorch for snnTorch)
 # make test         lint, types, tests and doctests: everything CI runs
 #
-# Both make .venv and install into it what is missing. Before a release there are also:
+# make docs         the documentation as a site, in site/
+#
+# All make .venv and install into it what is missing. Before a release there are also:
 #
 # make test-floors  the tests with the lowest versions supported, in .venv-floors (Python 3.11 or 3.12)
 # make test-newest  the tests with the newest versions of everything, in .venv-newest
@@ -18,7 +20,7 @@ DEMO := $(VENV)/.installed-demo
 PYTEST := python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-floors test-newest lint format clean
+.PHONY: help demo test docs test-floors test-newest lint format clean
 .NOTPARALLEL:
 
 help:
@@ -29,6 +31,10 @@ demo: $(DEMO)
 
 test: lint
 	@$(BIN)/$(PYTEST)
+
+docs: $(DEV)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; to read it: $(BIN)/python -m http.server --directory site"
 
 test-floors: $(FLOORS)/.installed
 	@$(FLOORS)/bin/$(PYTEST)
@@ -46,7 +52,7 @@ format: $(DEV)
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(FLOORS) $(NEWEST) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) $(NEWEST) demo dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What the demonstration needs is part of what development needs.
