@@ -7,6 +7,7 @@
 #
 # make test-floors  the tests with the lowest versions supported, in .venv-floors (Python 3.11 or 3.12)
 # make test-newest  the tests with the newest versions of everything, in .venv-newest
+# make dist         the wheel and the source distribution, checked, in dist/
 
 FRAMEWORK ?= spikingjelly
 PYTEST_ARGS ?=
@@ -20,7 +21,7 @@ DEMO := $(VENV)/.installed-demo
 PYTEST := python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs test-floors test-newest lint format clean
+.PHONY: help demo test docs dist test-floors test-newest lint format clean
 .NOTPARALLEL:
 
 help:
@@ -38,6 +39,12 @@ docs: $(DEV)
 
 test-floors: $(FLOORS)/.installed
 	@$(FLOORS)/bin/$(PYTEST)
+
+dist: $(DEV)
+	@rm -rf dist
+	@$(BIN)/python -m hatchling build
+	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/check-wheel-contents dist/*.whl
 
 test-newest: $(NEWEST)/.installed
 	@$(NEWEST)/bin/$(PYTEST)

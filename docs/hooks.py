@@ -1,4 +1,4 @@
-"""What the site needs beyond Markdown: files that pages include, result files, pages that the navigation doesn't name."""
+"""What the site has beyond Markdown: included files, benchmark results, pages that the navigation doesn't name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw docs/images/gain.png from what the README's first block gives.
+"""Draw docs/images/gain.png from what the README's SpikingJelly block gives.
 
 python docs/pictures/gain.py
 """
@@ -17,10 +17,9 @@ KEPT, GONE, DENSE = "#00695c", "#e0e0e0", "#9e9e9e"
 
 
 def run_readme() -> dict[str, Any]:
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    assert block
+    data, spikingjelly, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     names: dict[str, Any] = {}
-    exec(block[1], names)
+    exec(data + spikingjelly, names)
     return names
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"ruff", "mypy", "pre-commit", "hatchling", "editables", "pytest", "pytest-xdist", "hypothesis"}
-TOOLS |= {"mkdocs-material", "mkdocstrings"}
+TOOLS |= {"mkdocs-material", "mkdocstrings", "twine", "check-wheel-contents"}
 """Nothing of theirs is in the library, so no lowest version is looked for."""
 
 
