@@ -47,9 +47,15 @@ def told(code: str) -> list[str]:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.runs for b in blocks(p))], ids=name_of)
 def test_the_code_of_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if "import lightning" in page.read_text():
+        request.getfixturevalue("torchvision_ops")  # it imports torchvision
     module = types.ModuleType("page")  # as dataclasses want to find one
     monkeypatch.setitem(sys.modules, "page", module)
     threads, names = torch.get_num_threads(), vars(module)
