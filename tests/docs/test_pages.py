@@ -18,6 +18,8 @@ from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, name_of
 
 NOT_RUN = 0
 """Blocks that can't be run here; their titles say why."""
+ELSEWHERE = {"docs/distributed.md": "tests/docs/test_distributed.py"}
+"""Pages whose blocks another test runs: this one imports Lightning, which takes long."""
 SETUP = "# include: docs/digits.py"
 
 
@@ -45,17 +47,13 @@ def told(code: str) -> list[str]:
     return re.findall(r"print\(.*\)  # (True|False|\d[\d.]*|\[[\d, ]+\])(?=$|:)", code, flags=re.M)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.runs for b in blocks(p))], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b.runs for b in blocks(p)) and name_of(p) not in ELSEWHERE], ids=name_of
+)
 def test_the_code_of_a_page_runs(
-    page: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if "import lightning" in page.read_text():
-        request.getfixturevalue("torchvision_ops")  # it imports torchvision
     module = types.ModuleType("page")  # as dataclasses want to find one
     monkeypatch.setitem(sys.modules, "page", module)
     threads, names = torch.get_num_threads(), vars(module)
@@ -78,6 +76,7 @@ def test_blocks_that_are_not_run() -> None:
     """What isn't Python is a shell's line, a file or a drawing; of Python as many blocks are left out as are known."""
     found = [block for page in PAGES for block in blocks(page)]
     assert {block.language for block in found} <= {"python", "bash", "text", "json", "toml", "yaml", "mermaid"}
+    assert all((ROOT / test).exists() and name in (ROOT / test).read_text() for name, test in ELSEWHERE.items())
     left = [f"{name_of(b.page)}:{b.line}" for b in found if b.language == "python" and not b.runs]
     assert len(left) == NOT_RUN, left
     assert sum(block.runs for block in found) > 60
