@@ -148,9 +148,11 @@ class Run(Generic[M]):
     def quantize_states(self, what: str) -> list[Edit]:
         """Put every neuron that has a bit width on a grid."""
         left = self.feed.adapter.neurons(self.model)
+        asked = {n: b for n, b in self._states.items() if b is not None and n in left and n not in self._kept}
+        if not asked:
+            return []
         edits = fixed_point_states(
-            self.model, self.network_now(), self.feed,
-            {name: b for name, b in self._states.items() if name in left and name not in self._kept},
+            self.model, self.network_now(), self.feed, asked,
             self.settings.states, self.settings.seed, self.progress, what,
         )  # fmt: skip
         for edit in edits:

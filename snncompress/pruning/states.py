@@ -71,10 +71,9 @@ def kept_states(model: nn.Module, feed: Feed, bits: Mapping[str, int | None]) ->
 
     Raises ModelError for others whose state can't be in fixed point; the model stays as it is.
     """
-    copy, kept = private_copy(model, feed.adapter), {}
-    for name, wanted in bits.items():
-        if wanted is None:
-            continue
+    asked, kept = {name: wanted for name, wanted in bits.items() if wanted is not None}, dict[str, str]()
+    copy = private_copy(model, feed.adapter) if asked else model
+    for name, wanted in asked.items():
         QuantizeStates(name, wanted, (1.0,)).check(copy)
         neuron = copy.get_submodule(name)
         if (own := feed.adapter.state_bits(neuron)) is not None:

@@ -25,6 +25,7 @@ from snncompress.model.modules import patched
 from snncompress.model.network import NORMS, WEIGHT_LAYERS, channel_axis, width
 from snncompress.running.data import Run
 
+_LEAVES = 2**10  # values that a leaf may have; float16 holds them
 _CALLS = 2  # of one module that are looked at: in the second, recurrence shows itself
 
 
@@ -118,7 +119,8 @@ class _Cut:
         return call
 
     def _called(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        leaf = torch.rand(y.shape, generator=self._generator).to(y).add_(0.5).requires_grad_()
+        numbers = torch.randint(_LEAVES, y.shape, generator=self._generator)  # torch.rand is steady here
+        leaf = (numbers.to(y) / _LEAVES).add_(0.5).requires_grad_()
         if sum(name == other for other, _, _ in self.calls) < _CALLS:
             self.calls.append((name, x, leaf))
             self.names[leaf] = name
