@@ -56,8 +56,15 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, timesteps: int | None) -> f
     return float(right.double().mean())
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize(("build", "timesteps"), [(OwnLoop, None), (multi_step, T)])
+@pytest.mark.parametrize(
+    ("build", "timesteps", "bits"),
+    [
+        (OwnLoop, None, None),
+        (multi_step, T, 4),
+        pytest.param(OwnLoop, None, 4, marks=pytest.mark.slow),
+        pytest.param(multi_step, T, None, marks=pytest.mark.slow),
+    ],
+)
 def test_digits(build: object, timesteps: int | None, bits: int | None) -> None:
     digits = load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)

@@ -56,9 +56,10 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 NETS = pytest.mark.parametrize("build", [spikingjelly_net, snntorch_net])
+SLOW = pytest.mark.slow  # of long tests each framework has one in the default run
 
 
-@NETS
+@pytest.mark.parametrize("build", [pytest.param(spikingjelly_net, marks=SLOW), snntorch_net])
 def test_digits(build: object) -> None:
     digits = load_digits()
     x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
@@ -67,7 +68,7 @@ def test_digits(build: object) -> None:
     check(build(8), x[train], y[train], x[test], y[test], epochs=8, tuning=8, dense_floor=0.93, loss=0.15)
 
 
-@NETS
+@pytest.mark.parametrize("build", [spikingjelly_net, pytest.param(snntorch_net, marks=SLOW)])
 def test_mnist(build: object, data_dir: Path) -> None:
     spec = importlib.util.spec_from_file_location("read", data_dir / "read.py")
     read = importlib.util.module_from_spec(spec)

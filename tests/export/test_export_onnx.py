@@ -150,10 +150,10 @@ def test_steps(make: Callable[[], nn.Module], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "bits", "integers"),
     [
-        (spikingjelly_network, 1, "int8"),
+        pytest.param(spikingjelly_network, 1, "int8", marks=pytest.mark.slow),
         (snntorch_network, 4, "int8"),
         (spikingjelly_network, 8, "int16"),
-        (snntorch_network, 16, "int32"),
+        pytest.param(snntorch_network, 16, "int32", marks=pytest.mark.slow),
     ],
 )
 def test_quantized_and_pruned(make: Callable[[], nn.Module], bits: int, integers: str, tmp_path: Path) -> None:
@@ -168,8 +168,10 @@ def test_quantized_and_pruned(make: Callable[[], nn.Module], bits: int, integers
     assert sum(n.op_type == "DequantizeLinear" for n in model.graph.node) == 4
 
 
-@NETWORKS
-@pytest.mark.parametrize("gamma", ["l1_mean", "mse"])
+@pytest.mark.parametrize(
+    ("make", "gamma"),
+    [(spikingjelly_network, "mse"), pytest.param(snntorch_network, "l1_mean", marks=pytest.mark.slow)],
+)
 def test_masked_per_channel(make: Callable[[], nn.Module], gamma: Any, tmp_path: Path) -> None:
     case = alive(make())
     quantizer = ReScaW(gamma=gamma, per_channel=True)

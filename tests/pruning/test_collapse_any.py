@@ -20,7 +20,7 @@ from tests.equivalence import outputs
 from tests.networks import Case, firing_rates, snntorch_cases, spikingjelly_cases
 from tests.pruning.test_collapse import collapsed, gone, net
 
-few = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def masked(case: Case, criterion: str, ratio: float, *, grow: float = 3.0) -> Case:

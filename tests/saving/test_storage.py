@@ -104,8 +104,18 @@ def output(model: nn.Module) -> torch.Tensor:
         adapter.reset(model)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("framework", BUILDS)
+MIXES = {"spikingjelly": "other mix", "snntorch": "mix"}
+"""Of the ways that are made of others, which take long, those in the default run."""
+
+
+@pytest.mark.parametrize(
+    ("framework", "way"),
+    [
+        pytest.param(f, w, marks=pytest.mark.slow if w.endswith("mix") and MIXES.get(f) != w else ())
+        for f in BUILDS
+        for w in WAYS
+    ],
+)
 def test_bitwise_the_same(framework: str, way: str, tmp_path: Path) -> None:
     small = WAYS[way](BUILDS[framework]())
     before, path = snapshot(small), tmp_path / "small.safetensors"
