@@ -36,7 +36,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found, Found
         for child in children:
             child.kill()
     assert [child.returncode for child in children] == [0, 0], "\n".join(said)
-    assert said == ["", ""]  # DDP has much to say where it isn't asked rightly
+    # DDP has much to say where it isn't asked rightly; that there is no Triton for it torch says in any case
+    assert not [line for text in said for line in text.splitlines() if "Triton not available" not in line]
     assert [(folder / str(rank)).exists() for rank in range(2)] == [True, False]  # the checkpoint
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2))
     return one, first, second
