@@ -8,13 +8,12 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snncompress.errors import OptionError
 
 from .display import number
-from .files import write_whole
+from .files import writable, write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -129,7 +128,7 @@ class Table:
         writer.writerows(self.rows)
         if path is None:
             return text.getvalue()
-        write_whole(Path(path), lambda file: file.write(text.getvalue().encode()))
+        write_whole(writable(path), lambda file: file.write(text.getvalue().encode()))
         return None
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -12,8 +12,8 @@ from snncompress.pruning.apply import apply
 from snncompress.reports.reporting import Measured, written
 from snncompress.saving.storage import save
 
-from .networks import MODEL, WEIGHTS, network, several
-from .options import Option, Options
+from .networks import MODEL, WEIGHTS, framework, network, several
+from .options import Option, Options, UsageError
 
 ABOUT = "Compress a network: remove channels or weights, quantize, repair; write it into one file; say what came of it."
 EXAMPLE = """\
@@ -47,13 +47,15 @@ def compress(arguments: Sequence[str]) -> None:
     options = Options("compress", ABOUT, EXAMPLE, OWN, apply, {"model", "progress"})
     values = options.parsed(arguments)
     options.writable(values, "output", "report")
+    if values["report"] and values["data"] is None and values["test"] is None:
+        raise UsageError("--report needs data to measure on: --data or --test names some.")
     torch.manual_seed(values["seed"])  # a model and data that are drawn at random are the same in a run that goes on
     model = network(values)
     values["data"], test = (several(options.resolved(name, values[name])) for name in ("data", "test"))
     small = options.call(values, model=model)
     print(plan_of(small))
     if values["output"]:
-        save(small, values["output"])
+        save(small, values["output"], adapter=framework(options, values))
         print(f"\n{values['output']}: {os.path.getsize(values['output']):,} bytes")
     data = values["data"] if test is None else test
     if data is None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from snncompress.errors import OptionError
 from snncompress.measuring.profiling import profile as profile_
 from snncompress.reports.reporting import report as report_
-from snncompress.saving.storage import load
 
-from .networks import MODEL, WEIGHTS, network, several
+from .networks import MODEL, WEIGHTS, compressed, network, several
 from .options import Option, Options, UsageError
 
 _PROFILE = """\
@@ -35,7 +34,7 @@ def profile(arguments: Sequence[str]) -> None:
     options.writable(values, "csv")
     model = network(values)
     if values["compressed"]:
-        model = load(values["compressed"], into=model)
+        model = compressed(values["compressed"], model, options, values)
     if values["data"] is None:
         raise UsageError("--data is missing: package.module:name of what the network is measured on.")
     result = options.call(values, model=model)
@@ -61,7 +60,7 @@ def report(arguments: Sequence[str]) -> None:
         raise UsageError("--data is missing: package.module:name of what the networks are measured on.")
     values["data"] = several(options.resolved("data", values["data"]))
     files = [values["compressed"]] if isinstance(values["compressed"], str) else values["compressed"]
-    models = {"dense": dense} | {Path(file).stem: load(file, into=dense) for file in files}
+    models = {"dense": dense} | {Path(file).stem: compressed(file, dense, options, values) for file in files}
     if len(models) != 1 + len(files):
         raise OptionError(f"--compressed: two files have one name, or one is called 'dense': {', '.join(files)}.")
     print(options.call(values, models=models, path=values["path"]))

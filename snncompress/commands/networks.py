@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from snncompress.errors import ModelError, OptionError, StorageError
+from snncompress.model.own_neurons import named_neurons
+from snncompress.saving.storage import load
 
 from .importing import built
-from .options import Option, UsageError
+from .options import Option, Options, UsageError
 
 MODEL = Option("model", str | None, "The network: package.module:name of a function that builds it, or of the network.")
 WEIGHTS = Option("weights", str | None, "A file with its state_dict, as torch.save or safetensors wrote it.")
@@ -34,6 +36,17 @@ def network(values: Mapping[str, Any]) -> nn.Module:
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ModelError(f"--weights: {values['weights']} doesn't fit the model: {error}") from error
     return model
+
+
+def compressed(file: str, model: nn.Module, options: Options, values: Mapping[str, Any]) -> nn.Module:
+    """The network in a file, on the structure of ``model``."""
+    return load(file, into=model, adapter=framework(options, values))
+
+
+def framework(options: Options, values: Mapping[str, Any]) -> Any:
+    """The adapter that ``--adapter``, or ``--neurons`` and ``--time_dim``, tell of; None where nothing does."""
+    adapter, neurons, time_dim = (options.resolved(name, values[name]) for name in ("adapter", "neurons", "time_dim"))
+    return named_neurons(adapter, neurons, time_dim)
 
 
 def several(data: Any) -> Any:

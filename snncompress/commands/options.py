@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from snncompress.base.files import writable
 from snncompress.contract.registry import registry
-from snncompress.errors import OptionError
+from snncompress.errors import OptionError, SNNCompressError
 
-from .importing import built, imported
+from .importing import built, guarded, imported
 
 _PLAIN = (int, float, str, bool, types.NoneType)
 _PLUGINS = {
@@ -126,10 +127,13 @@ class Options:
             raise UsageError(f"{name}: {_shortened(str(error))} See {self._prog} --help.") from error
 
     def writable(self, values: Mapping[str, Any], *names: str) -> None:
-        """Raise UsageError where a file that is to be written has no folder: before the work, not after it."""
+        """Raise UsageError where a file can't be written, as it has no folder, say: before the work, not after it."""
         for name in names:
-            if values[name] and not Path(values[name]).absolute().parent.is_dir():
-                raise UsageError(f"--{name}: there is no folder {Path(values[name]).parent}.")
+            try:
+                if values[name]:
+                    writable(values[name])
+            except SNNCompressError as error:
+                raise UsageError(f"--{name}: {error}") from error
 
     def call(self, values: Mapping[str, Any], **more: Any) -> Any:
         """Call the function with what was said; what was named is looked up."""
@@ -143,7 +147,8 @@ class Options:
         if isinstance(value, Mapping) and name in _PLUGINS:
             return _plugin(name, dict(value))
         if isinstance(value, str) and ":" in value:
-            return (built if name in _DATA else imported)(f"--{name}", value)
+            found = (built if name in _DATA else imported)(f"--{name}", value)
+            return _reporting(f"--{name}", value, found) if name == "finetune" else found
         return value
 
 
@@ -187,6 +192,13 @@ def _plugin(name: str, value: dict[str, Any]) -> Any:
     except TypeError as error:
         known = ", ".join(inspect.signature(cls).parameters) or "none"
         raise OptionError(f"--{name}: {kind} {chosen!r} doesn't take {value}: its options are {known}.") from error
+
+
+def _reporting(option: str, path: str, function: Any) -> Any:
+    """The same function; what it raises is told as an error of the option."""
+    if not isinstance(function, types.FunctionType):
+        return function
+    return functools.wraps(function)(lambda *args: guarded(option, path, lambda: function(*args)))
 
 
 def _unwrapped(value: Any) -> Any:

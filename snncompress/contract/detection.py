@@ -54,7 +54,10 @@ def find_adapter(model: nn.Module, adapter: Adapter | str | None = None, *, plai
     )
 
 
-HOW_TO_NAME = "neurons=LIFSpike names their class, time_dim=1 the axis of time in what it takes."
+HOW_TO_NAME = (
+    "neurons=LIFSpike names their class, time_dim=1 the axis of time in what it takes; where a call has no neurons=, "
+    "adapter=snncompress.OwnNeurons(LIFSpike, 1) does."
+)
 _NAMES = re.compile(r"lif|i_?f_?(node|neuron|cell|spike)|psn|spik|neuron|izhikevich|integrate", re.IGNORECASE)
 
 

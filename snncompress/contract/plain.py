@@ -34,8 +34,16 @@ class PlainAdapter(Adapter):
 
     def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
         """Raises ModelError: no module is a neuron."""
-        raise ModelError(f"{type(neuron).__name__} is no spiking neuron.")
+        raise _unknown(neuron)
 
     def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
         """Raises ModelError: no module is a neuron."""
-        raise ModelError(f"{type(neuron).__name__} is no spiking neuron.")
+        raise _unknown(neuron)
+
+
+def _unknown(neuron: nn.Module) -> ModelError:
+    kind = type(neuron).__name__
+    return ModelError(
+        f"{kind} is no spiking neuron of a known framework. Where it is one of your own: "
+        f"adapter=snncompress.OwnNeurons({kind}, time_dim), time_dim being the axis of time in what it takes."
+    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.base.distributed import no_sync
-from snncompress.base.files import write_whole
+from snncompress.base.files import writable, write_whole
 from snncompress.contract.registry import registry
 from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter, Observer, Target
@@ -135,7 +135,7 @@ def export(
         >>> graph.nodes["1"].tau, graph.nodes["1"].r
         (array([0.0002, 0.0002]), array([1., 1.]))
     """
-    path = Path(path)
+    path = writable(path)
     kind = _checked_format(format, path)
     chip: Target | None = None if target is None else registry().resolve("target", target, Target)
     if chip is not None and kind != "nir":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -33,6 +34,11 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
+def _array(values: Tensor) -> Any:
+    """In numpy, which has no bfloat16, and whose half floats few readers know: at 32 bits, the same numbers."""
+    return (values if values.dtype == torch.float64 else values.float()).numpy()
+
+
 def _linear(module: nn.Linear, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
     import nir
 
@@ -40,8 +46,8 @@ def _linear(module: nn.Linear, source: tuple[int, ...], result: tuple[int, ...])
         raise RefusedError(
             f"NIR's linear node takes vectors, and this one gets {list(source)}; put an nn.Flatten before it"
         )
-    weight = _weight(module).numpy()
-    return nir.Linear(weight) if module.bias is None else nir.Affine(weight, module.bias.numpy())
+    weight = _array(_weight(module))
+    return nir.Linear(weight) if module.bias is None else nir.Affine(weight, _array(module.bias))
 
 
 def _conv(module: Any, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
@@ -57,7 +63,7 @@ def _conv(module: Any, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
         value[0] if flat and not isinstance(value, str) else value
         for value in (module.stride, module.padding, module.dilation)
     )
-    return kind(shape, weight.numpy(), stride, padding, dilation, 1, bias.numpy())
+    return kind(shape, _array(weight), stride, padding, dilation, 1, _array(bias))
 
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:

@@ -113,7 +113,14 @@ def onnx_model(step: Step, x: Tensor) -> bytes:
             _dequantize(model.graph, name, integers)
     start = dict(zip(_labels(step), step.start, strict=True))
     onnx.helper.set_model_props(model, {"initial_states": json.dumps(start)})
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # of the checker, in C++
+        kind = str(x.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"What {type(step.model).__name__} became isn't valid ONNX: {error}. Likely cause: an operation of it that "
+            f"ONNX has for other numbers than {kind}; model.float(), with data alike, has those that it knows best."
+        ) from error
     return cast(bytes, model.SerializeToString())
 
 

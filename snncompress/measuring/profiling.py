@@ -174,8 +174,7 @@ def compare(
         >>> compare({"wide": wide, "slim": slim}, torch.ones(1, 4)).ratios["slim"]["n_params"]
         0.25
     """
-    if not isinstance(models, Mapping) or not models:
-        raise OptionError(f"compare takes a mapping of names to models, such as {{'dense': model}}, not {models!r}.")
+    networks = by_name("compare", models, Profile)
     if isinstance(data, Iterator):  # every model must see the same batches
         data = list(data)
     profiles = {
@@ -185,9 +184,25 @@ def compare(
             entry, data, timesteps=timesteps, forward=forward, adapter=adapter,
             energy_model=energy_model, conventions=conventions,
         )
-        for name, entry in models.items()
+        for name, entry in networks.items()
     }  # fmt: skip
     return Comparison(profiles)
+
+
+def by_name(what: str, models: Any, *others: type) -> dict[str, Any]:
+    """Name → network, or what else may stand there; raises OptionError where ``what`` was handed something else."""
+    kinds = (nn.Module, *others)
+    example = "takes a mapping of names to networks, such as {'dense': model}"
+    if not isinstance(models, Mapping) or not models:
+        given = "an empty one" if isinstance(models, Mapping) else f"a {type(models).__name__}"
+        raise OptionError(f"{what} {example}, not {given}.")
+    for name, model in models.items():
+        if not isinstance(model, kinds):
+            raise OptionError(f"{what} {example}; {name!r} is a {type(model).__name__}.")
+    found = {str(name): model for name, model in models.items()}
+    if len(found) < len(models):
+        raise OptionError(f"{what} got two networks of one name: {', '.join(map(repr, models))}.")
+    return found
 
 
 class _NeuronCounter:

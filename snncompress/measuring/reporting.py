@@ -159,6 +159,8 @@ class Profile(Shown):
         ``figure``, or on a new one, and returns it; showing or saving it is left to you. Raises OptionError where
         matplotlib isn't installed, or where ``before`` was profiled under other conventions.
         """
+        if before is not None and not isinstance(before, Profile):
+            raise OptionError(f"before= is a profile of the network before, not a {type(before).__name__}.")
         pair = {self.title: self} if before is None else {"before": before, "after": self}
         return Comparison(pair).plot(figure)
 

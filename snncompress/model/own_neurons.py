@@ -68,6 +68,12 @@ class OwnNeurons(Adapter):
         self.classes, self.time_dim = found, time_dim
         self.base: Adapter = PlainAdapter()
 
+    def described(self) -> str:
+        """The call that makes it."""
+        classes = ", ".join(cls.__name__ for cls in self.classes)
+        named = classes if len(self.classes) == 1 else f"({classes})"
+        return f"snncompress.OwnNeurons({named}, time_dim={self.time_dim})"
+
     def beside(self, model: nn.Module, others: Iterable[Adapter]) -> OwnNeurons:
         """The same, beside the framework that the rest of the model is of."""
         own = OwnNeurons(self.classes, self.time_dim)

@@ -314,6 +314,11 @@ class Run(Generic[M]):
             todo, skipped = targets(network, ratio, self.skips, self.settings.round_to, at_most=self.settings.at_most)
             cells = (weight for name, module in model.named_modules() for weight in cell_weights(name, module))
             skipped |= dict.fromkeys(cells, "each of its outputs comes back to all in the next timestep, so they stay")
+            cut = {name for target in todo for name in target.group.names("neuron")}
+            for name, neuron in adapter.neurons(model).items():
+                inner = (f"{name}.{layer}" for layer in weight_layers(neuron) if name not in cut)
+                whole = (layer for layer in inner if layer not in network.layers and layer not in skipped)
+                skipped |= dict.fromkeys(whole, f"it is a part of the neurons {name}, none of which goes")
             confirm = confirming(adapter, self.feed.example(), network)
             return ChannelPruning(model, adapter, criterion, network, todo, confirm), skipped
         unused = {name: why for name, why in network.skipped.items() if name not in network.layers}

@@ -18,18 +18,18 @@ import torch
 from torch import nn
 
 from snncompress.base.display import ENERGY, SIZE, unit
-from snncompress.base.files import write_whole
+from snncompress.base.files import writable, write_whole
 from snncompress.base.tables import Column, Shown, Table, plain
 from snncompress.contract.registry import registry
 from snncompress.errors import DataError, OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward
 from snncompress.measuring.conventions import Conventions, resolve_conventions
 from snncompress.measuring.evaluation import classified
-from snncompress.measuring.profiling import measure
+from snncompress.measuring.profiling import by_name, measure
 from snncompress.measuring.reporting import METRICS, Comparison, Profile
 from snncompress.model.cells import layer_at
 from snncompress.model.network import weight_layers, width
-from snncompress.model.own_neurons import Neurons, named_neurons
+from snncompress.model.own_neurons import Neurons, OwnNeurons, named_neurons
 from snncompress.model.plan import Plan, has_plan, plan_of
 from snncompress.running.batches import Batch
 from snncompress.running.bench import bench
@@ -48,6 +48,8 @@ class _Network:
     plan: Plan | None
     widths: dict[str, int]
     framework: str
+    own: str
+    """How neurons of the user's own are named; "" where there are none."""
 
 
 def report(
@@ -93,12 +95,14 @@ def report(
         >>> file.read_text().splitlines()[0]
         '<!DOCTYPE html>'
     """
-    if not isinstance(models, Mapping) or not models or not all(isinstance(m, nn.Module) for m in models.values()):
-        raise OptionError(f"report takes a mapping of names to networks, such as {{'dense': model}}, not {models!r}.")
+    networks = by_name("report", models)
+    writable(path)  # or say so before the work, not after it
+    if title is not None and not isinstance(title, str):
+        raise OptionError(f"title must be text, not {title!r}.")
     if isinstance(data, Iterator):  # every network must see the same batches
         data = list(data)
     found = Measured.of(
-        models, data, timesteps=timesteps, forward=forward, adapter=adapter, neurons=neurons, time_dim=time_dim,
+        networks, data, timesteps=timesteps, forward=forward, adapter=adapter, neurons=neurons, time_dim=time_dim,
         energy_model=energy_model, conventions=conventions,
     )  # fmt: skip
     return written(found, path, title)
@@ -117,8 +121,8 @@ def written(found: Measured, path: str | os.PathLike[str], title: str | None = N
     }
     heading = title or f"Compression report: {', '.join(networks)}"
     text = page(heading, {name: parts for name, parts in sections.items() if parts})
-    write_whole(Path(path), lambda file: file.write(text.encode()))
-    return Path(path)
+    write_whole(file := writable(path), lambda out: out.write(text.encode()))
+    return file
 
 
 def _network(
@@ -142,6 +146,7 @@ def _network(
     with bench(model, data, timesteps, forward, adapter=adapter, plain=True, unknown=True) as table:
         found = measure(table.model, table.feed, energy, rules, watch)
         framework = table.adapter.framework
+        own = table.adapter.described() if isinstance(table.adapter, OwnNeurons) else ""
     known = right and not unclear
     return _Network(
         type(model),
@@ -150,6 +155,7 @@ def _network(
         plan_of(model) if has_plan(model) else None,
         {name: width(layer_at(model, name), "out") for name in weight_layers(model)},
         framework,
+        own,
     )
 
 
@@ -169,7 +175,7 @@ class Measured(Shown):
         """Arguments and errors of :func:`report`."""
         energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
         rules, named = resolve_conventions(conventions), named_neurons(adapter, neurons, time_dim)
-        return cls({str(n): _network(m, data, timesteps, forward, named, energy, rules) for n, m in models.items()})
+        return cls({n: _network(m, data, timesteps, forward, named, energy, rules) for n, m in models.items()})
 
     @property
     def comparison(self) -> Comparison:
@@ -361,12 +367,13 @@ def _loading(networks: Mapping[str, _Network]) -> Iterator[Part]:
         kind = network.kind
         variable = re.sub(r"\W+", "_", name) if re.match(r"[^\W\d]", name) else "small"
         home = "" if kind.__module__.startswith("torch.nn.") else f"from {kind.__module__} import {kind.__qualname__}\n"
+        how = f", adapter={network.own}" if network.own else ""
         yield Heading(name)
         yield Code(
             f"import snncompress\n{home}\n"
-            f'snncompress.save({variable}, "{variable}.safetensors")  # once: plan and weights in one file\n\n'
+            f'snncompress.save({variable}, "{variable}.safetensors"{how})  # once: plan and weights in one file\n\n'
             f"fresh = {kind.__qualname__}(...)  # as it was built before compression\n"
-            f'{variable} = snncompress.load("{variable}.safetensors", into=fresh)'
+            f'{variable} = snncompress.load("{variable}.safetensors", into=fresh{how})'
         )
 
 

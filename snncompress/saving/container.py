@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from snncompress.base.files import refuse_special, write_whole
+from snncompress.base.files import as_path, refuse_special, write_whole
 from snncompress.errors import StorageError
 
 FORMAT = 2
@@ -52,8 +52,9 @@ class Container:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Container:
         """Read a file; raises StorageError for any that isn't whole and of this format."""
+        file_path = as_path(path)
         try:
-            refuse_special(Path(path))
+            refuse_special(file_path)
             with safetensors.safe_open(path, framework="pt") as file:
                 version, data = _data(path, (file.metadata() or {}).get(_KEY, ""))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it has no iterator

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from snncompress.base.files import as_path
 from snncompress.base.packing import pack_codes, unpack_codes
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, OptionError, PlanError, StorageError
@@ -60,11 +60,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | s
         >>> def build():
         ...     return nn.Sequential(nn.Linear(4, 64), neuron.IFNode(), nn.Linear(64, 64), neuron.IFNode())
         >>> small = snncompress.apply(build(), "magnitude", 0.5, 2, data=torch.rand(8, 4), timesteps=2, skip=[])
-        >>> path = Path(tempfile.mkdtemp()) / "small.safetensors"
+        >>> path = tempfile.mkdtemp() + "/small.safetensors"
         >>> save(small, path)
         >>> torch.equal(load(path, into=build())[0].weight, small[0].weight)
         True
     """
+    file = as_path(path)
     found = find_adapter(model, adapter, plain=True)
     plan = _plan_of(model)
     compacted, tensors = compact(plan)
@@ -86,7 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | s
         del tensors[name]
     described = _described(model, found)
     data = {"version": __version__, "model": described, "plan": compacted, "packed": packed, "aliases": aliases}
-    Container(data, tensors).write(Path(path))
+    Container(data, tensors).write(file)
 
 
 def load(path: str | os.PathLike[str], into: M | None = None, *, adapter: Adapter | str | None = None) -> M:

@@ -223,6 +223,18 @@ def test_a_network_whose_neurons_hold_all_weights() -> None:
         snncompress.apply(model, "firing_rate", 0.5, None, data=X)
 
 
+def test_weights_inside_neurons_that_stay_have_a_reason() -> None:
+    net = nn.Sequential(
+        snn.SConv2dLSTM(1, 4, 3, threshold=0.01, init_hidden=True), nn.Flatten(), nn.Linear(64, 6),
+        snn.RLeaky(0.9, linear_features=6, threshold=0.1, init_hidden=True), nn.Linear(6, 3),
+    )  # fmt: skip
+    x = torch.rand(2, 1, 4, 4)
+    for kept, inner in (([], {"0.conv"}), (["2"], {"0.conv", "3.recurrent"})):
+        small = snncompress.apply(net, "magnitude", 0.5, 4, data=x, timesteps=2, repair=None, skip={"prune": kept})
+        skipped = snncompress.plan_of(small).skipped
+        assert {name for name, why in skipped.items() if "a part of the neurons" in why} == inner
+
+
 def test_a_spiking_layer_beside_a_concatenation_in_a_loop() -> None:
     """Its recurrent weights are cut on both sides; what is concatenated with its own output isn't a neuron's."""
     torch.manual_seed(0)

@@ -35,6 +35,16 @@ def stop_once(net):
 
 def broken():
     return 1 / 0
+
+class Fire(nn.Module):
+    def forward(self, x):  # [N, T, C]
+        return (x > 0).float()
+
+def own():
+    return nn.Sequential(nn.Linear(4, 8), Fire(), nn.Linear(8, 8), Fire(), nn.Linear(8, 2))
+
+def steps():
+    return torch.rand(8, 3, 4)
 """
 TOML = """
 model = "mine:build"
@@ -127,6 +137,18 @@ def test_profile_and_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "half.st"]) == 0
 
 
+def test_neurons_of_ones_own_from_end_to_end() -> None:
+    about = ["--model", "mine:own", "--data", "mine:steps", "--neurons", "mine:Fire", "--time_dim", "1"]
+    made = ["--criterion", "magnitude", "--ratio", "0.5", "--skip", "[]", "--output", "own.st"]
+    assert main(["compress", *about, *made]) == 0
+    assert main(["profile", *about, "--compressed", "own.st", "--csv", "own.csv"]) == 0
+    assert [line.split(",")[2] for line in Path("own.csv").read_text().splitlines() if "weight" in line] == [
+        "20", "20", "10",  # (4 + 1)·4, (4 + 1)·4, (4 + 1)·2
+    ]  # fmt: skip
+    assert main(["report", *about, "--compressed", "own.st", "--path", "own.html"]) == 0
+    assert "adapter=snncompress.OwnNeurons(Fire, time_dim=1)" in Path("own.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("line", "status", "message"),
     [
@@ -138,12 +160,15 @@ def test_profile_and_report(capsys: pytest.CaptureFixture[str]) -> None:
         ("compress bad.toml", 2, "'nix' is not accepted"),
         ("compress c.toml --repair x", 2, "--repair: 'x' is none of: Literal['membrane', 'current', 'reinit', 'auto']"),
         ("compress c.toml --rat 0.5", 2, "unrecognized arguments"),
-        ("compress c.toml --output no/where.st", 2, "there is no folder no"),
+        ("compress c.toml --output no/where.st", 2, "there is no folder"),
+        ("compress c.toml --output .", 2, "it is a folder"),
+        ("compress --model mine:build --report r.html", 2, "--report needs data"),
         ("profile --model mine:build", 2, "--data is missing"),
         ("compress c.toml --model gone:build", 1, "there is no module 'gone'"),
         ("compress c.toml --model mine:gone", 1, "mine has no 'gone'"),
         ("compress c.toml --model mine", 1, "is no import path"),
         ("compress c.toml --model mine:broken", 1, "mine.py, line 22)"),
+        ("compress c.toml --finetune mine:broken", 1, "--finetune: mine:broken failed: TypeError: broken() takes 0"),
         ("compress c.toml --model mine:data", 1, "gives a tuple, not a torch.nn.Module"),
         ("compress c.toml --weights c.toml", 1, "holds no tensors"),
         ("compress c.toml --criterion magnitud", 1, "Did you mean 'magnitude'?"),

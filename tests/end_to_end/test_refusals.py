@@ -16,7 +16,7 @@ from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import ModelError, Plan, PlanError, PluginError, StorageError
+from snncompress import ModelError, OptionError, Plan, PlanError, PluginError, StorageError
 from snncompress.extend import Criterion, EnergyModel, Layer, OperationCounts, Scheduler
 
 X = torch.rand(2, 1, 6, 6)
@@ -168,6 +168,10 @@ def test_files_that_are_pipes_or_folders(pipe: Path) -> None:
         with pytest.raises(StorageError):
             snncompress.load(path, into=net())
     assert pipe.is_fifo()
+    for no_path in (3, b"small", ""):
+        for call in (lambda path: snncompress.save(small, path), snncompress.load, snncompress.plan_of(small).to_csv):
+            with pytest.raises(OptionError, match="named by a path"):
+                call(no_path)
     assert snncompress.__name__ == "snncompress"
 
 

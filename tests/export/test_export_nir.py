@@ -146,6 +146,15 @@ def test_one_dimension(tmp_path: Path) -> None:
     assert graph.nodes["3"].weight.shape == (3, 16)
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    """numpy has no bfloat16: the same numbers are written at 32 bits."""
+    net = nn.Sequential(layer.Conv2d(2, 3, 3), neuron.IFNode(), layer.Flatten(), layer.Linear(12, 2)).bfloat16()
+    export(net, tmp_path / "half.nir", data=torch.rand(2, 2, 4, 4).bfloat16(), timesteps=2)
+    nodes = nir.read(tmp_path / "half.nir").nodes
+    for name in ("0", "3"):
+        assert torch.equal(torch.from_numpy(nodes[name].weight), net.get_submodule(name).weight.float())
+
+
 def test_format_by_name(tmp_path: Path) -> None:
     net = nn.Sequential(neuron.LIFNode())
     export(net, tmp_path / "net", "nir", data=torch.rand(1, 4), timesteps=2)

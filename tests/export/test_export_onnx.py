@@ -286,6 +286,12 @@ def test_refused(net: nn.Module, why: str, tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_refused_numbers_that_onnx_has_no_convolution_of(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), neuron.IFNode()).bfloat16()
+    with pytest.raises(ModelError, match=r"isn't valid ONNX.*bfloat16; model\.float\(\)"):
+        export(net, tmp_path / "net.onnx", data=torch.rand(2, 1, 4, 4).bfloat16(), timesteps=2)
+
+
 def test_refused_unused_neuron(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 3), neuron.IFNode())
     net[0].add_module("idle", neuron.IFNode())

@@ -53,6 +53,8 @@ def test_before_and_after() -> None:
 def test_what_was_measured_differently_is_not_drawn_together() -> None:
     with pytest.raises(OptionError, match="can't be compared"):
         profile(0.5).plot(before=profile(1.0, zero_inputs=False))
+    with pytest.raises(OptionError, match="not a int"):
+        profile(0.5).plot(3)
 
 
 def test_a_plan_draws_widths_weights_and_bits() -> None:

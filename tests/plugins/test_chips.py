@@ -149,6 +149,22 @@ def test_chips_of_many_cores_count_what_they_have() -> None:
         FPGA(cores=0)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("weight_bits", "4", "a number above 0"),
+        ("neurons", True, "a number above 0"),
+        ("events", 1, "True or False"),
+        ("scales", "none", "'layer' or 'channel'"),
+        ("kernel_sizes", 3, "whole numbers"),
+        ("layers", "linear", "words"),
+    ],
+)
+def test_figures_of_another_kind_are_refused(field: str, value: object, kind: str) -> None:
+    with pytest.raises(OptionError, match=f"{field} must be {kind}"):
+        FPGA(**{field: value})
+
+
 def test_loihis_published_energies() -> None:
     """1,000 synaptic operations of 23.6 pJ and 10 updates of 81 pJ: 23,600 + 810."""
     assert LoihiEnergy().energy_pj(OperationCounts(1000, 0, 10)) == 24_410

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -144,10 +145,27 @@ def test_without_labels_or_plan_it_says_less(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("models", [{}, Net(), {"a": 1}])
 def test_what_is_no_mapping_of_networks_is_refused(models: object, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="mapping of names to networks"):
-        snncompress.report(models, torch.eye(2), path=tmp_path / "r.html")
+    for call in (functools.partial(snncompress.report, path=tmp_path / "r.html"), snncompress.compare):
+        with pytest.raises(OptionError, match="mapping of names to networks") as caught:
+            call(models, torch.eye(2))
+        assert "Linear" not in str(caught.value)  # a network's layers tell nothing here
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="can't be written"):
-        snncompress.report({"net": Net()}, torch.eye(2), path=tmp_path / "no" / "r.html", timesteps=1)
+def test_two_networks_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="two networks of one name: 1, '1'"):
+        snncompress.report({1: Net(), "1": Net()}, torch.eye(2), path=tmp_path / "r.html")
+
+
+def test_where_it_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    for path, error, message in (
+        (tmp_path / "no" / "r.html", StorageError, f"there is no folder {tmp_path / 'no'}"),
+        (tmp_path, StorageError, "it is a folder"),
+        (3, OptionError, "not 3"),
+    ):
+        with pytest.raises(error, match=message):
+            snncompress.report({"net": Net()}, torch.eye(2), path=path, forward=never)
+    with pytest.raises(OptionError, match="title must be text"):
+        snncompress.report({"net": Net()}, torch.eye(2), path=tmp_path / "r.html", title=3, forward=never)
