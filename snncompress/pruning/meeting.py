@@ -39,6 +39,7 @@ _TRIES = 6
 _CEILING = 0.95
 _NOTHING = Profile((), Conventions(), "", 0, 0)
 """Of a network whose costs aren't asked for."""
+_NARROWER = 0.9
 _CLOSE, _AIM = 0.98, 0.99
 """Of a budget that much must be used up, where what can go comes in pieces small enough, and is aimed at."""
 
@@ -102,7 +103,7 @@ class Meeting:
 
     def meet(self, most: Mapping[str, float]) -> tuple[Settings, float]:
         """Those with which each kind comes to at most so much, or near to it, and which share of that is then used."""
-        goals = most
+        goals, over = most, dict.fromkeys(most, 0.0)
         known: dict[str, list[tuple[float, float]]] = {kind: [] for kind in most}
         best: tuple[float, dict[str, Any]] = math.inf, {}
         tried: list[dict[str, Any]] = []
@@ -110,6 +111,9 @@ class Meeting:
             warnings.simplefilter("ignore")
             for _ in range(_TRIES):
                 found, enough = self._guess(goals)
+                while found in tried and enough and best[0] > 1:  # what goes goes in pieces: these goals are too near
+                    goals = {kind: goal * _NARROWER if over[kind] > 1 else goal for kind, goal in goals.items()}
+                    found, enough = self._guess(goals)
                 if found in tried:
                     break
                 tried.append(found)

@@ -94,6 +94,14 @@ def test_what_cannot_be(budget: dict[str, float], options: dict[str, Any], match
         within(budget, **options)
 
 
+def test_what_goes_in_large_pieces_is_met_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter leaves 6,160 parameters, half of the channels 2,860: below 6,000 the goal must fall on, to 3,000."""
+    pieces = lambda goals: ({"ratio": 0.25 if goals["params"] > 3000 else 0.5}, True)  # noqa: E731
+    monkeypatch.setattr("snncompress.pruning.meeting._guess", lambda *_: pieces)
+    _, now, _ = within({"params": 6000})
+    assert now.n_params == 12 * 19 + 24 + 16 * 109 + 32 + 12 * 65 + 4 * 13 == 2860
+
+
 def test_bits_need_a_budget() -> None:
     with pytest.raises(OptionError, match="budget of size"):
         snncompress.apply(net(), "magnitude", 0.5, "auto", data=X, timesteps=3)

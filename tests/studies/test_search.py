@@ -166,6 +166,17 @@ def test_the_picture(objectives: tuple[str, ...]) -> None:
     pyplot.close(ax.figure)
 
 
+def test_what_trials_were_warned_of_is_told() -> None:
+    found = search({"ratio": (0.2, 0.8)}, "params", net=network()[:3], trials=2, skip=None)
+    assert "warned: 2 × Nothing was compressed" in str(found)
+
+
+def test_chips_are_chosen_like_the_rest() -> None:
+    found = search({"target": ["loihi2", None], "bits": None}, "size_kb", trials=2, sampler=at_random)
+    for trial in found.complete:
+        assert max(trial.plan.bits.values(), default=32) == (7 if trial.settings["target"] else 32)  # 8 with a zero between
+
+
 def test_options_by_hand() -> None:
     space = Space.of({"ratio": {"0": (0.2, 0.8), "2": 0.5}, "criterion": "svs", "bits": [4, {"0": 8}]})
     assert [parameter.name for parameter in space.parameters] == ["ratio[0]", "bits"]

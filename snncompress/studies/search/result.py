@@ -209,10 +209,11 @@ class Search(Shown):
         return f"{len(self.trials)} trials{said and ': ' + said}"
 
     def _reasons(self) -> str:
-        """The first sentence of each, the most frequent first."""
-        failed = [trial.reason.partition(". ")[0] for trial in self.trials if trial.state == "failed"]
-        counts = Counter(failed).most_common()
-        told = "".join(f"\nfailed: {count} × {reason}" for reason, count in counts[:_MOST_REASONS])
+        """Why trials failed, and what others were warned of: the first sentence of each, the most frequent first."""
+        said = [("failed", trial.reason) for trial in self.trials if trial.state == "failed"]
+        said += [("warned", text) for trial in self.trials for text in trial.warned]
+        counts = Counter((kind, text.partition(". ")[0]) for kind, text in said).most_common()
+        told = "".join(f"\n{kind}: {count} × {text}" for (kind, text), count in counts[:_MOST_REASONS])
         return f"{told}\nand {len(counts) - _MOST_REASONS} other reasons" if counts[_MOST_REASONS:] else told
 
     def _lower(self, trial: Trial) -> tuple[float, ...]:

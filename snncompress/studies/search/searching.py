@@ -71,11 +71,11 @@ def search(
         model: the network; it stays bitwise as it is.
         data: labelled data, as for ``apply``: they calibrate and train.
         space: option → what it may be: a list of choices, a range (low, high), one of Optuna's distributions, or one
-            value that all trials have. "criterion", "ratio", "bits", "repair", "budget", "scheduler", "quantizer",
-            "order", "rounding", "refresh", "round_to" and "finetune" are those of ``apply``; "ratio", "bits" and
-            "budget" may be mappings with a list or range for each key. "timesteps" is how many the result runs
-            (``truncate`` of ``apply``), "epochs" and "lr" are of ``finetune``, after compression. Ranges of "ratio",
-            "budget" and "lr" (logarithmic) are of real numbers, the others of whole ones, both ends included.
+            value that all trials have. "criterion", "ratio", "bits", "repair", "budget", "target", "scheduler",
+            "quantizer", "order", "rounding", "refresh", "round_to" and "finetune" are those of ``apply``; "ratio",
+            "bits" and "budget" may be mappings with a list or range for each key. "timesteps" is how many the result
+            runs (``truncate`` of ``apply``), "epochs" and "lr" are of ``finetune``, after compression. Ranges of
+            "ratio", "budget" and "lr" (logarithmic) are of real numbers, the others of whole ones, both ends included.
         objectives: "accuracy" is to grow; "energy" (pJ per sample), "size" (MB), "params", "synops" and "macs" are to
             shrink; units as for a budget: "energy_nj", "size_kb" ….
         trials: how many there are to be in all.

@@ -10,12 +10,13 @@ from typing import Any
 
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError
-from snncompress.interfaces import Criterion, Quantizer, Scheduler
+from snncompress.interfaces import Criterion, Quantizer, Scheduler, Target
 from snncompress.pruning.budgets import Budget
 from snncompress.studies.units import label
 
 PLUGINS: Mapping[str, tuple[str, Any]] = {
     "criterion": ("criterion", Criterion), "quantizer": ("quantizer", Quantizer), "scheduler": ("scheduler", Scheduler),
+    "target": ("target", Target),
 }  # fmt: skip
 SHARES = ("ratio", "budget", "lr")
 """Ranges of these are of real numbers."""
@@ -149,7 +150,7 @@ def _range(name: str, value: tuple[Any, ...]) -> Any:
 def _check(name: str, value: Any) -> None:
     """Raise OptionError for what can't be, whatever the rest is."""
     if name in PLUGINS:
-        if not (name == "criterion" and value is None):
+        if not (name in ("criterion", "target") and value is None):
             registry().resolve(PLUGINS[name][0], value, PLUGINS[name][1])
     elif name == "ratio" and not isinstance(value, Mapping):
         _number(name, value, lambda v: 0 <= v < 1, "from 0 to below 1")
