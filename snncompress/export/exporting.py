@@ -205,16 +205,17 @@ def _check_same(model: nn.Module, adapter: Adapter, step: nn.Module, x: Tensor) 
     """Raises ModelError where T steps one by one differ from the model itself."""
     whole = private_copy(model, adapter).cpu().eval()
     adapter.make_traceable(whole)
+    exact = x.double() if x.is_floating_point() else x  # indices of an embedding stay what they are
     name, advice = type(model).__name__, "Let its forward handle one timestep, and leave the rest to a loop outside it."
     try:
         with seeded(whole), adapter.alone(whole):
-            wanted = [next(tensors_in(adapter.run(whole.double(), x.double(), _STEPS)))]
+            wanted = [next(tensors_in(adapter.run(whole.double(), exact, _STEPS)))]
         one = Step(private_copy(step, adapter).double(), adapter)
         with seeded(one), adapter.alone(one):
-            states = one.initial(x.double())
+            states = one.initial(exact)
             outputs = []
             for _ in range(_STEPS):
-                y, states = one.split(one(x.double(), *states))
+                y, states = one.split(one(exact, *states))
                 outputs.append(y[0])
         wanted += [adapter.states(whole.get_submodule(neuron))[state] for neuron, state in one.names]
     except ModelError:

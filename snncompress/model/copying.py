@@ -50,6 +50,17 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise ModelError for a model of torch.compile, or with a part of it: that runs a graph of the modules before."""
+    found = next(
+        (name for name, m in model.named_modules() if isinstance(getattr(m, "_orig_mod", None), nn.Module)), None
+    )
+    if found is not None:
+        what = f"The part {found!r} of this {type(model).__name__}" if found else "This model"
+        place = f"Put {found}._orig_mod in its place" if found else "Take model._orig_mod"
+        raise ModelError(f"{what} was compiled by torch.compile. {place}, and compile what comes of it.")
+
+
 def refuse_broken(model: nn.Module) -> None:
     """Raise ModelError for a parameter that is NaN or infinite, or a buffer that is NaN."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -16,7 +16,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.errors import DataError, SyntheticDataWarning
 from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.model.chance import cuda_devices, held, set_seed, undisturbed
-from snncompress.model.copying import private_copy, refuse_broken, refuse_wrapped, same_everywhere
+from snncompress.model.copying import private_copy, refuse_broken, refuse_compiled, refuse_wrapped, same_everywhere
 
 from .data import Feed
 from .rehearsal import rehearse
@@ -94,6 +94,7 @@ def bench(
     refuse_wrapped(model)
     with together():
         found = find_adapter(model, adapter, plain=plain)
+        refuse_compiled(model)
         refuse_broken(model)
     with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         with together():

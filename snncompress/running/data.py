@@ -259,7 +259,10 @@ class Feed:
         x = batch.x
         if parameter is None or self.forward is not None or not isinstance(x, Tensor):
             return
-        if x.dtype != parameter.dtype:
+        indices = not x.is_floating_point() and any(
+            isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules()
+        )
+        if x.dtype != parameter.dtype and not indices:
             raise DataError(
                 f"The data are {x.dtype}, the model's weights {parameter.dtype}. Convert the data: "
                 f"x.to({parameter.dtype}), and scale bytes to [0, 1]."

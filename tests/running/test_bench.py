@@ -245,3 +245,11 @@ def test_frozen_networks_are_refused_where_a_plan_is_needed(tmp_path: Path) -> N
                 call(net)
     assert not (tmp_path / "frozen").exists()
     assert snncompress.profile(frozen, data, timesteps=2).n_samples == 4  # what needs no plan works
+
+
+def test_models_of_torch_compile_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), neuron.IFNode(), nn.Linear(8, 2))
+    whole, part = torch.compile(net, backend="eager"), nn.Sequential(torch.compile(net, backend="eager"))
+    for model, message in ((whole, r"Take model\._orig_mod"), (part, r"Put 0\._orig_mod in its place")):
+        with pytest.raises(ModelError, match=message):
+            snncompress.apply(model, data=torch.rand(2, 4), timesteps=2)

@@ -88,3 +88,14 @@ def test_memory_that_runs_out_is_no_flaw_of_the_model(error: Exception) -> None:
     net = Net(nn.Linear(4, 8), neuron.IFNode(), nn.Linear(8, 3))
     with pytest.raises(DataError, match="smaller batches"):
         snncompress.apply(net, "magnitude", 0.5, None, data=torch.rand(3, 4), timesteps=2, skip=[])
+
+
+def test_indices_of_an_embedding_are_data() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 8), neuron.IFNode(v_threshold=0.1), nn.Linear(8, 2)
+    )
+    words = torch.randint(9, (6, 3))
+    small = snncompress.apply(net, "firing_rate", 0.5, data=words, timesteps=2, skip=[])
+    assert small[2].weight.shape == (4, 12)
+    assert snncompress.profile(small, words, timesteps=2).n_params == 9 * 4 + 13 * 4 + 5 * 2

@@ -174,7 +174,7 @@ def test_what_trials_were_warned_of_is_told() -> None:
 def test_chips_are_chosen_like_the_rest() -> None:
     found = search({"target": ["loihi2", None], "bits": None}, "size_kb", trials=2, sampler=at_random)
     for trial in found.complete:
-        assert max(trial.plan.bits.values(), default=32) == (7 if trial.settings["target"] else 32)  # 8 with a zero between
+        assert max(trial.plan.bits.values(), default=32) == (7 if trial.settings["target"] else 32)
 
 
 def test_options_by_hand() -> None:

@@ -90,9 +90,9 @@ class Worker:
                 values, state = None, states.COMPLETE
                 try:
                     outcome = perform(self.work, _drawn(self.work.space, trial), trial)
-                    figures = outcome.figures
+                    figures, plan = outcome.figures, plan_of(outcome.model).to_json()
+                    self._note(trial_id, figures=figures, plan=plan, warned=outcome.warned)
                     values = [figure(figures, objective) for objective in self.work.objectives]
-                    self._note(trial_id, figures=figures, plan=plan_of(outcome.model).to_json(), warned=outcome.warned)
                 except optuna().TrialPruned:
                     state = states.PRUNED
                 except SNNCompressError as error:
