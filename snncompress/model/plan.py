@@ -150,15 +150,18 @@ class Plan(Shown):
         """
         return next((e.timesteps for e in reversed(self.edits) if isinstance(e, TruncateTimesteps)), None)
 
-    def to_json(self, indent: int | None = None) -> str:
-        """The plan as JSON text."""
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        return {
             "format": FORMAT,
             "edits": [edit.to_dict() for edit in self.edits],
             "skipped": dict(self.skipped),
             "origin": dict(self.origin),
         }
-        return json.dumps(data, indent=indent, allow_nan=False)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

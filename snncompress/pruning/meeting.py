@@ -190,7 +190,8 @@ def _guess(table: Bench[Any], settings: Settings, skip: Any, before: Profile, ki
     quantized = first.quantized()
     errors = {name: _errors(first.model, name, settings.quantizer) for name in quantized} if auto else {}
     pruning = first.pruning
-    chip = None if settings.chip is None else Chip(settings.chip, staged(table, known=not settings.synthetic))
+    found = () if settings.chip is None else staged(table, known=not settings.synthetic)
+    chip = None if settings.chip is None else Chip(settings.chip, found, settings.criterion)
     if isinstance(pruning, WeightPruning):
         if chip is not None:
             chip.check()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.errors import OptionError, SNNCompressError
-from snncompress.interfaces import Quantizer, Stage, Target
+from snncompress.interfaces import Criterion, Quantizer, Stage, Target
 from snncompress.measuring.counting import FLOAT_BITS
 from snncompress.measuring.fits import fitted, judged, staged, too_much
 from snncompress.model.edits import FoldNorm
@@ -101,11 +101,18 @@ def _refused(chip: Target, steps: Sequence[str]) -> OptionError:
     )
 
 
-def _too_large(chip: Target, steps: Sequence[str]) -> OptionError:
+def _too_large(chip: Target, steps: Sequence[str], criterion: Criterion | None) -> OptionError:
+    cause = "too little may go. ratio= says how much of a layer may go at most, skip= what stays whole"
+    if criterion is None:
+        cause = "criterion=None removes nothing. Name one that removes channels"
+    elif criterion.granularity != "channel":
+        cause = (
+            f"criterion {criterion.name!r} removes single weights, and layers stay as wide as they are. Name one that "
+            f"removes channels"
+        )
     return OptionError(
         f"target {chip.name!r} can't be met: with all gone that may go, this is too much still: "
-        f"{'; '.join(steps)}. Likely cause: too little may go. ratio= says how much of a layer may go at most, "
-        f"skip= what stays whole."
+        f"{'; '.join(steps)}. Likely cause: {cause}."
     )
 
 
@@ -195,10 +202,11 @@ def _widest(chip: Target, stage: Stage, quantizer: Quantizer) -> int | None:
 
 @dataclass(frozen=True)
 class Chip:
-    """What a network must fit on, and its stages as they are."""
+    """What a network must fit on, its stages as they are, and what says which channels go."""
 
     target: Target
     found: Sequence[Stage]
+    criterion: Criterion | None
 
     def costs(self, costs: Costs, groups: Sequence[Group]) -> OnChip:
         """With what the chip is asked for."""
@@ -208,7 +216,7 @@ class Chip:
         """Raise OptionError where it is too large with what is gone."""
         steps = too_much(self.target, self.found if costs is None else costs.stages())
         if steps:
-            raise _too_large(self.target, steps)
+            raise _too_large(self.target, steps, self.criterion)
 
 
 class OnChip(Costs):

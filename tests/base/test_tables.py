@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -131,3 +132,4 @@ def test_without_pandas_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 def test_a_plan_knows_widths_weights_and_bits() -> None:
     assert (plan().widths, plan().weights, plan().bits) == ({"conv": (8, 6)}, {"fc": (3, 1)}, {"conv": 4})
+    assert Plan.from_json(json.dumps(plan().to_dict())) == plan()

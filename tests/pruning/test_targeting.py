@@ -70,6 +70,15 @@ def test_what_may_go_may_be_too_little() -> None:
         applied(net(), skip={"quantize": ["0"], "prune": []})
 
 
+@pytest.mark.parametrize(
+    ("criterion", "cause"),
+    [(None, "criterion=None removes nothing"), ("weight_magnitude", "'weight_magnitude' removes single weights")],
+)
+def test_what_does_not_narrow_layers_is_the_cause(criterion: str | None, cause: str) -> None:
+    with pytest.raises(OptionError, match=f"too much still: .*Likely cause: .*{cause}"):
+        applied(net(), criterion=criterion)
+
+
 def test_what_compression_cannot_change_is_said_first() -> None:
     with pytest.raises(OptionError, match=r"What is left to do: '0', '3': neurons lif, the chip has if"):
         applied(net(leaky=True), finetune=lambda model: pytest.fail("too late"))
