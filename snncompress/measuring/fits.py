@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from snncompress.base.display import number
 from snncompress.base.distributed import no_sync
 from snncompress.base.tables import Column, Shown, Table
 from snncompress.contract.registry import registry
+from snncompress.errors import PluginError, SNNCompressError
 from snncompress.interfaces import Adapter, Forward, Limit, Placement, Stage, Target
 from snncompress.model.modules import tensors_in
 from snncompress.model.own_neurons import Neurons, named_neurons
@@ -24,6 +25,7 @@ from snncompress.structure.stages import stages
 
 from .counting import is_spikes
 
+T = TypeVar("T")
 _NO_GRID = "states aren't on a grid yet (floats)"
 
 
@@ -200,8 +202,10 @@ def too_much(target: Target, found: Sequence[Stage]) -> tuple[str, ...]:
 
 def judged(target: Target, found: Sequence[Stage]) -> tuple[tuple[Row, ...], Placement]:
     """Every limit of every stage, those of the network, and where the stages go."""
-    rows = [Row(stage.name, limit) for stage in found for limit in target.limits(stage)]
-    placement = target.place(found)
+    rows = [Row(stage.name, limit) for stage in found for limit in limits_of(target, stage)]
+    placement = _asked(target, "place()", lambda: target.place(found))
+    if not isinstance(placement, Placement):
+        raise PluginError(f"Target {target.name!r}: place() must return a Placement, not a {type(placement).__name__}.")
     rows += [Row("", limit) for limit in placement.limits]
     fine = {row.layer for row in rows} - {row.layer for row in rows if _by_width(row)}
     for stage in found:
@@ -209,6 +213,24 @@ def judged(target: Target, found: Sequence[Stage]) -> tuple[tuple[Row, ...], Pla
             what = "a core of its own" if stage.name in fine or all(r.layer != stage.name for r in rows) else "a core"
             rows.append(Row(stage.name, Limit(what, 1, 0, False)))
     return tuple(rows), placement
+
+
+def limits_of(target: Target, stage: Stage) -> list[Limit]:
+    """What the stage needs of the chip; raises PluginError where the target can't tell."""
+    limits = _asked(target, f"limits() of {stage.name!r}", lambda: list(target.limits(stage)))
+    for limit in limits:
+        if not isinstance(limit, Limit):
+            raise PluginError(f"Target {target.name!r}: limits() must yield Limits, not a {type(limit).__name__}.")
+    return limits
+
+
+def _asked(target: Target, what: str, call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except SNNCompressError:
+        raise
+    except Exception as error:  # a plugin's: anything can come out of it
+        raise PluginError(f"Target {target.name!r}: {what} failed: {type(error).__name__}: {error}.") from error
 
 
 def narrowed(found: Sequence[Stage], widths: Mapping[str, int]) -> tuple[Stage, ...]:

@@ -122,7 +122,7 @@ class Meeting:
                 )
                 run.carry_out()
                 now = measured(run.model, self._table)
-                over = {kind: KINDS[kind](now) / most[kind] for kind in most}
+                over = {kind: _share(KINDS[kind](now), most[kind]) for kind in most}
                 used = max(over.values())
                 if (used > best[0]) if max(used, best[0]) <= 1 else used < best[0]:
                     best = used, found
@@ -147,7 +147,12 @@ def _aim(known: list[tuple[float, float]], *, binding: bool) -> float:
     if below and above:
         (low, less), (high, more) = max(below, key=lambda k: k[1]), min(above, key=lambda k: k[1])
         return low + (high - low) * (_AIM - less) / (more - less)
-    return goal / share * _AIM if binding else goal
+    return goal / max(share, 1e-12) * _AIM if binding else goal  # 0 where all fell silent
+
+
+def _share(cost: float, most: float) -> float:
+    """Of a budget; all of it where it is nothing, as that of a silent network, and nothing is used."""
+    return cost / most if most else (math.inf if cost else 1.0)
 
 
 def measured(model: Any, table: Bench[Any]) -> Profile:

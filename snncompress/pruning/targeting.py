@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from snncompress.errors import OptionError, SNNCompressError
 from snncompress.interfaces import Criterion, Quantizer, Stage, Target
 from snncompress.measuring.counting import FLOAT_BITS
-from snncompress.measuring.fits import fitted, judged, staged, too_much
+from snncompress.measuring.fits import fitted, judged, limits_of, staged, too_much
 from snncompress.model.edits import FoldNorm
 from snncompress.model.grids import Grid
 from snncompress.model.parametrizations import compression_of, computed_weight
@@ -185,11 +185,11 @@ def _in_full(chip: Target, skip: Any, bits: Mapping[str, int]) -> Any:
 def _widest(chip: Target, stage: Stage, quantizer: Quantizer) -> int | None:
     """The most bits of this quantizer that the chip holds; None where it holds floats."""
 
-    least = sum(not limit.met for limit in chip.limits(dataclasses.replace(stage, weight_bits=1, scales=None)))
+    least = sum(not limit.met for limit in limits_of(chip, dataclasses.replace(stage, weight_bits=1, scales=None)))
 
     def held(bits: int) -> bool:
         trial = dataclasses.replace(stage, weight_bits=bits, scales=None)
-        return sum(not limit.met for limit in chip.limits(trial)) <= least
+        return sum(not limit.met for limit in limits_of(chip, trial)) <= least
 
     if held(FLOAT_BITS):
         return None

@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import snncompress
 from snncompress import ModelError, OptionError, Plan, PlanError, PluginError, StorageError
-from snncompress.extend import Criterion, EnergyModel, Layer, OperationCounts, Scheduler
+from snncompress.extend import Criterion, EnergyModel, Layer, OperationCounts, Scheduler, Stage, Target
 
 X = torch.rand(2, 1, 6, 6)
 
@@ -139,6 +140,25 @@ def test_energies_that_are_none(value: Any) -> None:
     for call in (snncompress.profile, snncompress.temporal_analysis):
         with pytest.raises(PluginError, match="Energy model 'energy'"):
             call(net(), X, timesteps=2, energy_model=Energy(value))
+
+
+@pytest.mark.parametrize("told", [3, KeyError("x"), None])
+def test_chips_that_cannot_tell(told: Any) -> None:
+    @dataclass(frozen=True)
+    class Chip(Target):
+        name = "chip"
+
+        def limits(self, stage: Stage) -> Iterator[Any]:
+            if isinstance(told, KeyError):
+                raise told
+            yield from [] if told is None else [told]
+
+        def place(self, stages: Sequence[Stage]) -> Any:
+            return None
+
+    for call in (snncompress.fits, lambda model, chip, **how: snncompress.apply(model, target=chip, **how)):
+        with pytest.raises(PluginError, match=r"Target 'chip': (limits|place)"):
+            call(net(), Chip(), data=X, timesteps=2)
 
 
 # -- paths --

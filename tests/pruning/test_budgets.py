@@ -102,6 +102,15 @@ def test_what_goes_in_large_pieces_is_met_too(monkeypatch: pytest.MonkeyPatch) -
     assert now.n_params == 12 * 19 + 24 + 16 * 109 + 32 + 12 * 65 + 4 * 13 == 2860
 
 
+def test_a_silent_network_costs_no_additions() -> None:
+    dense = net()
+    for module in dense:
+        if isinstance(module, neuron.IFNode):
+            module.v_threshold = 1e9
+    small = snncompress.apply(dense, "magnitude", bits=None, data=X, timesteps=3, budget={"synops": 0.5}, skip=[])
+    assert plan_of(small).edits == ()  # half of nothing is nothing
+
+
 def test_bits_need_a_budget() -> None:
     with pytest.raises(OptionError, match="budget of size"):
         snncompress.apply(net(), "magnitude", 0.5, "auto", data=X, timesteps=3)
