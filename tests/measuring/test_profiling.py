@@ -429,7 +429,7 @@ def test_comparison_takes_profiles_and_refuses_unlike_ones():
     with pytest.raises(OptionError, match="under different conventions"):
         Comparison({"a": short, "b": other})
     for wrong in ({}, [tiny()]):
-        with pytest.raises(OptionError, match="mapping of names to models"):
+        with pytest.raises(OptionError, match="mapping of names to networks"):
             compare(wrong, x, adapter=TOY)
 
 
