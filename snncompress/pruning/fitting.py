@@ -167,12 +167,13 @@ class LayerFit:
         sums, ridge = self._whole(old, offset, support)
         errors = sums.errors(self._theta(self._effective(), offset))
         start = _Answer(old, offset, errors, torch.full_like(errors, torch.inf))
-        theta = self._prior(old, offset)
-        if ridge is not None:
-            theta = solved(sums, theta, ridge, support)
+        prior = self._prior(old, offset)
+        theta = prior if ridge is None else solved(sums, prior, ridge, support)
         if self._offset and self.network.drives.get(self.name):
             wide = stretched(sums, theta)
-            theta = wide.where((sums.errors(wide) < start.errors).unsqueeze(2), theta)
+            # behind another norm the start is no measure; what undoes the change is
+            most = errors if self._through is None else errors.minimum(sums.errors(prior))
+            theta = wide.where((sums.errors(wide) < most).unsqueeze(2), theta)
         if support is not None:
             theta = theta.where(support, 0.0)
         best = self._better(start, start, self._weights(theta), theta)

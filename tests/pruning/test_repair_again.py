@@ -83,5 +83,4 @@ def test_another_norm_is_made_up_for(change: str) -> None:
     assert bool(torch.isfinite(found).all())
     if change == "none":
         found, plain = found[:, :, 1:], plain[:, :, 1:]
-    # not the same: rows are stretched where that beats the start, which is another
-    assert float(found.square().mean()) == pytest.approx(float(plain.square().mean()), rel=0.05)
+    assert float(found.square().mean()) == pytest.approx(float(plain.square().mean()), rel=0.02)
