@@ -11,7 +11,7 @@ from typing import Any
 from repair_tasks import TASKS
 
 SEEDS = [0, 1, 2]
-CHANNELS = ("svs", "sca", "firing_rate", "taylor", "magnitude", "bn_scale", "random")
+CHANNELS = ("reconstruction", "svs", "sca", "firing_rate", "taylor", "magnitude", "bn_scale", "random")
 WEIGHTS = ("obs", "lamp", "cqp", "weight_magnitude")
 REPAIRS = (None, "current", "membrane")
 
@@ -178,16 +178,21 @@ def nmnist_text(figure: Figures) -> Iterator[str]:
         yield f"| {title} | " + " | ".join(cells) + " |"
 
 
+CHOSEN = ("reconstruction", "svs", "magnitude")
 CIFAR: tuple[tuple[str, dict[str, Any], bool], ...] = (
     *((f"{bits} bits", {"bits": bits}, bits == 2) for bits in (8, 4, 2)),
     *(
-        (f"{criterion} {ratio}", {"criterion": criterion, "ratio": ratio}, criterion in ("svs", "magnitude"))
+        (
+            f"{criterion} {ratio}",
+            {"criterion": criterion, "ratio": ratio},
+            criterion in ("reconstruction", "svs", "magnitude"),
+        )
         for criterion in CHANNELS
         for ratio in (0.3, 0.5)
     ),
     *(
         (f"{criterion} {ratio}, {bits} bits", {"criterion": criterion, "ratio": ratio, "bits": bits}, False)
-        for criterion in ("svs", "magnitude")
+        for criterion in CHOSEN
         for ratio in (0.3, 0.5)
         for bits in (8, 4, 2)
     ),

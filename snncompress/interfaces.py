@@ -22,7 +22,7 @@ from .errors import ModelError
 
 Granularity = Literal["channel", "weight", "block"]
 Scope = Literal["layer", "global"]
-Signal = Literal["spikes", "membrane", "gradients", "inputs"]
+Signal = Literal["spikes", "membrane", "gradients", "inputs", "readers"]
 Forward = Callable[[nn.Module, Any], Any]
 """How to run a model on one batch: ``forward(model, batch) -> output``."""
 Loss = Callable[[Any, Any], Tensor]
@@ -54,27 +54,71 @@ class Inputs:
     count: float
     gram: Tensor | None
 
-    def inverse_diagonal(self, damping: float = 1e-2) -> Tensor:
-        """[(H + damping · mean(diag H) · I)⁻¹]_jj, [G, D]; H = Σ u uᵀ less what a bias that is fitted along explains.
+    def inverse(self, damping: float = 1e-2) -> Tensor | None:
+        """(H + damping · mean(diag H) · I)⁻¹, [G, D, D]; H = Σ u uᵀ less what a bias that is fitted along explains.
 
-        Without ``gram``, the inputs are taken to be independent.
-
-        >>> u = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-        >>> Inputs(u.diagonal()[None], torch.zeros(1, 2), 4.0, u[None]).inverse_diagonal(0.0)
-        tensor([[0.5000, 1.0000]], dtype=torch.float64)
+        None without ``gram``.
         """
-        variance = (self.square - self.total**2 / self.count).clamp_min(0)
-        least = 1e-12 * self.count  # of silent inputs
-        ridge = damping * variance.mean(1, keepdim=True).clamp_min(least)
         if self.gram is None:
-            return 1 / (variance + ridge).clamp_min(least)
+            return None
+        variance, least = self._variance()
+        ridge = damping * variance.mean(1, keepdim=True).clamp_min(least)
         centred = self.gram - self.total[:, :, None] * self.total[:, None, :] / self.count
         for _ in range(16):
             factor, failed = torch.linalg.cholesky_ex(centred + torch.diag_embed(ridge.expand_as(variance)))
             if not bool(failed.any()):
                 break
             ridge = ridge * 10 + least
-        return torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+        return torch.cholesky_inverse(factor)
+
+    def inverse_diagonal(self, damping: float = 1e-2) -> Tensor:
+        """The diagonal of :meth:`inverse`, [G, D]; without ``gram``, the inputs are taken to be independent.
+
+        >>> u = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> Inputs(u.diagonal()[None], torch.zeros(1, 2), 4.0, u[None]).inverse_diagonal(0.0)
+        tensor([[0.5000, 1.0000]], dtype=torch.float64)
+        """
+        if (inverse := self.inverse(damping)) is not None:
+            return inverse.diagonal(dim1=1, dim2=2)
+        variance, least = self._variance()
+        return 1 / (variance + damping * variance.mean(1, keepdim=True).clamp_min(least)).clamp_min(least)
+
+    def _variance(self) -> tuple[Tensor, float]:
+        """Σ u² less what a bias explains, [G, D], and the least that is taken for more than none."""
+        return (self.square - self.total**2 / self.count).clamp_min(0), 1e-12 * self.count
+
+
+def _rows(module: nn.Module, weight: Tensor) -> Tensor:
+    groups = int(getattr(module, "groups", 1))
+    return weight.reshape(groups, len(weight) // groups, -1)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A weight layer that reads the channels that another one puts out.
+
+    Fields:
+        name, module: of the reader.
+        weight: outputs first, [O, ...].
+        norm: the batch normalization between the reader and its neurons, if any.
+        columns: the inputs that each channel of the layer that is scored makes up, [C, K], among those of all groups
+            of ``rows``, one after the other: g · D + d. A channel that makes up fewer than others has some twice.
+        reads: which channels it reads at all, bool [C]; the columns of any other say nothing.
+        inputs: what its outputs read; None where it wasn't called in calibration.
+    """
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+    norm: nn.Module | None
+    columns: Tensor
+    reads: Tensor
+    inputs: Inputs | None
+
+    @property
+    def rows(self) -> Tensor:
+        """The weight as [G, R, D]: for each of G groups R outputs that read D inputs, as ``inputs`` has it."""
+        return _rows(self.module, self.weight)
 
 
 @dataclass(frozen=True)
@@ -86,7 +130,8 @@ class Layer:
     for gradients. ``norm`` is the batch normalization between the layer and its neurons, whose parameters have theirs
     then too. ``generator`` is seeded from
     the seed of ``apply`` and the layer's name: the only source of chance a criterion may use. ``inputs`` is None unless
-    the criterion asked for inputs, or where the layer wasn't called.
+    the criterion asked for inputs, or where the layer wasn't called. ``readers`` are the weight layers that its
+    channels go into, () unless the criterion asked for them.
     """
 
     name: str
@@ -97,6 +142,7 @@ class Layer:
     neurons: tuple[str, ...]
     generator: torch.Generator
     inputs: Inputs | None = None
+    readers: tuple[Reader, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -111,8 +157,7 @@ class Layer:
         >>> Layer("conv", conv, conv.weight.detach(), None, None, (), torch.Generator()).rows.shape
         torch.Size([2, 3, 18])
         """
-        groups = int(getattr(self.module, "groups", 1))
-        return self.weight.reshape(groups, len(self.weight) // groups, -1)
+        return _rows(self.module, self.weight)
 
 
 class _Plugin(ABC):
@@ -138,7 +183,8 @@ class Criterion(_Plugin):
     ``needs`` says what must be recorded: ``"spikes"`` S[t], ``"membrane"`` Ũ[t] (after charging, before reset),
     ``"gradients"`` (one backward pass per batch through the surrogate gradient: ``layer.weight_grad`` is that batch's
     gradient in ``end_batch``; labels are then required), ``"inputs"`` (second moments of what the layer reads:
-    ``layer.inputs`` in ``score``).
+    ``layer.inputs`` in ``score``), ``"readers"`` (second moments of what the layers read that its channels go into:
+    ``layer.readers`` in ``score``; for channels only).
 
     Single weights are compared within their layer, or with ``scope`` "global" across all layers of the same ratio.
     """

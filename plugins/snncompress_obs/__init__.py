@@ -1,4 +1,4 @@
-"""Plugin: the criterion ``obs`` for single weights, second-order saliency on what spiking neurons integrate."""
+"""Plugin: second-order saliency on what neurons integrate, ``obs`` of weights, ``reconstruction`` of channels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable
 from snncompress.extend import Criterion, hookimpl
 
 from .obs import OBS
+from .reconstruction import Reconstruction
 
-__all__ = ["OBS"]
+__all__ = ["OBS", "Reconstruction"]
 
 
 @hookimpl
 def register_criteria(register: Callable[[type[Criterion]], None]) -> None:
-    """Offer ``obs``."""
+    """Offer both."""
     register(OBS)
+    register(Reconstruction)

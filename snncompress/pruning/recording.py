@@ -112,8 +112,9 @@ def calibrate(
     if each is None:
         for recording in recordings:
             _check_mergeable(recording.criterion)
-    reading = [s for r in recordings if "inputs" in r.criterion.needs for s in r.scorers]
-    readers = _readers(model, network, feed, dict.fromkeys(s.layer_name for s in reading)) if reading else {}
+    reading = [s for r in recordings for s in r.scorers if s.reading()]
+    wanted = dict.fromkeys(name for s in reading for name in sorted(s.reading()))
+    readers = _readers(model, network, feed, wanted) if reading else {}
     gradients = "gradients" in needs
     learning = [s for r in recordings if "gradients" in r.criterion.needs for s in r.scorers]
     listening: dict[str, list[Scorer]] = {}
@@ -122,9 +123,9 @@ def calibrate(
     fired: dict[str, bool] = {}
 
     def settle() -> None:
+        found = {name: reader.inputs() for name, reader in readers.items()}
         for scorer in reading:
-            if scorer.layer_name in readers:
-                scorer.inputs = readers[scorer.layer_name].inputs()
+            scorer.hear(found)
 
     with together(), ExitStack() as stack:
         stack.callback(feed.adapter.reset, model)

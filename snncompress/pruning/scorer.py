@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from snncompress.base.distributed import gathered
 from snncompress.errors import PluginError, SNNCompressError
-from snncompress.interfaces import Criterion, Inputs, Layer
+from snncompress.interfaces import Criterion, Inputs, Layer, Reader
 from snncompress.model.cells import layer_at
-from snncompress.model.network import ChannelGroup, Member, Network, outputs_first
+from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Network, Side, outputs_first, width
 from snncompress.model.parametrizations import float_weight, stored_weight
 
 Groups = Sequence[ChannelGroup]
@@ -39,6 +40,7 @@ class Scorer:
         self._weight = outputs_first(float_weight(self._module), self._module)
         self.heard = torch.ones(len(self._weight), dtype=torch.bool)
         """The channels that drive this neuron."""
+        self.readers = readers_of(model, network, name, groups, len(self._weight)) if self.needs_readers else ()
         self._site: Member | None = None
         self._columns: Tensor | None = None
         if groups and neuron is not None:
@@ -56,11 +58,25 @@ class Scorer:
         """Whether the criterion asked for potentials."""
         return "membrane" in self.criterion.needs
 
+    @property
+    def needs_readers(self) -> bool:
+        """Whether the criterion asked for what is read of the layer's channels."""
+        return "readers" in self.criterion.needs
+
     def restart(self) -> None:
         """Forget the data."""
-        self.inputs: Inputs | None = None
+        self.hear({})
         self._generator.set_state(self._chance)
         self._state = self._guarded(self.criterion.begin, self.layer())
+
+    def reading(self) -> set[str]:
+        """The layers whose inputs are to be recorded."""
+        return {r.name for r in self.readers} | ({self.layer_name} if "inputs" in self.criterion.needs else set())
+
+    def hear(self, inputs: Mapping[str, Inputs | None]) -> None:
+        """What these layers read in calibration."""
+        self.inputs = inputs.get(self.layer_name) if "inputs" in self.criterion.needs else None
+        self.readers = tuple(replace(reader, inputs=inputs.get(reader.name)) for reader in self.readers)
 
     def parameters(self) -> list[nn.Parameter]:
         """What a criterion may ask the gradients of."""
@@ -80,6 +96,7 @@ class Scorer:
             self._neurons,
             self._generator,
             self.inputs,
+            self.readers,
         )
 
     def observe(self, spikes: Tensor, membrane: Tensor | None) -> None:
@@ -163,6 +180,24 @@ def heard_by(network: Network, layer: str, groups: Groups) -> tuple[str, ...]:
     return tuple(name for name in driven if name in traced) or tuple(traced)
 
 
+def readers_of(model: nn.Module, network: Network, layer: str, groups: Groups, channels: int) -> tuple[Reader, ...]:
+    """The convolutions and linear layers that a layer's channels go into; none that only pass on what they take in."""
+    found = []
+    for name in dict.fromkeys(name for group in groups for name in group.names("in")):
+        reader = layer_at(model, name)
+        split = int(getattr(reader, "groups", 1))
+        through = any(g.member(name, "in") and g.member(name, "out") for g in groups)
+        if not isinstance(reader, WEIGHT_LAYERS) or (through and split > 1 and split == reader.in_channels):
+            continue
+        weight = outputs_first(float_weight(reader), reader)
+        table, reads = columns_in(groups, layer, name, "in", channels)
+        each = weight[0].numel() * split // width(reader, "in")  # weights of an output for one input
+        columns = (table.unsqueeze(2) * each + torch.arange(each)).flatten(1)
+        norm = model.get_submodule(network.norms[name]) if name in network.norms else None
+        found.append(Reader(name, reader, weight, norm, columns.to(weight.device), reads.to(weight.device), None))
+    return tuple(found)
+
+
 def mean_over(scores: list[Tensor], heard: list[Tensor]) -> Tensor:
     """Over neurons, each of which hears all of the layer's channels or some."""
     if all(bool(channels.all()) for channels in heard):
@@ -172,16 +207,26 @@ def mean_over(scores: list[Tensor], heard: list[Tensor]) -> Tensor:
 
 
 def _columns(groups: Groups, layer: str, neuron: str, channels: int) -> tuple[Tensor | None, Tensor]:
-    """For each channel of the layer the neuron's columns [C, k], and which channels it hears at all [C].
+    """As :func:`columns_in` a neuron; None where the columns are the same, [0 … C-1], and all heard if none is."""
+    table, heard = columns_in(groups, layer, neuron, "neuron", channels)
+    if not bool(heard.any()):
+        return None, ~heard
+    width = next(m.width for g in groups if (m := g.member(neuron, "neuron")) is not None)
+    same = width == channels and torch.equal(table.flatten(), torch.arange(channels))
+    return (None if same else table), heard
 
-    None where the columns are the same [0 … C-1]; of a channel that isn't heard they are the first ones.
+
+def columns_in(groups: Groups, layer: str, module: str, side: Side, channels: int) -> tuple[Tensor, Tensor]:
+    """For each channel of the layer the columns of a neuron, or a reader's inputs [C, k]; which it has any for [C].
+
+    Those of a channel that isn't heard are the first ones; one of fewer than others has them more than once.
     """
-    heard, table, width = torch.zeros(channels, dtype=torch.bool), torch.zeros(channels, 1, dtype=torch.long), 0
+    heard, table = torch.zeros(channels, dtype=torch.bool), torch.zeros(channels, 1, dtype=torch.long)
     for group in groups:
-        own, driven = group.member(layer, "out"), group.member(neuron, "neuron")
+        own, driven = group.member(layer, "out"), group.member(module, side)
         if own is None or driven is None:
             continue
-        parts, k, width = own.index.shape[1], driven.index.shape[1], driven.width
+        parts, k = own.index.shape[1], driven.index.shape[1]
         rows = (
             driven.index.repeat_interleave(parts, 0) if k % parts else driven.index.reshape(len(own.index) * parts, -1)
         )
@@ -189,8 +234,7 @@ def _columns(groups: Groups, layer: str, neuron: str, channels: int) -> tuple[Te
         table, rows = (t[:, torch.arange(most) % t.shape[1]] for t in (table, rows))
         heard[own.index.flatten()] = True
         table[own.index.flatten()] = rows
-    same = width == channels and torch.equal(table.flatten(), torch.arange(channels))
-    return (None if same or not width else table), (heard if width else ~heard)
+    return table, heard
 
 
 def _select(activity: Tensor, columns: Tensor) -> Tensor:

@@ -236,3 +236,7 @@ def _check_criterion(criterion: Criterion) -> None:
     if unknown := criterion.needs - set(get_args(Signal)):
         known_signals = ", ".join(map(repr, get_args(Signal)))
         raise OptionError(f"Criterion {criterion.name!r} needs {sorted(unknown)}; known are {known_signals}.")
+    if "readers" in criterion.needs and criterion.granularity != "channel":
+        raise OptionError(
+            f"Criterion {criterion.name!r} needs 'readers', those of a channel, and scores a {criterion.granularity!r}."
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.errors import PluginError
-from snncompress.interfaces import BlockCriterion, Criterion, Inputs, Layer, Scope, Signal
+from snncompress.interfaces import BlockCriterion, Criterion, Inputs, Layer, Reader, Scope, Signal
 
 from .common import broken, calling, check_name, check_options
 
@@ -115,6 +115,7 @@ class _Activity:
     norm: nn.Module
     batches: list[tuple[Tensor, Tensor, Tensor]]
     inputs: Inputs
+    readers: tuple[Reader, ...]
 
     @classmethod
     def random(cls, maps: tuple[int, ...], seed: int) -> _Activity:
@@ -131,13 +132,14 @@ class _Activity:
         for samples in (3, 2):
             membrane = 2 * torch.rand(_T, samples, _C, *maps) - torch.rand(_C, *maps)
             batches.append(((membrane > 0.8).float(), membrane, torch.randn(module.weight.shape)))
-        return cls(module, module.weight.detach(), norm, batches, _moments(torch.rand(40, module.weight[0].numel())))
+        inputs, readers = _moments(torch.rand(40, module.weight[0].numel())), _readers(torch.rand(40, 2 * _C))
+        return cls(module, module.weight.detach(), norm, batches, inputs, readers)
 
     def silent(self) -> _Activity:
         """The same layer, with neurons that do nothing and pass no gradient, and inputs that are 0."""
         nothing = [(torch.zeros_like(s), torch.zeros_like(u), torch.zeros_like(g)) for s, u, g in self.batches]
         quiet = _moments(torch.zeros(40, self.weight[0].numel()))
-        return _Activity(self.module, self.weight, self.norm, nothing, quiet)
+        return _Activity(self.module, self.weight, self.norm, nothing, quiet, _readers(torch.zeros(40, 2 * _C)))
 
     def tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.norm.parameters(), *itertools.chain(*self.batches)]
@@ -150,6 +152,16 @@ def _moments(u: Tensor) -> Inputs:
     return Inputs(gram.diagonal(dim1=1, dim2=2), u.sum(0)[None], float(len(u)), gram)
 
 
+def _readers(u: Tensor) -> tuple[Reader, ...]:
+    """One of samples [n, 2 C], in which a channel has two places next to one another; and one that was never called."""
+    linear, columns = nn.Linear(2 * _C, 3), torch.arange(2 * _C).view(_C, 2)
+    all_of = torch.ones(_C, dtype=torch.bool)
+    return tuple(
+        Reader(name, linear, linear.weight.detach(), None, columns, all_of, inputs)
+        for name, inputs in (("reader", _moments(u)), ("another", None))
+    )
+
+
 def _fold(
     criterion: Criterion, activity: _Activity, chunk: int, *, apart: bool = False
 ) -> Generator[None, None, Tensor]:
@@ -160,9 +172,9 @@ def _fold(
     generator = torch.Generator().manual_seed(7)
     needs = criterion.needs
 
-    def layer(gradient: Tensor | None = None, inputs: Inputs | None = None) -> Layer:
+    def layer(gradient: Tensor | None = None, inputs: Inputs | None = None, read: tuple[Reader, ...] = ()) -> Layer:
         weight, norm = activity.weight, activity.norm
-        return Layer("layer", activity.module, weight, gradient, norm, ("neuron",), generator, inputs)
+        return Layer("layer", activity.module, weight, gradient, norm, ("neuron",), generator, inputs, read)
 
     with calling(criterion, "begin()"):
         state = before = criterion.begin(layer())
@@ -183,7 +195,8 @@ def _fold(
                 state = criterion.merge(layer(), before, state)
         yield
     with calling(criterion, "score()"), torch.no_grad():
-        scores = criterion.score(layer(inputs=activity.inputs if "inputs" in needs else None), state)
+        inputs, readers = activity.inputs if "inputs" in needs else None, activity.readers if "readers" in needs else ()
+        scores = criterion.score(layer(None, inputs, readers), state)
     if not isinstance(scores, Tensor):
         raise broken(criterion, f"score() must return a tensor, not {type(scores).__name__}.")
     per, shape = ("weight", activity.weight.shape) if criterion.granularity == "weight" else ("channel", (_C,))
