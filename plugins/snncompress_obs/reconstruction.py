@@ -46,7 +46,7 @@ class Reconstruction(Criterion):
         >>> from snncompress.extend import Inputs
         >>> u = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
         >>> gram = (u.T @ u)[None]  # the first two of three inputs are the same
-        >>> inputs = Inputs(gram.diagonal(dim1=1, dim2=2), torch.zeros(1, 3), 3.0, gram)
+        >>> inputs = Inputs(gram.diagonal(dim1=1, dim2=2), 0 * u[:1], 3.0, gram)
         >>> fc, behind, all_of = torch.nn.Linear(4, 3), torch.nn.Linear(3, 1), torch.ones(3, dtype=torch.bool)
         >>> weight, columns = torch.tensor([[1.0, 2.0, 1.0]]), torch.arange(3)[:, None]
         >>> reader = Reader("behind", behind, weight, None, columns, all_of, inputs)
@@ -59,7 +59,7 @@ class Reconstruction(Criterion):
     granularity: ClassVar[Granularity] = "channel"
     needs: ClassVar[frozenset[Signal]] = frozenset({"readers"})
 
-    damping: float = 0.1
+    damping: float = 1e-2
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < float("inf"):
@@ -93,20 +93,20 @@ class _Problem:
         rows = reader.rows.double()
         if (scale := _scale(reader.norm)) is not None and scale.numel() == rows.shape[:2].numel():
             rows = rows * scale.double().view(*rows.shape[:2], 1)
-        self.weight: Tensor = torch.block_diag(*rows)  # type: ignore[no-untyped-call]
         inverse = inputs.inverse(damping)
-        self.inverse: Tensor | None = None
-        if inverse is not None:
-            self.inverse = torch.block_diag(*inverse)  # type: ignore[no-untyped-call]
-        self.variance = 1 / inputs.inverse_diagonal(damping).flatten() if inverse is None else torch.empty(0)
+        if inverse is None or inputs.gram is None:
+            self.variance = 1 / inputs.inverse_diagonal(damping)
+            whole, self.inverse = (rows.square() * self.variance.unsqueeze(1)).sum(), None
+            self.variance = self.variance.flatten()
+        else:
+            mean = rows @ inputs.total.unsqueeze(2)
+            whole = ((rows @ inputs.gram) * rows).sum() - mean.square().sum() / inputs.count
+            self.inverse = torch.block_diag(*inverse).to(_dtype(damping))  # type: ignore[no-untyped-call]
+        self.whole = whole.clamp_min(torch.finfo(torch.float64).tiny)
+        self.weight: Tensor = torch.block_diag(*rows).to(_dtype(damping))  # type: ignore[no-untyped-call]
         self.columns, self.reads = reader.columns, reader.reads
         self.place = torch.arange(self.weight.shape[1], device=rows.device)
         """Where each input stands among those that are left."""
-        if inverse is None:
-            whole = (self.weight.square().sum(0) * self.variance).sum()
-        else:
-            whole = (rows * torch.linalg.solve(inverse, rows.mT).mT).sum()
-        self.whole = whole.clamp_min(torch.finfo(torch.float64).tiny)
 
     def costs(self, channels: Tensor) -> Tensor:
         """What is lost with each of these channels, [n], as a share."""
@@ -117,22 +117,28 @@ class _Problem:
         else:
             block = self.inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
             lost = ((weight @ torch.linalg.pinv(block, hermitian=True)) * weight).sum((1, 2))
-        share: Tensor = lost.clamp_min(0) * self.reads[channels] / self.whole
+        share: Tensor = lost.double().clamp_min(0) * self.reads[channels] / self.whole
         return share
 
     def remove(self, channels: Tensor) -> None:
         """Their inputs go; the weights of the others become those that make up for them."""
         stays = torch.ones(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
         stays[self.place[self.columns[channels[self.reads[channels]]]].flatten()] = False
-        gone = ~stays
+        gone, kept = (~stays).nonzero().flatten(), stays.nonzero().flatten()
         if self.inverse is not None:
-            across = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, stays])
-            self.weight = self.weight[:, stays] - self.weight[:, gone] @ across
-            self.inverse = self.inverse[stays][:, stays] - self.inverse[stays][:, gone] @ across
+            rows = self.inverse[kept]
+            across = torch.linalg.solve(self.inverse[gone][:, gone], rows[:, gone].T)
+            self.weight = torch.addmm(self.weight[:, kept], self.weight[:, gone], across, alpha=-1)
+            self.inverse = torch.addmm(rows[:, kept], rows[:, gone], across, alpha=-1)
         else:
-            self.weight, self.variance = self.weight[:, stays], self.variance[stays]
+            self.weight, self.variance = self.weight[:, kept], self.variance[kept]
         moved = stays.cumsum(0) - 1
         self.place = moved[self.place]
+
+
+def _dtype(damping: float) -> torch.dtype:
+    """What H⁻¹ can be worked on in: its entries differ by 1/damping, and more where H is close to singular."""
+    return torch.float32 if damping >= 1e-3 else torch.float64
 
 
 def _scale(norm: nn.Module | None) -> Tensor | None:
