@@ -106,24 +106,31 @@ class _Problem:
         self.weight: Tensor = torch.block_diag(*rows).to(_dtype(damping))  # type: ignore[no-untyped-call]
         self.columns, self.reads = reader.columns, reader.reads
         self.place = torch.arange(self.weight.shape[1], device=rows.device)
-        """Where each input stands among those that are left."""
+        """Where each input stands among those that are left; -1 of those that went."""
 
     def costs(self, channels: Tensor) -> Tensor:
         """What is lost with each of these channels, [n], as a share."""
-        columns = self.place[self.columns[channels]]  # [n, K]
-        weight = self.weight[:, columns].movedim(1, 0)  # [n, O, K]
+        costs = torch.zeros(len(channels), dtype=torch.float64, device=channels.device)
+        reading = self.reads[channels].nonzero().flatten()
+        if not len(reading) or not self.weight.shape[1]:
+            return costs
+        columns = self.place[self.columns[channels[reading]]]  # [n, K]
+        went, columns = columns < 0, columns.clamp_min(0)
+        weight = self.weight[:, columns].masked_fill(went, 0).movedim(1, 0)  # [n, O, K]
         if self.inverse is None:
             lost = (weight.square() * self.variance[columns].unsqueeze(1)).sum((1, 2))
         else:
             block = self.inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
+            block = block.masked_fill(went.unsqueeze(2) | went.unsqueeze(1), 0)
             lost = ((weight @ torch.linalg.pinv(block, hermitian=True)) * weight).sum((1, 2))
-        share: Tensor = lost.double().clamp_min(0) * self.reads[channels] / self.whole
-        return share
+        costs[reading] = lost.double().clamp_min(0) / self.whole
+        return costs
 
     def remove(self, channels: Tensor) -> None:
         """Their inputs go; the weights of the others become those that make up for them."""
+        places = self.place[self.columns[channels[self.reads[channels]]]]
         stays = torch.ones(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
-        stays[self.place[self.columns[channels[self.reads[channels]]]].flatten()] = False
+        stays[places[places >= 0]] = False
         gone, kept = (~stays).nonzero().flatten(), stays.nonzero().flatten()
         if self.inverse is not None:
             rows = self.inverse[kept]
@@ -132,8 +139,8 @@ class _Problem:
             self.inverse = torch.addmm(rows[:, kept], rows[:, gone], across, alpha=-1)
         else:
             self.weight, self.variance = self.weight[:, kept], self.variance[kept]
-        moved = stays.cumsum(0) - 1
-        self.place = moved[self.place]
+        moved = torch.where(stays, stays.cumsum(0) - 1, -1)
+        self.place[self.place >= 0] = moved[self.place[self.place >= 0]]
 
 
 def _dtype(damping: float) -> torch.dtype:

@@ -68,6 +68,15 @@ def test_costs_of_readers_add_up_and_one_that_reads_nothing_of_a_channel_adds_no
     assert torch.allclose(found, expected, rtol=1e-6)
 
 
+def test_channels_that_share_an_input_and_such_as_are_left_when_all_inputs_went() -> None:
+    apart, weight = torch.cat([torch.eye(2), -torch.eye(2)]), torch.tensor([[1.0, 2.0]])
+    columns = torch.tensor([[0], [0], [1], [1]])
+    some = torch.tensor([True, True, True, False])
+    found = score(Reader("fc", nn.Linear(2, 1), weight, None, columns, some, moments(apart)))
+    # the last isn't read; with the first goes all that the second has, 1 of 5; the third has the other 4
+    assert torch.allclose(found, torch.tensor([0.2, 0.2, 0.8, 0.0]).double(), rtol=1e-6)
+
+
 def test_rows_count_as_batch_norm_scales_them() -> None:
     apart, weight = torch.cat([torch.eye(4), -torch.eye(4)]), torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
     norm = nn.BatchNorm1d(2, eps=0.0)
