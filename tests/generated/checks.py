@@ -203,7 +203,7 @@ def _adapter(case: Case) -> Any:
 def _repaired(case: Case, finding: Finding) -> None:
     """Pruned, quantized and repaired: on its grid, and the plan replays."""
     bits = 2 + case.index // 16 % 7
-    made = _tried(case, finding, criterion="random", ratio=0.5, bits=bits, quantizer=ReScaW(per_channel=False))
+    made = _tried(case, finding, criterion="reconstruction", ratio=0.5, bits=bits, quantizer=ReScaW(per_channel=False))
     if made is None:
         return
     got = case.run(made)
