@@ -62,8 +62,8 @@ class IntegerGrid(nn.Module):
             "theta": d.threshold.double() / step,
             "rest": nearest((d.reset or 0.0) / step).clamp(-grid.top - 1, grid.top - 1),
         }
-        for name, value in whole.items():
-            self.register_buffer(name, value.round().long())
+        for name, value in whole.items():  # of one axis at least: products of bytes with a scalar are bytes
+            self.register_buffer(name, value.round().long().view(value.shape or (1,)))
         self.register_buffer("leaky", d.leak > 0)
         self.register_buffer("scale", per_step)
 
