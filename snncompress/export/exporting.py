@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +31,9 @@ from .freezing import folded, freeze
 from .integer_file import integer_file
 from .integer_layers import make_float
 from .integer_network import counts_in_integers, heard, refuse_integers
+from .integer_nir import integer_nir
+from .integer_onnx import integer_onnx
+from .integer_program import Program, integer_program
 from .nir_export import nir_graph
 from .nir_running import Approximation, difference
 from .onnx_export import Step, onnx_model
@@ -98,6 +102,10 @@ def export(
     that know nothing of torch: codes of a byte, multipliers, thresholds, and as JSON in which order they are used; see
     docs/integer.md, where an interpreter in numpy fires as the network does, to the last spike.
 
+    A network that is in whole numbers already becomes ONNX with ConvInteger and MatMulInteger, its states being int32,
+    "lif1.q" and "lif1.q_next", which fires as it does to the last spike; and NIR with integers as weights and resets,
+    potentials being numbers of a step, which does so where nothing is rounded.
+
     Args:
         model: a network of SpikingJelly or snnTorch that runs step by step or in multi-step mode.
         path: the file.
@@ -117,7 +125,8 @@ def export(
 
     Raises:
         ModelError: the format can't express a module, which is named with the reason and what to do; or the model loops
-            over time itself, so that it has no single timestep.
+            over time itself, so that it has no single timestep; or it counts in whole numbers, and ``target`` or
+            ``approximate`` are given.
         DataError: the data don't fit the model.
         OptionError: the network doesn't fit the target, or the format isn't NIR; no such format, or its package isn't
             installed, or torch is older than 2.10 and the format ONNX.
@@ -136,15 +145,16 @@ def export(
         (array([0.0002, 0.0002]), array([1., 1.]))
     """
     path = writable(path)
-    kind = _checked_format(format, path)
+    kind = _checked_format(format, path, whole=counts_in_integers(model))
     chip: Target | None = None if target is None else registry().resolve("target", target, Target)
     if chip is not None and kind != "nir":
         raise OptionError(f"target= writes NIR graphs, not {kind!r}: format='nir'.")
-    if kind == "integer":
-        content = _integer_bytes(model, data, timesteps, adapter)
+    if chip is not None or approximate:
+        refuse_integers(model, "written for a target, or approximately")
+    if kind == "integer" or counts_in_integers(model):
+        content = _IN_INTEGERS[kind](_program(model, data, timesteps, adapter))
         write_whole(path, lambda file: file.write(content))
         return None
-    refuse_integers(model, f"written as {kind.upper()}")
     with no_sync(), bench(model, data, timesteps, adapter=adapter) as table:
         numbers = {} if chip is None else _numbers(table, chip)
         found, batch = table.adapter, table.feed.first()
@@ -172,20 +182,22 @@ def export(
     return changed
 
 
-def _checked_format(format: str | None, path: Path) -> Format:
+def _checked_format(format: str | None, path: Path, *, whole: bool) -> Format:
     kind: Any = _ENDINGS.get(path.suffix[1:], path.suffix[1:]) if format is None else format
     if kind not in get_args(Format):
         raise OptionError(
             f"format must be 'nir', 'onnx' or 'integer', not {kind!r}; None takes the ending of the file's name."
         )
-    for package in _NEEDS[kind]:
+    for package in ("onnx",) if whole and kind == "onnx" else _NEEDS[kind]:
         try:
             import_module(package)
         except ImportError as error:
             raise OptionError(
                 f"Format {kind!r} needs {package} ({error}): pip install 'snncompress[export]'."
             ) from error
-    if kind == "onnx" and cast(Any, torch.__version__) < _ONNX_TORCH:  # it compares with tuples, as a version does
+    if (
+        kind == "onnx" and not whole and cast(Any, torch.__version__) < _ONNX_TORCH
+    ):  # it compares with tuples, as a version does
         needed = ".".join(map(str, _ONNX_TORCH))
         raise OptionError(f"Format 'onnx' needs torch {needed} or newer, and this is {torch.__version__}: update it.")
     result: Format = kind
@@ -249,7 +261,8 @@ def _numbers(table: Bench[Any], chip: Target) -> dict[str, Tensor]:
     return {name: numbers for name, numbers in whole.items() if numbers is not None}
 
 
-def _integer_bytes(model: nn.Module, data: Any, timesteps: int | None, adapter: Adapter | str | None) -> bytes:
+def _program(model: nn.Module, data: Any, timesteps: int | None, adapter: Adapter | str | None) -> Program:
+    """Of a network in whole numbers; of another once it is one."""
     if not counts_in_integers(model):
         model = freeze(model, data, timesteps=timesteps, integer="full", adapter=adapter)
     with no_sync(), bench(model, data, timesteps, adapter=adapter, plain=True) as table:
@@ -265,7 +278,7 @@ def _integer_bytes(model: nn.Module, data: Any, timesteps: int | None, adapter: 
                     f"{type(model).__name__} computes something else when it is run one timestep at a time. Likely "
                     f"cause: its forward works across timesteps. Let it handle one, and leave the rest to a loop."
                 )
-            return integer_file(step, found, first[:1])
+            return integer_program(step, found, first[:1])
 
 
 def _changed(
@@ -297,6 +310,13 @@ def _refuse_several(graph: Any, chip: Target) -> None:
                 f"{name} takes several NIR nodes, {kind} among them, and what programs {chip.name!r} reads none of "
                 f"those. approximate=True writes neurons reset to their rest in one node, and averages for maxima."
             )
+
+
+_IN_INTEGERS: dict[Format, Callable[[Program], bytes]] = {
+    "integer": integer_file,
+    "onnx": integer_onnx,
+    "nir": lambda program: _nir_bytes(integer_nir(program)),
+}
 
 
 def _nir_bytes(graph: Any) -> bytes:

@@ -1,14 +1,13 @@
-"""A network in whole numbers as a plain file: safetensors, and JSON that says what is done with them.
+"""A network in whole numbers as a program: what is computed in a timestep, in which order, from which numbers.
 
-docs/integer.md describes it, with an interpreter in numpy.
+One description, of which files are written: docs/integer.md has it, with an interpreter in numpy.
 """
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
@@ -17,7 +16,6 @@ from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
 from snncompress.model.fixed_point import LEAK_BITS
 from snncompress.structure.fx_graphs import called, operation
-from snncompress.version import __version__
 
 from .integer_layers import IntegerLayer, SumLayer
 from .integer_neurons import FRACTION, ROUNDING, IntegerGrid
@@ -29,19 +27,38 @@ _RESHAPES = {"flatten", "view", "reshape", "squeeze"}
 _SAME = {"contiguous", "clone", "detach"}
 
 
-def integer_file(step: nn.Module, adapter: Adapter, x: Tensor) -> bytes:
-    """The file of a network in whole numbers that is called once per timestep; ``x`` [1, …] is one sample.
+@dataclass(frozen=True)
+class Program:
+    """Nodes in the order in which they are computed in each timestep, and their tensors, "name.weight" and so on.
 
-    Raises ModelError, naming the module, for what the file can't express.
+    Fields:
+        nodes: of each a name, an op, inputs (names of nodes, or "input"), the shape of its value, and settings.
+        tensors: whole numbers, and floats where a layer computes in float.
+        input: shape of one sample in one timestep.
+        output: name of the node whose value the network puts out.
+    """
+
+    nodes: tuple[dict[str, Any], ...]
+    tensors: dict[str, Tensor]
+    input: tuple[int, ...]
+    output: str
+
+    def header(self) -> dict[str, Any]:
+        """All but the tensors, for JSON."""
+        return {
+            "format": FORMAT, "input": list(self.input), "output": self.output, "fraction": FRACTION,
+            "leak_fraction": LEAK_BITS, "rounding": ROUNDING, "nodes": list(self.nodes),
+        }  # fmt: skip
+
+
+def integer_program(step: nn.Module, adapter: Adapter, x: Tensor) -> Program:
+    """The program of a network in whole numbers that is called once per timestep; ``x`` [1, …] is one sample.
+
+    Raises ModelError, naming the module, for what it can't express.
     """
     writer = _Writer(step, adapter, x)
-    network = {
-        "format": FORMAT, "input": list(x.shape[1:]), "output": writer.output, "fraction": FRACTION,
-        "leak_fraction": LEAK_BITS, "rounding": ROUNDING, "nodes": writer.nodes,
-    }  # fmt: skip
-    metadata = {"integer_network": json.dumps(network), "snncompress": __version__}
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in writer.tensors.items()}
-    return safetensors.torch.save(tensors, metadata)
+    return Program(tuple(writer.nodes), tensors, tuple(x.shape[1:]), writer.output)
 
 
 class _Writer:
@@ -58,7 +75,7 @@ class _Writer:
         for node in graph.nodes:
             if reason := self._write(node):
                 where = called(model, str(node.target)) if node.op == "call_module" else operation(node) or node.name
-                raise ModelError(f"{where} can't be written to a file in whole numbers: {reason}.")
+                raise ModelError(f"{where} can't be written in whole numbers: {reason}.")
 
     def _write(self, node: fx.Node) -> str:
         """Write a node, or say why it can't be."""
@@ -112,7 +129,7 @@ class _Writer:
     def _flatten(self, node: fx.Node, name: str, sources: list[fx.Node]) -> str:
         before, after = self._shown(sources[0]), self._shown(node)
         if after.dim() != 2 or after.shape[1] != before.shape[1:].numel():
-            return f"it turns {list(before.shape[1:])} into {list(after.shape[1:])}, and a file flattens samples whole"
+            return f"it turns {list(before.shape[1:])} into {list(after.shape[1:])}, and samples are flattened whole"
         self._add(node, name, "flatten", sources)
         return ""
 
@@ -141,7 +158,8 @@ class _Writer:
         return {"bits": grid.bits, "overflow": grid.overflow, "fires": fires, "reset": reset, "leak": grid.leaks}
 
     def _add(self, node: fx.Node, name: str, op: str, sources: list[fx.Node], **more: Any) -> None:
-        self.nodes.append({"name": name, "op": op, "inputs": [self._names[source] for source in sources], **more})
+        inputs, shape = [self._names[source] for source in sources], list(self._shown(node).shape[1:])
+        self.nodes.append({"name": name, "op": op, "inputs": inputs, "shape": shape, **more})
         self._names[node] = name
 
     def _shown(self, node: fx.Node) -> Any:

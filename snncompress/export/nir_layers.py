@@ -55,7 +55,7 @@ def _conv(module: Any, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
 
     if module.padding_mode != "zeros":
         raise RefusedError(f"NIR pads with zeros, not {module.padding_mode!r}")
-    weight = _ungrouped(_weight(module), module.groups)
+    weight = ungrouped(_weight(module), module.groups)
     bias = module.bias if module.bias is not None else weight.new_zeros(len(weight))
     flat = isinstance(module, nn.Conv1d)
     kind, shape = (nir.Conv1d, source[1]) if flat else (nir.Conv2d, source[1:])
@@ -66,7 +66,7 @@ def _conv(module: Any, source: tuple[int, ...], result: tuple[int, ...]) -> Any:
     return kind(shape, _array(weight), stride, padding, dilation, 1, _array(bias))
 
 
-def _ungrouped(weight: Tensor, groups: int) -> Tensor:
+def ungrouped(weight: Tensor, groups: int) -> Tensor:
     """The same convolution in one group, the other weights 0: NIR 1.0.8 and its readers take groups for one."""
     inputs = weight.shape[1]
     result = weight.new_zeros(len(weight), inputs * groups, *weight.shape[2:])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import snntorch as snn
 import torch
@@ -59,6 +61,23 @@ def leaky(**options: Any) -> nn.Module:
     return small(net, 8, skip=["0"], **options)
 
 
+class Residual(nn.Module):
+    """Spikes of two populations added up, and maxima of sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, (3, 2), stride=(1, 2), padding=1, dilation=2, groups=2)
+        self.one, self.other = neuron.LIFNode(v_threshold=0.3), neuron.IFNode(v_threshold=0.2)
+        self.conv, self.last = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 3)
+        self.pool, self.end = nn.MaxPool2d(2, padding=1), neuron.IFNode(v_threshold=0.2)
+        self.readout = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.first(x))
+        x = x + self.other(self.conv(x))
+        return self.readout(self.end(self.pool(self.last(x))).flatten(1))
+
+
 def small(net: nn.Module, bits: int, **options: Any) -> nn.Module:
     given = {"data": X, "timesteps": T, "repair": None, "progress": False, "state_bits": 6, **options}
     return snncompress.apply(net.eval(), None, None, bits, **given)
@@ -68,10 +87,36 @@ CASES = {
     "SpikingJelly": jelly,
     "step by step, all layers": lambda: jelly("s", skip=[]),
     "by shifts, wrapping": lambda: jelly(state_leak="shift", state_overflow="wrap"),
-    "8 bits": lambda: jelly(bits=8, groups=1),
-    "snnTorch": leaky,
+    "8 bits": lambda: jelly(bits=8, groups=1, quantizer="rescaw"),
+    "sums": lambda: small(Residual(), 4, skip=[]),
+    "snnTorch, 16 bits": lambda: leaky(state_bits=16),
     "snnTorch, by shifts": lambda: leaky(state_leak="shift"),
 }
+
+
+class Engine:
+    """ONNX Runtime, step by step, with the spikes that are inside the model."""
+
+    def __init__(self, path: Path, neurons: Iterable[str]) -> None:
+        ort = pytest.importorskip("onnxruntime")
+        model = onnx.load(path)
+        self.made = [value.name for value in model.graph.output]
+        self.start = json.loads(next(p.value for p in model.metadata_props if p.key == "initial_states"))
+        model.graph.output.extend(onnx.ValueInfoProto(name=f"{name}.out") for name in neurons)
+        self.kinds = {node.op_type for node in model.graph.node}
+        self.session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        self.states: dict[str, Any] = {}
+
+    def step(self, x: Any) -> dict[str, Any]:
+        given = {"input": x}
+        for value in self.session.get_inputs()[1:]:
+            assert value.type == "tensor(int32)"
+            first = np.broadcast_to(np.array(self.start[value.name], np.int32), [len(x), *value.shape[1:]])
+            given[value.name] = self.states.get(value.name, first)
+        names = [value.name for value in self.session.get_outputs()]
+        made = dict(zip(names, self.session.run(None, given), strict=True))
+        self.states = {name.removesuffix("_next"): v for name, v in made.items() if name.endswith(".q_next")}
+        return made
 
 
 def spikes(model: nn.Module) -> dict[str, Tensor]:
@@ -85,7 +130,7 @@ def spikes(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_spikes_are_those_of_floats_and_of_the_file(make: Any, tmp_path: Path) -> None:
+def test_spikes_are_those_of_floats_and_of_both_files(make: Any, tmp_path: Path) -> None:
     model = make()
     whole = snncompress.freeze(model, X, timesteps=T, integer="full")
     wanted, found = spikes(model), spikes(whole)
@@ -96,11 +141,17 @@ def test_spikes_are_those_of_floats_and_of_the_file(make: Any, tmp_path: Path) -
     assert all(torch.equal(spikes(again)[name], s) for name, s in wanted.items())
 
     snncompress.export(whole, tmp_path / "net.safetensors", data=X, timesteps=T)
-    net = interpreter()(tmp_path / "net.safetensors")
+    snncompress.export(whole, tmp_path / "net.onnx", data=X, timesteps=T)
+    net, engine = interpreter()(tmp_path / "net.safetensors"), Engine(tmp_path / "net.onnx", wanted)
+    assert {"ConvInteger", "MatMulInteger"} <= engine.kinds
+    assert not engine.kinds & {"Conv", "Gemm", "DequantizeLinear"}
     for t in range(T):
-        output = net.step(X.numpy())
+        output, made = net.step(X.numpy()), engine.step(X.numpy())
         for name, s in wanted.items():
             assert np.array_equal(net.spikes[name], s[t].numpy())
+            assert np.array_equal(made[f"{name}.out"], s[t].numpy())
+            assert np.array_equal(made[f"{name}.q_next"], np.broadcast_to(net.q[name], s[t].shape))
+        assert np.allclose(made["output"], output, rtol=1e-6, atol=1e-7)
     find_adapter(whole).reset(whole)
     assert torch.allclose(find_adapter(whole).run(whole, X, T)[-1].double(), torch.tensor(output).double(), atol=1e-5)
 
@@ -179,8 +230,8 @@ def test_what_counts_in_whole_numbers_is_not_frozen_or_written_again(tmp_path: P
     whole = snncompress.freeze(jelly(), X, timesteps=T, integer="full")
     with pytest.raises(ModelError, match="can't be frozen: it counts in whole numbers already"):
         snncompress.freeze(whole, X, timesteps=T)
-    with pytest.raises(ModelError, match="can't be written as NIR: it counts"):
-        snncompress.export(whole, tmp_path / "net.nir", data=X, timesteps=T)
+    with pytest.raises(ModelError, match="can't be written for a target, or approximately: it counts"):
+        snncompress.export(whole, tmp_path / "net.nir", data=X, timesteps=T, target="speck")
     with pytest.raises(ModelError, match=r"the layer before 6 .* or the layer reads something else than spikes"):
         whole[6](whole[4](torch.full((1, 1, 6, 3, 3), 0.5)))
     assert {row.bits for row in snncompress.profile(whole, X, timesteps=T).layers if row.kind == "neuron"} == {6}
