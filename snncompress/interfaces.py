@@ -736,6 +736,10 @@ class StateGrid(Protocol):
     or whole numbers of δ: an adapter computes with nothing but products with spikes, sums and differences.
     """
 
+    @property
+    def synapse(self) -> StateGrid:
+        """That of a synaptic current, which ``charge`` of this one takes in the place of x."""
+
     def leak(self, leak: Tensor | float) -> Any:
         """The leak that is taken for this one."""
 

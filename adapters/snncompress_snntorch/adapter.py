@@ -198,32 +198,38 @@ class SNNTorchAdapter(Adapter):
     def dynamics(self, neuron: nn.Module) -> Dynamics:
         """Leaky, RLeaky, Synaptic and RSynaptic: β·v + x, where x may be a synaptic current, and have recurrent parts.
 
+        Lapicque leaks by Δt/RC, and takes R times as much of its input.
+
         θ is subtracted in the next step, from β·v; without delay, once more in the step after where v is still above θ,
         and no equation has that. With delay, all but Leaky are reset to zero in the next step with all that comes in
         then, and no equation has that either.
         """
         node: Any = neuron
         kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
-        if kind not in ("Leaky", "RLeaky", "Synaptic", "RSynaptic"):
-            raise ModelError("of snnTorch's neurons Leaky, RLeaky, Synaptic and RSynaptic are known by equation")
+        if kind not in ("Leaky", "RLeaky", "Lapicque", "Synaptic", "RSynaptic"):
+            raise ModelError(
+                "of snnTorch's neurons Leaky, RLeaky, Lapicque, Synaptic and RSynaptic are known by equation"
+            )
+        after = not getattr(node, "reset_delay", True)
         unlike = {
             **_unlike(node),
             "reset_mechanism='none'": node.reset_mechanism == "none",
-            "a negative threshold": not node.reset_delay and bool((node.threshold < 0).any()),
+            "a negative threshold": after and bool((node.threshold < 0).any()),
         }
         if odd := [what for what, found in unlike.items() if found]:
             raise ModelError(f"{odd[0]} isn't part of the leaky neuron's equation")
         grid: StateGrid | None = getattr(node, "state_grid", None)
-        leak, threshold = 1 - node.beta.detach().double().clamp(0, 1), node.threshold.detach().double()
+        leak, gain = (torch.as_tensor(value).detach().double() for value in _leak_and_gain(node))
+        threshold = node.threshold.detach().double()
         if grid is not None:
             leak, threshold = grid.leak(leak), grid.threshold(threshold).double()
         reset = None if node.reset_mechanism == "subtract" else 0.0
-        if reset is None and not node.reset_delay:
+        if reset is None and after:
             raise ModelError(
                 "with reset_delay=False it subtracts the threshold twice where the potential is above twice as much. "
                 "Use reset_delay=True, snnTorch's default, or reset_mechanism='zero', and fine-tune"
             )
-        if reset is not None and node.reset_delay and kind != "Leaky":
+        if reset is not None and not after and kind != "Leaky":
             raise ModelError(
                 "when it is reset to zero it also forgets the input of the step after the spike. Use "
                 "reset_mechanism='subtract', snnTorch's default, or reset_delay=False, and fine-tune"
@@ -234,7 +240,6 @@ class SNNTorchAdapter(Adapter):
         recurrent = getattr(node, "recurrent", None)
         if recurrent is not None and not isinstance(recurrent, (nn.Linear, nn.Conv2d)):  # one-to-one
             recurrent = torch.as_tensor(recurrent.V)
-        gain = torch.ones_like(leak)
         return Dynamics(leak, gain, threshold, 0.0, reset, False, reset is None, alpha, recurrent)
 
     def reset_rule(self, neuron: nn.Module) -> Literal["subtract", "value", ""]:
@@ -285,7 +290,8 @@ class SNNTorchAdapter(Adapter):
         node: Any = neuron
         kind = _kind(node, ("Leaky", "Lapicque", "Synaptic"))
         if not kind:
-            raise ModelError("of snnTorch's neurons Leaky, Lapicque and Synaptic have a fixed-point form")
+            why = _ALPHA if _kind(node, ("Alpha",)) else ""
+            raise ModelError(f"of snnTorch's neurons Leaky, Lapicque and Synaptic have a fixed-point form{why}")
         after = not getattr(node, "reset_delay", True)
         unlike = {
             **_unlike(node),
@@ -396,6 +402,9 @@ def _fast(
 _TWICE = "reset_delay=False with reset_mechanism='subtract'"
 
 
+_ALPHA = "; Alpha keeps no potential, but makes it anew of two currents, which its reset mixes with the input"
+
+
 def _kind(node: nn.Module, kinds: tuple[str, ...] = ("Leaky", "Lapicque")) -> str:
     """Which of snnTorch's own classes it is; none of them: empty."""
     kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
@@ -411,14 +420,21 @@ def _unlike(node: Any) -> dict[str, bool]:
     }
 
 
+def _leak_and_gain(node: Any) -> tuple[Any, Any]:
+    """v ← v + leak · (0 - v) + gain · x."""
+    if _kind(node) == "Lapicque":
+        leak = node.time_step / (node.R * node.C)
+        return leak, node.R * leak
+    return 1 - node.beta.clamp(0, 1), 1.0
+
+
 def _in_fixed_point(node: Any, input_: Tensor, mem: Tensor | None = None) -> Any:
     """A neuron's call, its potentials on its grid."""
     grid: StateGrid = node.state_grid
     if node.init_hidden and mem is not None:
         raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
     lapicque, reset = _kind(node) == "Lapicque", node.reset_mechanism
-    leak = node.time_step / (node.R * node.C) if lapicque else 1 - node.beta.clamp(0, 1)
-    gain = node.R * leak if lapicque else 1.0
+    leak, gain = _leak_and_gain(node)
     mem = node.mem if mem is None else mem
     mem = mem if mem.shape == input_.shape else torch.zeros_like(input_)
     theta = node.threshold
@@ -446,7 +462,7 @@ def _in_fixed_point_twice(node: Any, input_: Tensor, syn: Tensor | None = None, 
     theta, reset = node.threshold, node.reset_mechanism
     fired = grid.fire(mem, theta, lambda x: node.spike_grad(x).detach())
     less = fired * grid.threshold(theta) if reset == "subtract" else None
-    syn = grid.charge(syn, input_, grid.leak(1 - node.alpha.clamp(0, 1)), 1.0)
+    syn = grid.synapse.charge(syn, input_, grid.leak(1 - node.alpha.clamp(0, 1)), 1.0)
     mem = grid.charge(mem, syn, grid.leak(1 - node.beta.clamp(0, 1)), 1.0, less=less)
     if reset == "zero":
         mem = mem - fired * mem

@@ -159,8 +159,8 @@ def _count(
     bias = torch.zeros(wide) if layer.bias is None or drivers[0] in analog else layer.bias
     try:
         equation = adapter.dynamics(neuron)
-        if equation.synapse is not None or equation.recurrent is not None:
-            return "a synaptic current, or its own spikes, have no form in whole numbers yet"
+        if equation.recurrent is not None:
+            return "its own spikes, handed on to it, have no form in whole numbers"
         counting = IntegerGrid(name, grid, equation, unit, bias, weight_dims(layer), analog=drivers[0] in analog)
         adapter.step_on(neuron, cast(Any, counting))
     except ModelError as error:

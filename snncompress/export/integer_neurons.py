@@ -11,6 +11,7 @@ bias adds is B: with weights and potentials on one scale, M is a power of two. T
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +33,11 @@ class IntegerGrid(nn.Module):
     """The :class:`~snncompress.interfaces.StateGrid` of the neurons of that name, in whole numbers of their step δ.
 
     Of the currents that it gets, one means ``unit``, [C]; ``bias`` [C] comes on top in each timestep. A current in
-    floats, which only a network's first layer may put out, goes to a fixed point first.
+    floats, which only a network's first layer may put out, goes to a fixed point first. A synaptic current is one more
+    of the kind, which counts in the same steps and doesn't fire.
     """
+
+    current: IntegerGrid | None
 
     multiplier: Tensor
     bias: Tensor
@@ -51,6 +55,11 @@ class IntegerGrid(nn.Module):
         self.neuron = name
         self.bits, self.overflow, self.leaks = grid.bits, grid.overflow, grid.leaks
         self.inclusive, self.late, self.resets = dynamics.inclusive, dynamics.late, dynamics.reset is not None
+        self.current = None
+        if dynamics.synapse is not None:
+            alone = replace(dynamics, leak=1 - dynamics.synapse, gain=torch.ones(()), synapse=None)
+            self.current = IntegerGrid(name, grid, alone, unit, bias, dims, analog=analog)
+            unit, bias, analog = grid.step.flatten(), torch.zeros(1), False
         self.analog = analog
         d, shape, step = dynamics, (-1, *[1] * dims), grid.step.double()
         per_step = d.gain.double() / step * _ONE
@@ -66,6 +75,11 @@ class IntegerGrid(nn.Module):
             self.register_buffer(name, value.round().long().view(value.shape or (1,)))
         self.register_buffer("leaky", d.leak > 0)
         self.register_buffer("scale", per_step)
+
+    @property
+    def synapse(self) -> IntegerGrid:
+        """That of the current."""
+        return self if self.current is None else self.current
 
     def leak(self, leak: Tensor | float) -> None:
         """It is known."""

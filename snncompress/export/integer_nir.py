@@ -55,7 +55,7 @@ class _Writer:
         self.registers = {
             node["name"]: {"bits": node["bits"], "overflow": node["overflow"], "step": [1.0]}
             for node in program.nodes
-            if node["op"] == "neuron"
+            if node["op"] in ("neuron", "current")
         }
         for node in program.nodes:
             try:
@@ -108,7 +108,7 @@ class _Writer:
         weight = weight if scale is None else weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
         readers = [other for other in self._program.nodes if name in other["inputs"]]
         for reader in readers:
-            if reader["op"] != "neuron":
+            if reader["op"] not in ("neuron", "current"):
                 continue
             added = cast(Array, self._get(reader, "bias")).flatten()
             if added.any() and len(readers) > 1:
@@ -123,16 +123,28 @@ class _Writer:
         found = self._get(neuron, "multiplier")
         return cast(Array, self._get(neuron, "scale")) if found is None else found
 
-    def _neuron(self, node: Any, source: str) -> None:
-        name, shape = node["name"], tuple(node["shape"])
-        if self._nodes.get(source, {}).get("op") not in ("linear", "conv"):
+    def _charge(self, node: Any, source: str) -> tuple[Array, Array]:
+        """Leak and gain."""
+        if self._nodes.get(source, {}).get("op") not in ("linear", "conv", "current"):
             raise RefusedError("NIR's layers hold the biases of neurons, and it doesn't follow one")
-        factor, theta, rest = self._factor(node), self._must(node, "threshold"), self._must(node, "rest")
+        factor = self._factor(node)
         if node["leak"] == "exact":
             leak = 1 - self._must(node, "decay") / 2**LEAK_BITS
         else:
             leak = self._must(node, "leaks") * 2.0 ** -self._must(node, "shift")
-        gain = np.where(factor, factor, _ONE) / _ONE
+        return leak, np.where(factor, factor, _ONE) / _ONE
+
+    def _current(self, node: Any, source: str) -> None:
+        leak, gain = (np.broadcast_to(values, node["shape"]) for values in self._charge(node, source))
+        if leak.any() and not leak.all():
+            raise RefusedError("some of its currents leak and others don't, and NIR has either LI or I")
+        zeros = np.zeros(leak.shape)
+        held = self._nir.LI(DT / leak, gain / leak, zeros) if leak.any() else self._nir.I(gain / DT)
+        self._put(node["name"], held, self._sources[source])
+
+    def _neuron(self, node: Any, source: str) -> None:
+        name, shape = node["name"], tuple(node["shape"])
+        theta, rest, (leak, gain) = self._must(node, "threshold"), self._must(node, "rest"), self._charge(node, source)
         reset: Any = rest if node["reset"] == "value" else None
         leaks, gains, thetas = (torch.from_numpy(values) for values in (leak, gain, theta))
         equation = Dynamics(leaks, gains, thetas, 0.0, reset, False, node["reset"] == "subtract late")

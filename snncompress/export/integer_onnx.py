@@ -185,31 +185,41 @@ class _Writer:
         return self._op("Add", self._as(one, kind), self._as(other, kind)), kind
 
     def _neuron(self, node: dict[str, Any], source: str) -> tuple[str, int]:
-        name, op, whole, long = node["name"], self._op, self._whole, self._kinds.INT64
-        theta, rest = self._constant(self._must(node, "threshold")), self._constant(self._must(node, "rest"))
-        q = op("Cast", self._state(node), to=long)
-        y = op("Add", self._current(node, source), self._constant(self._must(node, "bias")))
-        y = op("Add", y, self._leaked(node, q))
+        name, op = node["name"], self._op
+        theta, rest = self._must(node, "threshold"), self._must(node, "rest")
+        limit, value, q, less = self._constant(theta), self._constant(rest), self._state(node, rest), ""
         fires = "GreaterOrEqual" if node["fires"] == ">=" else "Greater"
         if node["reset"] == "subtract late":
-            before = op("Cast", op(fires, q, theta), to=long)
-            y = op("Sub", y, op("Mul", before, self._constant(self._must(node, "threshold") << FRACTION)))
-        size = op("Div", op("Add", op("Abs", y), whole(ROUNDING)), whole(2**FRACTION))
-        q = self._held(node, op("Where", op("Less", y, whole(0)), op("Neg", size), size))
-        spikes = op(fires, q, theta)
+            before = op("Cast", op(fires, q, limit), to=self._kinds.INT64)
+            less = op("Mul", before, self._constant(theta << FRACTION))
+        q = self._charged(node, q, source, less)
+        spikes = op(fires, q, limit)
         if node["reset"] != "subtract late":
-            q = op("Where", spikes, rest if node["reset"] == "value" else op("Sub", q, theta), q)
+            q = op("Where", spikes, value if node["reset"] == "value" else op("Sub", q, limit), q)
         op("Cast", q, to=self._kinds.INT32, out=f"{name}.q_next")
         return op("Cast", spikes, to=self._kinds.UINT8), self._kinds.UINT8
 
-    def _state(self, node: dict[str, Any]) -> str:
-        label, kind, rest = f"{node['name']}.q", self._kinds.INT32, self._must(node, "rest")
+    def _current(self, node: dict[str, Any], source: str) -> tuple[str, int]:
+        q = self._charged(node, self._state(node, np.zeros(1, _LONG)), source)
+        return self._op("Cast", q, to=self._kinds.INT32, out=f"{node['name']}.q_next"), self._kinds.INT32
+
+    def _state(self, node: dict[str, Any], rest: NDArray[Any]) -> str:
+        """What it was after the timestep before."""
+        label, kind = f"{node['name']}.q", self._kinds.INT32
         self.inputs.append(self._shown(label, kind, node["shape"]))
         self.outputs.append(self._shown(f"{label}_next", kind, node["shape"]))
         self.start[label] = int(rest.flat[0]) if (rest == rest.flat[0]).all() else rest.tolist()
-        return label
+        return self._op("Cast", label, to=self._kinds.INT64)
 
-    def _current(self, node: dict[str, Any], source: str) -> str:
+    def _charged(self, node: dict[str, Any], q: str, source: str, less: str = "") -> str:
+        op, whole = self._op, self._whole
+        y = op("Add", self._driven(node, source), self._constant(self._must(node, "bias")))
+        y = op("Add", y, self._leaked(node, q))
+        y = op("Sub", y, less) if less else y
+        size = op("Div", op("Add", op("Abs", y), whole(ROUNDING)), whole(2**FRACTION))
+        return self._held(node, op("Where", op("Less", y, whole(0)), op("Neg", size), size))
+
+    def _driven(self, node: dict[str, Any], source: str) -> str:
         long, scale = self._kinds.INT64, self._get(node, "scale")
         if scale is None:
             return self._op("Mul", self._as(source, long), self._constant(self._must(node, "multiplier")))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -100,7 +99,11 @@ class _Writer:
         if isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
             self._names[node] = self._names[sources[0]]
         elif self._adapter.is_neuron(module):
-            self._add(node, name, "neuron", sources, **self._neuron(name, module))
+            grid = counting_grid(module)
+            if grid.current is not None:
+                self._add(node, f"{name}.current", "current", sources, **self._charge(f"{name}.current", grid.current))
+                sources = [node]
+            self._add(node, name, "neuron", sources, **self._charge(name, grid), **self._firing(name, grid))
         elif isinstance(module, (nn.Linear, _ConvNd)):
             self._add(node, name, "linear" if isinstance(module, nn.Linear) else "conv", sources, **self._layer(name))
         elif isinstance(module, nn.Flatten):
@@ -145,17 +148,16 @@ class _Writer:
         plan = {key: list(getattr(layer, key)) for key in ("stride", "dilation")}
         return {**plan, "padding": list(layer._reversed_padding_repeated_twice[::-2]), "groups": layer.groups}
 
-    def _neuron(self, name: str, neuron: nn.Module) -> dict[str, Any]:
-        grid: Any = counting_grid(neuron)
-        kinds = {"multiplier": not grid.analog, "scale": grid.analog, "bias": True, "threshold": True, "rest": True}
-        kinds |= {"shift": grid.leaks == "shift", "leaks": grid.leaks == "shift", "decay": grid.leaks != "shift"}
-        held = {"threshold": grid.theta, "leaks": grid.leaky.to(torch.uint8)}
-        for kind, wanted in kinds.items():
-            if wanted:
-                self.tensors[f"{name}.{kind}"] = held[kind] if kind in held else getattr(grid, kind)
+    def _charge(self, name: str, grid: IntegerGrid) -> dict[str, Any]:
+        held = {"scale": grid.scale} if grid.analog else {"multiplier": grid.multiplier}
+        held |= {"shift": grid.shift, "leaks": grid.leaky.byte()} if grid.leaks == "shift" else {"decay": grid.decay}
+        self.tensors |= {f"{name}.{kind}": tensor for kind, tensor in {**held, "bias": grid.bias}.items()}
+        return {"bits": grid.bits, "overflow": grid.overflow, "leak": grid.leaks}
+
+    def _firing(self, name: str, grid: IntegerGrid) -> dict[str, Any]:
+        self.tensors |= {f"{name}.threshold": grid.theta, f"{name}.rest": grid.rest}
         reset = "value" if grid.resets else "subtract late" if grid.late else "subtract"
-        fires = ">=" if grid.inclusive else ">"
-        return {"bits": grid.bits, "overflow": grid.overflow, "fires": fires, "reset": reset, "leak": grid.leaks}
+        return {"fires": ">=" if grid.inclusive else ">", "reset": reset}
 
     def _add(self, node: fx.Node, name: str, op: str, sources: list[fx.Node], **more: Any) -> None:
         inputs, shape = [self._names[source] for source in sources], list(self._shown(node).shape[1:])

@@ -57,6 +57,11 @@ class FixedPoint(nn.Module):
         """The largest number."""
         return int(2 ** (self.bits - 1)) - 1
 
+    @property
+    def synapse(self) -> FixedPoint:
+        """Itself: a current lies on the grid of its potential."""
+        return self
+
     def leak(self, leak: Tensor | float) -> Tensor:
         """The nearest multiple of 2^-12, or with a shift the nearest 2^-k; 0 stays 0."""
         exact = torch.as_tensor(leak, device=self.step.device)

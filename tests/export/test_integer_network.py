@@ -78,6 +78,17 @@ class Residual(nn.Module):
         return self.readout(self.end(self.pool(self.last(x))).flatten(1))
 
 
+def currents(**options: Any) -> nn.Module:
+    """snnTorch's Lapicque, and Synaptic of images and of spikes."""
+    hidden = {"init_hidden": True, "threshold": 0.4}
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3), snn.Synaptic(0.6, 0.7, **hidden), nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3), snn.Synaptic(torch.full((8, 1, 1), 0.5), 0.8, **hidden), nn.Flatten(),
+        nn.Linear(8, 5), snn.Lapicque(R=2.0, C=3.0, time_step=1.0, **hidden), nn.Linear(5, 2),
+    )  # fmt: skip
+    return small(net, 4, **options)
+
+
 def small(net: nn.Module, bits: int, **options: Any) -> nn.Module:
     given = {"data": X, "timesteps": T, "repair": None, "progress": False, "state_bits": 6, **options}
     return snncompress.apply(net.eval(), None, None, bits, **given)
@@ -91,6 +102,8 @@ CASES = {
     "sums": lambda: small(Residual(), 4, skip=[]),
     "snnTorch, 16 bits": lambda: leaky(state_bits=16),
     "snnTorch, by shifts": lambda: leaky(state_leak="shift"),
+    "currents": currents,
+    "currents, by shifts": lambda: currents(state_leak="shift"),
 }
 
 

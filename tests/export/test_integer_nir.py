@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nir
 import numpy as np
@@ -17,7 +18,7 @@ import snncompress
 from snncompress import ModelError, Plan, QuantizeStates
 from snncompress.model.edits import QuantizeWeights
 from tests.export.nir_graphs import simulate
-from tests.export.test_integer_network import T, X, leaky, small, spikes
+from tests.export.test_integer_network import T, X, currents, leaky, small, spikes
 
 
 def test_integers_by_hand_and_in_snntorch(tmp_path: Path) -> None:
@@ -51,14 +52,22 @@ def test_integers_by_hand_and_in_snntorch(tmp_path: Path) -> None:
             assert torch.allclose(output, whole(x), atol=1e-6), t
 
 
-def test_leaks_are_rounded_in_the_network_alone(tmp_path: Path) -> None:
+KINDS = {
+    leaky: ["Conv2d", "LI", "Threshold", "Threshold", "Conv2d", "LIF"],
+    currents: ["Conv2d", "LI", "Threshold", "Threshold", "Conv2d", "Threshold"],
+}
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_leaks_are_rounded_in_the_network_alone(make: Any, tmp_path: Path) -> None:
     """Few spikes differ where potentials have many bits; reset by subtraction, in convolutions, behind maxima."""
-    model = leaky(state_bits=16)
+    model = make(state_bits=16)
     whole = snncompress.freeze(model, X, timesteps=T, integer="full")
     snncompress.export(whole, tmp_path / "net.nir", data=X, timesteps=T)
     graph = nir.read(tmp_path / "net.nir")
     kinds = [type(graph.nodes[name]).__name__ for name in ("0", "1_membrane", "1", "2", "3", "7")]
-    assert kinds == ["Conv2d", "LI", "Threshold", "Threshold", "Conv2d", "LIF"]
+    assert kinds == KINDS[make]
+    assert (type(graph.nodes["4.current"]).__name__ if make is currents else "LI") == "LI"
     assert {graph.nodes[name].weight.dtype.name for name in ("3", "6")} <= {"int8", "int16"}
     for name, wanted in spikes(model).items():
         assert 0 < wanted.float().mean() < 1

@@ -62,6 +62,10 @@ def test_a_reset_by_subtraction_at_once(tmp_path: Path) -> None:
             lambda: hidden(snn.Synaptic, 0.5, 0.8, reset_mechanism="zero", reset_delay=False),
             {"1": "CubaLIF"},
         ),
+        (
+            lambda: snn.Lapicque(R=2.0, C=3.0, time_step=1.0, threshold=0.6, init_hidden=True),
+            {"1_membrane": "LI", "1": "Threshold"},
+        ),
         (lambda: hidden(snn.RLeaky, 0.8, linear_features=6), {"1_membrane": "LI", "1_recurrent": "Linear"}),
         (
             lambda: hidden(snn.RLeaky, 0.8, V=-0.4, all_to_all=False, reset_mechanism="zero", reset_delay=False),
@@ -72,7 +76,7 @@ def test_a_reset_by_subtraction_at_once(tmp_path: Path) -> None:
             {"1_synapse": "LI", "1_membrane": "LI", "1_recurrent": "Linear"},
         ),
     ],
-    ids=["Synaptic", "Synaptic to zero", "RLeaky", "RLeaky one to one", "RSynaptic"],
+    ids=["Synaptic", "Synaptic to zero", "Lapicque", "RLeaky", "RLeaky one to one", "RSynaptic"],
 )
 def test_currents_and_recurrence(fire: Any, nodes: dict[str, str], tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 6), fire(), nn.Linear(6, 3), hidden(snn.Leaky, 0.5))

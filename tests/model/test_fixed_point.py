@@ -129,7 +129,7 @@ def test_a_wide_state_is_exact_where_sums_in_float32_are_not() -> None:
     ("edit", "said"),
     [
         ({"neuron": "2"}, "no module '2'"),
-        ({"neuron": "1"}, "'1' can't be put on a grid: of snnTorch's neurons Leaky, Lap"),
+        ({"neuron": "1"}, "'1' can't be put on a grid: of snnTorch's neurons Leaky, Lap.*; Alpha keeps no potential"),
         ({"bits": 2}, "3 to 32 bits, not 2"),
         ({"step": (0.0,)}, "positive number"),
         ({"overflow": "explode"}, "not 'explode'"),
