@@ -20,6 +20,7 @@ from snncompress.errors import PluginError, SNNCompressError
 from snncompress.interfaces import Adapter, Forward, Limit, Placement, Stage, Target
 from snncompress.model.modules import tensors_in
 from snncompress.model.own_neurons import Neurons, named_neurons
+from snncompress.model.plan import refuse_frozen
 from snncompress.running.bench import Bench, bench
 from snncompress.structure.stages import stages
 
@@ -138,7 +139,7 @@ def fits(
 
     Raises:
         UnknownNameError: there is no such target.
-        ModelError, DataError: the model can't be run on the data.
+        ModelError, DataError: the model can't be run on the data, or is frozen, in floats or in whole numbers.
 
     Example:
         >>> import torch
@@ -159,6 +160,7 @@ def fits(
 
 def staged(tools: Bench[Any], *, known: bool) -> tuple[Stage, ...]:
     """The stages of the model on a bench; where its data are ``known``, with what its first layers read."""
+    refuse_frozen(tools.model, "held against a chip", "its weights aren't on the grids any more that they came from")
     found = stages(tools.model, tools.adapter, tools.feed.example())
     if not known:
         return found

@@ -247,13 +247,13 @@ def is_detached(model: nn.Module) -> bool:
     return bool(vars(model).get(_DETACHED, False))
 
 
-def refuse_frozen(model: nn.Module, what: str) -> None:
-    """Raise ModelError for a frozen network, or one with a frozen part: no plan leads to it."""
+def refuse_frozen(model: nn.Module, what: str, why: str = "no plan leads to it") -> None:
+    """Raise ModelError for a frozen network, or one with a frozen part."""
     frozen = next((name for name, module in model.named_modules() if is_detached(module)), None)
     if frozen is not None:
         part = f"its part {frozen!r} is" if frozen else "it is"
         raise ModelError(
-            f"This {type(model).__name__} can't be {what}: {part} frozen, so no plan leads to it. Take the network "
+            f"This {type(model).__name__} can't be {what}: {part} frozen, so {why}. Take the network "
             f"that it was made from."
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import snntorch as snn
@@ -12,7 +13,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import snncompress
-from snncompress import UnknownNameError
+from snncompress import ModelError, Plan, QuantizeStates, UnknownNameError
 from snncompress.measuring.fits import narrowed
 from snncompress.running.bench import bench
 from snncompress.structure.stages import stages
@@ -109,3 +110,14 @@ def test_readers_get_narrower_in_proportion() -> None:
 def test_an_unknown_chip() -> None:
     with pytest.raises(UnknownNameError, match=r"There is no target 'spek'\. Did you mean 'speck'"):
         snncompress.fits(wide(), "spek")
+
+
+@pytest.mark.parametrize("integer", [False, "full"])
+def test_of_a_frozen_network_the_bits_are_gone(integer: Any) -> None:
+    net, x = nn.Sequential(nn.Linear(3, 2), neuron.IFNode()), torch.ones(1, 3)
+    small = Plan((QuantizeStates("1", 8, (0.125,)),)).apply(net)
+    frozen = snncompress.freeze(small, x, timesteps=2, integer=integer)
+    with pytest.raises(ModelError, match=r"held against a chip: it is frozen, so its weights aren't .* made from"):
+        snncompress.fits(frozen, "loihi2", data=x, timesteps=2)
+    held = {row.limit.what: row.limit.needs for row in snncompress.fits(small, "loihi2", data=x, timesteps=2).rows}
+    assert held["bits of a state"] == 8
