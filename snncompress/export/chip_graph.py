@@ -7,19 +7,23 @@ are in units of u = s/n:
     W → k,   b → b / u,   threshold, reset and rest → those / u,   averages → sums
 
 Neurons that don't leak, behind whole numbers without a bias, and are reset to a whole number, have whole potentials
-then. Their threshold is put a quarter below the whole number that they must reach, so that those who fire where
-v > θ, those who do where v ≥ θ, and those who round θ first, agree.
+then; so have those whose states are on a grid of step u, which round what a bias adds. Their threshold is put a quarter
+below the whole number that they must reach, so that those who fire where v > θ, those who do where v ≥ θ, and those who
+round θ first, agree.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from snncompress.model.fixed_point import nearest
 from snncompress.model.parametrizations import compression_of, gridded, stored_weight, weight_mask
 
 Array = NDArray[np.float64]
@@ -60,6 +64,7 @@ class _Writer:
         self._before: dict[str, list[str]] = {name: [a for a, b in graph.edges if b == name] for name in self._nodes}
         self._after: dict[str, list[str]] = {name: [b for a, b in graph.edges if a == name] for name in self._nodes}
         self._counts: dict[str, float] = {}
+        self._grids: dict[str, Any] = json.loads(graph.metadata.get("fixed_point", "{}"))
 
     def graph(self) -> Any:
         """The new one."""
@@ -69,7 +74,10 @@ class _Writer:
         for name, node in list(self._nodes.items()):
             if isinstance(node, (self._nir.Linear, self._nir.Affine, self._nir.Conv1d, self._nir.Conv2d)):
                 self._scale(name, node)
-        return self._nir.NIRGraph(self._nodes, list(self._graph.edges), dict(self._graph.metadata))
+        metadata = dict(self._graph.metadata)
+        if self._grids:
+            metadata["fixed_point"] = json.dumps(self._grids)
+        return self._nir.NIRGraph(self._nodes, list(self._graph.edges), metadata)
 
     def _summed(self, name: str) -> bool:
         """Is it read by weights alone, through pooling and reshaping, none of which adds up what differs?"""
@@ -105,10 +113,21 @@ class _Writer:
             unit = self._units(name, weight) / count
         new = weight / (count * _along(unit, weight))
         whole = alone and name in self._numbers
-        self._nodes[name] = self._with(node, (new.round() if whole else new), bias / unit)
+        bias = bias / unit
+        if alone and whole and self._shares(readers[0], unit):
+            bias = nearest(torch.from_numpy(bias)).numpy()
+        self._nodes[name] = self._with(node, (new.round() if whole else new), bias)
         if alone:
-            exact = whole and not bias.any()
+            exact = whole and np.array_equal(bias, bias.round())
             self._nodes[readers[0]] = self._neurons(self._nodes[readers[0]], unit, whole=exact)
+
+    def _shares(self, neuron: str, unit: Array) -> bool:
+        """Do its potentials count in the units of its weights? Its step is 1 then."""
+        grid = self._grids.get(neuron, {"step": [0.0]})
+        step = np.array(grid["step"]) / unit
+        if shares := bool(np.allclose(step, 1.0, rtol=1e-5)):
+            grid["step"] = [1.0]
+        return shares
 
     def _units(self, name: str, weight: Array) -> Array:
         """Of each output channel the value of a 1, above 0; of floats 1."""

@@ -108,11 +108,14 @@ class Run(Generic[M]):
             what = f"step {number}/{len(steps)}: "
             if new := step(what):
                 self.repair(new, what, last=number >= self._last(steps))
-            if number == self._last(steps):
+            last, shared = number == self._last(steps), self.settings.states.shared is not None
+            if last and not shared:
                 new = new + self.quantize_states(what)
             if new:
                 self.tune(what)
                 same_everywhere(self.model)
+            if last and shared:  # with the weights' scale, which training moves
+                self.quantize_states(what)
             if store:
                 store.save(number, self.edits, self.repaired, self.left, self.model, self.feed)
         self.truncate()

@@ -37,6 +37,8 @@ class StateSettings:
     bits: Any = None
     overflow: Overflow = "saturate"
     leak: Leak = "exact"
+    shared: Mapping[str, float] | None = None
+    """Layer → of how many spikes its inputs are averages, where neurons must count in what their weights do."""
 
     def __post_init__(self) -> None:
         if self.overflow not in ("saturate", "wrap"):
@@ -47,6 +49,8 @@ class StateSettings:
     def origin(self) -> dict[str, Any]:
         """As a plan remembers it; empty where no states were asked for."""
         if self.bits is None:
+            return {}
+        if self.shared is not None:
             return {}
         bits = dict(self.bits) if isinstance(self.bits, Mapping) else self.bits
         return {"state_bits": bits, "state_overflow": self.overflow, "state_leak": self.leak}
@@ -109,10 +113,16 @@ def fixed_point_states(
 
     is least, Ũ being the recorded potentials, without what they exceed the threshold by where they are reset to a
     value.
+
+    With ``settings.shared`` there is nothing to choose: one step is one in a sum of spikes and whole weights. Neurons
+    that can't count so, such as those of two layers, or whose threshold is larger than their bits, are left out.
     """
     wanted = {name: b for name, b in bits.items() if b is not None}
     if not wanted:
         return []
+    if settings.shared is not None:
+        made = (_shared(model, network, feed, name, b, settings) for name, b in wanted.items())
+        return [edit for edit in made if edit is not None]
     ranges = {name: _Range(model, network, feed, name, b, settings) for name, b in wanted.items()}
     samples = 0
     with ExitStack() as stack:
@@ -129,6 +139,21 @@ def fixed_point_states(
             if samples >= _SAMPLES:
                 break
     return [found.edit() for found in ranges.values()]
+
+
+def _shared(
+    model: nn.Module, network: Network, feed: Feed, name: str, bits: int, settings: StateSettings
+) -> QuantizeStates | None:
+    drivers = [layer for layer in network.layers if name in network.drives.get(layer, ())]
+    unit = _unit(model, network, drivers[0]) if len(drivers) == 1 else None
+    count = (settings.shared or {}).get(drivers[0]) if len(drivers) == 1 else None
+    if unit is None or count is None:
+        return None
+    theta, gain, _ = _equation(feed, model.get_submodule(name), settings)
+    steps = (unit * gain.to(unit).flatten() / count).float()
+    if bool((steps != steps[0]).any()) or bool((theta.abs() / steps[0] > 2 ** (bits - 1) - 2).any()):
+        return None
+    return QuantizeStates(name, bits, (float(steps[0]),), -1, settings.overflow, settings.leak)
 
 
 class _Range:

@@ -59,14 +59,15 @@ def prepared(table: Bench[Any], settings: Settings, skip: Any) -> tuple[Settings
     if bits is not None:
         skip = _in_full(chip, skip, bits)
     bits = settings.bits if bits is None else bits or None
-    states = _states(chip, table, settings)
+    states = _states(chip, table, settings, found)
     return dataclasses.replace(settings, quantizer=quantizer, bits=bits, folds=folds, states=states), skip
 
 
-def _states(chip: Target, table: Bench[Any], settings: Settings) -> StateSettings:
+def _states(chip: Target, table: Bench[Any], settings: Settings, found: Sequence[Stage]) -> StateSettings:
     """With as many bits for states as the chip has, where none were asked for and all neurons can be given them.
 
-    Thresholds lie on the same grid, so it is the fewer of the two.
+    Thresholds lie on the same grid, so it is the fewer of the two. Where layers have one scale, it is their
+    neurons', too.
     """
     asked = settings.states.bits
     most = min((bits for bits in (chip.state_bits, chip.threshold_bits) if bits is not None), default=None)
@@ -74,13 +75,22 @@ def _states(chip: Target, table: Bench[Any], settings: Settings) -> StateSetting
         return settings.states
     bits = most if asked is None else min(asked, most)
     if asked is None:
-        if chip.scales == "layer":  # and a state's step is one for each channel
-            return settings.states
         try:
             kept_states(table.model, table.feed, dict.fromkeys(table.adapter.neurons(table.model), bits))
         except SNNCompressError:  # they stay floats, as the verdict says
             return settings.states
-    return dataclasses.replace(settings.states, bits=bits)
+    shared = _averaged(found) if asked is None and chip.scales == "layer" else None
+    return dataclasses.replace(settings.states, bits=bits, shared=shared)
+
+
+def _averaged(found: Sequence[Stage]) -> dict[str, float]:
+    """Of how many spikes each layer's inputs are averages; those that read several kinds are missing."""
+    windows = {
+        stage.name: math.prod(math.prod(pool.size) for pool in stage.pooling if pool.kind == "average")
+        for stage in found
+    }
+    read = {stage.name: {windows[name] for name in stage.reads} or {1} for stage in found}
+    return {name: float(next(iter(counts))) for name, counts in read.items() if len(counts) == 1}
 
 
 def confirmed(table: Bench[Any], model: nn.Module, settings: Settings) -> None:

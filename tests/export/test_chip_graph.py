@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nir
@@ -61,6 +62,39 @@ def test_a_network_for_speck_in_whole_numbers(tmp_path: Path) -> None:
         if isinstance(node, nir.IF):
             assert np.array_equal(node.v_threshold, node.v_threshold.round() - 0.25)
             assert len(np.unique(node.v_threshold)) == 1
+    with torch.no_grad():
+        wanted = small.double()(EVENTS.double())
+    assert 0 < wanted.mean() < 1
+    assert np.array_equal(spikes(graph, EVENTS), wanted.numpy())
+
+
+def test_states_and_weights_on_one_scale(tmp_path: Path) -> None:
+    """Batch norms folded, so that there are biases, which the network's states round as the file has them.
+
+    Of all neurons one step is one in a sum of weights, as the weights are after the training.
+    """
+
+    def stretch(model: nn.Module) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+
+    model = net(norms=True)
+    with torch.no_grad():
+        model[1].bias.uniform_(-0.2, 0.2)
+    small = snncompress.apply(model, None, bits=5, data=EVENTS, target="speck", finetune=stretch)
+    grids = [m.state_grid for m in small if isinstance(m, neuron.IFNode)]
+    graph = written(small, tmp_path / "small.nir")
+    told = json.loads(graph.metadata["fixed_point"])
+    assert [(g.bits, g.step.dim()) for g in grids] == [(16, 0)] * 3
+    assert all(grid["step"] == [1.0] for grid in told.values())
+    assert graph.nodes["0"].bias.any()
+    assert np.array_equal(graph.nodes["0"].bias, graph.nodes["0"].bias.round())
+    assert all(
+        np.array_equal(n.v_threshold, n.v_threshold.round() - 0.25)
+        for n in graph.nodes.values()
+        if isinstance(n, nir.IF)
+    )
     with torch.no_grad():
         wanted = small.double()(EVENTS.double())
     assert 0 < wanted.mean() < 1

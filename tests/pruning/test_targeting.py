@@ -53,6 +53,18 @@ def test_only_what_the_chip_cannot_hold_goes() -> None:
     assert plan_of(small).origin["target"] == {"name": "speck", "options": {}}
 
 
+def test_states_count_in_what_weights_do() -> None:
+    """Of averages of 4 × 4 spikes one is a sixteenth of the weights' step; 2^15 of them are more than 16 bits hold."""
+    model = net()
+    model[4].v_threshold = 1e6
+    small = applied(model)
+    assert not hasattr(small[4], "state_grid")
+    for weights, fires, count in ((0, 1, 1), (7, 8, 16)):
+        least = small[weights].weight.abs().min()  # odd numbers, the least of which is 1
+        assert small[fires].state_grid.bits == 16
+        assert torch.allclose(small[fires].state_grid.step * count, least, rtol=1e-5)
+
+
 def test_with_a_budget_both_hold() -> None:
     small = applied(net(), budget={"params": 0.3})
     dense, now = (snncompress.profile(model, EVENTS).n_params for model in (net(), small))
