@@ -517,7 +517,9 @@ class Target(_Plugin):
     never need less of the chip: what fits is searched for by taking channels away.
 
     ``sources`` names for each field that has a value where that is written, and when that was looked up; "rules" for
-    what ``limits`` and ``place`` add. ``caveat`` is printed with every verdict: what isn't looked at.
+    what ``limits`` and ``place`` add. ``caveat`` is printed with every verdict: what isn't looked at. ``unlike`` says
+    what its neurons do that no neuron of a network does, so that no network fires there as it does here, and
+    ``export`` writes none for it; empty where some do.
 
     Fields:
         layers: kinds of weight layers (:attr:`Stage.kind`).
@@ -543,6 +545,7 @@ class Target(_Plugin):
 
     sources: ClassVar[Mapping[str, str]] = MappingProxyType({})
     caveat: ClassVar[str] = ""
+    unlike: ClassVar[str] = ""
 
     layers: tuple[str, ...] | None = None
     weight_bits: int | None = None

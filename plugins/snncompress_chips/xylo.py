@@ -19,7 +19,7 @@ _SOURCES = MappingProxyType(
         "scales": f"thresholds are set neuron by neuron: {_OVERVIEW}",
         "state_bits": "Rockpool 3.1.0, rockpool/devices/xylo/syns61201/xa2_devkit_utils.py, int16, 2026-11-26",
         "threshold_bits": _QUANTIZE,
-        "neuron_models": f"{_OVERVIEW}; a shift too large to leak is an integrator",
+        "neuron_models": f"{_OVERVIEW}; a shift that is too large takes one in a timestep",
         "resets": _OVERVIEW,
         "inputs": _OVERVIEW,
         "events": _OVERVIEW,
@@ -34,14 +34,20 @@ class XyloAudio2(Target):
     """Xylo Audio 2 (SYNS61201): 16 inputs, 1,000 hidden neurons, 8 outputs; a hidden neuron reaches up to 64 others.
 
     The network is written out: every layer but the last is a part of the hidden population. Two layers at least, and
-    biases are left out, as Rockpool's mapper has it.
+    biases are left out, as Rockpool's mapper has it. What its neurons do is seen in SynSense's simulation, xylosim
+    0.1.3, run by Rockpool 3.1.0's XyloSim, 2026-11-26: a synapse leaks behind what it gets, dash 0 leaves nothing and
+    dash 1 half; dash 15, a shift too large for 16 bits, takes one; a potential of n thresholds is n spikes.
     """
 
     name: ClassVar[str] = "xylo_audio2"
     sources: ClassVar[Mapping[str, str]] = _SOURCES
     caveat: ClassVar[str] = (
-        "Neurons have a synaptic current beside their potential, and leaks are shifts; average fan-outs aren't looked "
-        "at."
+        "Neurons have a synaptic current beside their potential, leaks are shifts, and take one at least; average "
+        "fan-outs aren't looked at."
+    )
+    unlike: ClassVar[str] = (
+        "each of its neurons has a synaptic current that no setting leaves out (8 comes in as 4, 2 and 1, or not at "
+        "all), current and potential lose one in every timestep at least, and it fires up to 31 times in one"
     )
     hidden: ClassVar[int] = 1000
     outputs: ClassVar[int] = 8

@@ -128,8 +128,8 @@ def export(
             over time itself, so that it has no single timestep; or it counts in whole numbers, and ``target`` or
             ``approximate`` are given.
         DataError: the data don't fit the model.
-        OptionError: the network doesn't fit the target, or the format isn't NIR; no such format, or its package isn't
-            installed, or torch is older than 2.10 and the format ONNX.
+        OptionError: the network doesn't fit the target, or would fire otherwise there, or the format isn't NIR; no such
+            format, or its package isn't installed, or torch is older than 2.10 and the format ONNX.
         StorageError: the file can't be written.
 
     Example:
@@ -149,6 +149,11 @@ def export(
     chip: Target | None = None if target is None else registry().resolve("target", target, Target)
     if chip is not None and kind != "nir":
         raise OptionError(f"target= writes NIR graphs, not {kind!r}: format='nir'.")
+    if chip is not None and chip.unlike:
+        raise OptionError(
+            f"No network can be written for {chip.name!r} that fires there as it does here: {chip.unlike}. Train with "
+            f"neurons of its vendor's own tools, and let them map it; export without target= writes NIR for simulators."
+        )
     if chip is not None or approximate:
         refuse_integers(model, "written for a target, or approximately")
     if kind == "integer" or counts_in_integers(model):

@@ -148,6 +148,8 @@ def test_scales_by_channel_and_biases_go_into_thresholds(tmp_path: Path, bits: i
 def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"doesn't fit 'speck': '0', '4', '8': bits of a weight 32"):
         written(net(), tmp_path / "net.nir")
+    with pytest.raises(OptionError, match=r"written for 'xylo_audio2' that fires there as it does here: .* current"):
+        written(net(), tmp_path / "net.nir", "xylo_audio2")
     with pytest.raises(OptionError, match="target= writes NIR graphs"):
         snncompress.export(net(), tmp_path / "net.onnx", data=EVENTS, target="speck")
 
