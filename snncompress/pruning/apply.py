@@ -151,7 +151,8 @@ def apply(
             else is said), and only what the chip can't hold goes, besides what ``budget`` asks for. Bits are those that
             were asked for, lowered to what it holds; the first weight layer and the classifier get as many as it holds,
             where ``bits`` names no layers. Where it has one scale per layer, batch norms are folded first, and a
-            quantizer that is named gets one scale, too. What compression can't change (neurons that leak where the chip
+            quantizer that is named gets one scale, too, and states count in what one in their weights means, as those
+            are behind ``finetune``. What compression can't change (neurons that leak where the chip
             has none such, max pooling) is an error that lists it.
 
     Returns:
