@@ -129,7 +129,7 @@ def main() -> None:
         f"bits, states of 8. onnxruntime {onnxruntime.__version__}, {platform.machine()}, torch {torch.__version__}, "
         f"seed 0, {datetime.date.today()}.",
         "",
-        "| framework | test accuracy (%) | spikes that differ: frozen from fixed point | ONNX from frozen |",
+        "| framework | test accuracy (%) | spikes that differ: frozen from fixed point in float32 | ONNX from frozen |",
         "| --- | ---: | ---: | ---: |",
         *rows,
     ]

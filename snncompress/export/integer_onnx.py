@@ -187,7 +187,7 @@ class _Writer:
     def _neuron(self, node: dict[str, Any], source: str) -> tuple[str, int]:
         name, op = node["name"], self._op
         theta, rest = self._must(node, "threshold"), self._must(node, "rest")
-        limit, value, q, less = self._constant(theta), self._constant(rest), self._state(node, rest), ""
+        limit, q, less = self._constant(theta), self._state(node, rest), ""
         fires = "GreaterOrEqual" if node["fires"] == ">=" else "Greater"
         if node["reset"] == "subtract late":
             before = op("Cast", op(fires, q, limit), to=self._kinds.INT64)
@@ -195,7 +195,8 @@ class _Writer:
         q = self._charged(node, q, source, less)
         spikes = op(fires, q, limit)
         if node["reset"] != "subtract late":
-            q = op("Where", spikes, value if node["reset"] == "value" else op("Sub", q, limit), q)
+            after = self._constant(rest) if node["reset"] == "value" else op("Sub", q, limit)
+            q = op("Where", spikes, after, q)
         op("Cast", q, to=self._kinds.INT32, out=f"{name}.q_next")
         return op("Cast", spikes, to=self._kinds.UINT8), self._kinds.UINT8
 
