@@ -37,6 +37,7 @@ from .integer_program import Program, integer_program
 from .nir_export import nir_graph
 from .nir_running import Approximation, difference
 from .onnx_export import Step, onnx_model
+from .quickening import slowed
 
 Format = Literal["nir", "onnx", "integer"]
 _NEEDS = {"nir": ("nir", "h5py"), "onnx": ("onnx", "onnxscript"), "integer": ("safetensors",)}
@@ -164,6 +165,7 @@ def export(
         numbers = {} if chip is None else _numbers(table, chip)
         found, batch = table.adapter, table.feed.first()
         for module in table.model.modules():
+            slowed(module)
             make_float(module)  # of a network that was frozen for integers
         step, x = _one_step(table.copy(), found, batch.x, timesteps)
         _check_same(table.model, found, step, x)

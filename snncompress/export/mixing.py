@@ -34,7 +34,23 @@ def ways(kind: Any) -> tuple[type, ...]:
     return (way, *ways(inner))
 
 
+def without(way: type, kind: type) -> type:
+    """The class of ``kind`` with all ways but one.
+
+    >>> class Loud(nn.Module): ...
+    >>> class Late(nn.Module): ...
+    >>> without(Late, mixed(Loud, mixed(Late, nn.Linear))) is mixed(Loud, nn.Linear)
+    True
+    """
+    return _joined(*(other for other in ways(kind) if other is not way))
+
+
 def blank(*classes: type) -> nn.Module:
     """One without contents, into which pickle puts the state: a class made at run time can't be found by its name."""
-    made: nn.Module = object.__new__(reduce(lambda kind, way: mixed(way, kind), reversed(classes)))
+    made: nn.Module = object.__new__(_joined(*classes))
     return made
+
+
+def _joined(*classes: type) -> type:
+    """The class that :func:`ways` tells apart into these."""
+    return reduce(lambda kind, way: mixed(way, kind), reversed(classes))

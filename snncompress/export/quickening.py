@@ -23,7 +23,8 @@ from snncompress.running.data import Run
 from snncompress.running.sameness import same
 
 from .integer_layers import Codes, IntegerLayer, instructions, make_float, make_integer
-from .mixing import blank, mixed, ways
+from .mixing import blank, mixed, ways, without
+from .sparse_layers import SparseLayer, make_dense, make_sparse, pays
 
 M = TypeVar("M", bound=nn.Module)
 _WHY = "_snncompress_why_float"
@@ -38,12 +39,19 @@ class FrozenLayer:
         integer: whether it multiplies bytes, and adds up in 32 bits.
         why: it computes in float; empty where it doesn't.
         n_bytes: of its weight, scales and bias in memory, as far as torch tells: an instruction set may want blocks.
+        sparse: whether it holds, and multiplies with, nothing but the weights that aren't 0.
     """
 
     name: str
     integer: bool
     why: str
     n_bytes: int
+    sparse: bool = False
+
+    @property
+    def computes_in(self) -> str:
+        """What the printed table says of it."""
+        return "integer" if self.integer else "float, CSR" if self.sparse else "float"
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,8 @@ class FrozenLayers(Shown):
         return sum(layer.n_bytes for layer in self.layers)
 
     def _parts(self) -> Iterator[str | Table]:
-        kind = Column("integer", "computes in", lambda integer: "integer" if integer else "float")
-        rows = [(row.name, row.integer, row.n_bytes, row.why) for row in self.layers]
-        columns = (Column("layer"), kind, Column("n_bytes", "bytes"), Column("why"))
+        rows = [(row.name, row.computes_in, row.n_bytes, row.why) for row in self.layers]
+        columns = (Column("layer"), Column("computes_in", "computes in"), Column("n_bytes", "bytes"), Column("why"))
         yield Table(columns, rows, ("total", None, self.n_bytes, ""))
         yield f"Instructions: {self.instructions}"
 
@@ -74,7 +81,7 @@ def frozen_layers(model: nn.Module) -> FrozenLayers:
         >>> from spikingjelly.activation_based import neuron
         >>> net = freeze(nn.Sequential(nn.Linear(4, 2), neuron.IFNode()))
         >>> print(frozen_layers(net).layers)
-        (FrozenLayer(name='0', integer=False, why='integer=False', n_bytes=40),)
+        (FrozenLayer(name='0', integer=False, why='integer=False', n_bytes=40, sparse=False),)
     """
     rows = []
     for name, module in model.named_modules():
@@ -83,8 +90,10 @@ def frozen_layers(model: nn.Module) -> FrozenLayers:
             n_bytes = module.numbers.numel() + sum(t.numel() * t.element_size() for t in held)
             rows.append(FrozenLayer(name, True, "", n_bytes))
         elif isinstance(module, WEIGHT_LAYERS):
+            sparse = isinstance(module, SparseLayer)
             n_bytes = sum(t.numel() * t.element_size() for t in module.parameters(recurse=False))
-            rows.append(FrozenLayer(name, False, vars(module).get(_WHY, "it isn't frozen"), n_bytes))
+            n_bytes += module.n_bytes if isinstance(module, SparseLayer) else 0
+            rows.append(FrozenLayer(name, False, vars(module).get(_WHY, "it isn't frozen"), n_bytes, sparse))
     return FrozenLayers(tuple(rows), instructions())
 
 
@@ -151,8 +160,12 @@ class _Seen:
         return len(self.inputs) > 1 and all(_equal(self.inputs[0], x) for x in self.inputs[1:])
 
 
-def quicken(model: M, adapter: Adapter, run: Run, found: Mapping[str, Codes | str], *, integer: bool | str) -> M:
+def quicken(
+    model: M, adapter: Adapter, run: Run, found: Mapping[str, Codes | str], *, integer: bool | str, share: int = 1
+) -> M:
     """A network with folded batch norms made fast in place; ``found`` has the codes of weights, or why there are none.
+
+    ``share``: a batch of the user's has so many times the samples of the example.
 
     Raises ModelError where ``integer`` is True, and no layer can be one of integers.
     """
@@ -183,7 +196,8 @@ def quicken(model: M, adapter: Adapter, run: Run, found: Mapping[str, Codes | st
         if seen is None:
             model = before
     for name, layer in layers.items():
-        if seen is not None and not isinstance(layer, (IntegerLayer, ConstantInput)):
+        if seen is not None and not isinstance(layer, IntegerLayer):
+            _made_sparse(layer, seen[name], share)
             made_constant(layer, seen[name].inputs)
         noted(model.get_submodule(name), why[name])
     return model
@@ -194,6 +208,27 @@ def made_constant(layer: nn.Module, inputs: list[Tensor]) -> None:
     if _Seen(inputs).constant(layer):
         vars(layer).update(_read=None, _made=None)
         layer.__class__ = mixed(ConstantInput, cast(Any, type(layer)))
+
+
+def slowed(layer: nn.Module) -> None:
+    """Undo what made a layer of floats fast, in place."""
+    make_dense(layer)
+    if isinstance(layer, ConstantInput):
+        vars(layer).pop("_read"), vars(layer).pop("_made")
+        layer.__class__ = cast(Any, without(ConstantInput, type(layer)))
+
+
+def _made_sparse(layer: nn.Module, seen: _Seen, share: int) -> None:
+    """Hold what is left of a linear layer's weight alone, if that is as good and pays for so many samples."""
+    if not seen.inputs or not isinstance(layer, nn.Linear):
+        return
+    once = seen.constant(layer)
+    read = [x[:1] if once and _has_time(layer, x) else x for x in seen.inputs]
+    if pays(layer, share * min(x[..., 0].numel() for x in read)):
+        expected = layer.forward(read[0])
+        make_sparse(layer)
+        if not same(expected, layer.forward(read[0])):
+            make_dense(layer)
 
 
 def noted(layer: nn.Module, why: str) -> None:
