@@ -1,0 +1,102 @@
+"""Where a linear layer that lost most of its weights is faster row by row (CSR) than dense, and than in integers.
+
+    python benchmarks/sparse_linear.py [--seconds 0.06]
+
+Square layers of 128 to 4,096 inputs, and 784 × 256; 80 to 98 % of the weights 0; 1 to 256 rows (samples × timesteps)
+of spikes, 15 % of them 1. The dense layer, the sparse and the integer one (codes of 4 bits) take turns on one thread,
+and of each the least processor time of many calls counts. Writes benchmarks/results/sparse_linear.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.export.integer_layers import Codes, instructions, make_integer
+from snncompress.export.sparse_layers import make_sparse
+from snncompress.model.spikes import Spikes
+
+SIZES = ((128, 128), (784, 256), (256, 256), (512, 512), (1024, 1024), (2048, 2048), (4096, 4096))
+ZEROS = (0.80, 0.85, 0.90, 0.95, 0.98)
+ROWS = (1, 4, 16, 64, 256)
+
+
+def layers(inputs: int, outputs: int, zeros: float) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The same layer dense, sparse and in integers."""
+    numbers = torch.randint(1, 8, (outputs, inputs)) * torch.randint(0, 2, (outputs, inputs)).mul(2).sub(1)
+    numbers[torch.rand(outputs, inputs) < zeros] = 0
+    dense = nn.Linear(inputs, outputs).requires_grad_(False)
+    dense.weight.data = numbers * 0.05
+    sparse, whole = copy.deepcopy(dense), copy.deepcopy(dense)
+    make_sparse(sparse)
+    assert not make_integer(whole, Codes(numbers.to(torch.int8), bits=4))
+    return dense, sparse, whole
+
+
+def fastest(seconds: float, *actions: Callable[[], object]) -> list[float]:
+    """Processor time of a call of each, the least of many, taken in turn."""
+    best, calls = [float("inf")] * len(actions), [1] * len(actions)
+    end, rounds = time.perf_counter() + seconds * len(actions), 0
+    while rounds < 9 or time.perf_counter() < end:
+        for at, action in enumerate(actions):
+            began = time.process_time()
+            for _ in range(calls[at]):
+                action()
+            taken = (time.process_time() - began) / calls[at]
+            if rounds:
+                best[at] = min(best[at], taken)
+            else:
+                action()
+                calls[at] = max(1, int(3e-4 / taken))  # so many that the clock doesn't matter
+        rounds += 1
+    return best
+
+
+def calls(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: module(x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=0.06, help="for each layer")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    lines = []
+    with torch.no_grad():
+        for inputs, outputs in SIZES:
+            for zeros in ZEROS:
+                cells = []
+                dense, sparse, whole = layers(inputs, outputs, zeros)
+                for rows in ROWS:
+                    spikes = (torch.rand(rows, inputs) < 0.15).to(torch.uint8)
+                    x, counts = spikes.float(), Spikes(spikes)
+                    a, b, c = fastest(options.seconds, calls(dense, x), calls(sparse, x), calls(whole, counts))
+                    cells.append(f"{a / b:.2f} ({c / b:.2f})")
+                lines.append(f"| {inputs} × {outputs} | {100 * zeros:.0f} | {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
+    text = [
+        "# Sparse linear layers",
+        "",
+        "How many times as fast a linear layer is that holds what is left of its weights row by row (CSR) as the dense "
+        "one, and in brackets as the one of integers. float32; spikes, 15 % of them 1; the least processor time of "
+        f"many calls, in turn; one thread, instructions {instructions()} ({platform.machine()}), "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}.",
+        "",
+        f"| inputs × outputs | zeros (%) | {' | '.join(f'{rows} rows' if rows > 1 else '1 row' for rows in ROWS)} |",
+        f"| --- | ---: | {' | '.join(['---:'] * len(ROWS))} |",
+        *lines,
+    ]
+    (Path(__file__).parent / "results" / "sparse_linear.md").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
