@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import ClassVar
 
 from snncompress.base.tables import Table
 
@@ -56,10 +57,28 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Code:
+class _Text:
+    text: str
+
+    form: ClassVar[str]
+
+
+class Code(_Text):
     """Something to copy."""
 
-    text: str
+    form = "<pre><code>{}</code></pre>"
+
+
+class Heading(_Text):
+    """Of a part of a section."""
+
+    form = "<h3>{}</h3>"
+
+
+class Note(_Text):
+    """A paragraph in small print."""
+
+    form = '<p class="note">{}</p>'
 
 
 @dataclass(frozen=True)
@@ -68,20 +87,6 @@ class Folded:
 
     title: str
     parts: Sequence[Part]
-
-
-@dataclass(frozen=True)
-class Heading:
-    """Of a part of a section."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Note:
-    """A paragraph in small print."""
-
-    text: str
 
 
 Part = str | list[str] | Table | Picture | Code | Folded | Heading | Note
@@ -138,24 +143,15 @@ def _gallery(pictures: Sequence[Picture]) -> str:
 
 
 def _part(part: Part) -> str:
-    return "\n".join(_pieces(part))
-
-
-def _pieces(part: Part) -> Iterator[str]:
     if isinstance(part, str):
-        yield f"<p>{escape(part)}</p>"
-    elif isinstance(part, Note):
-        yield f'<p class="note">{escape(part.text)}</p>'
-    elif isinstance(part, Heading):
-        yield f"<h3>{escape(part.text)}</h3>"
-    elif isinstance(part, Table):
-        yield f'<div class="scroll" tabindex="0">\n{part.to_html()}\n</div>'
-    elif isinstance(part, Code):
-        yield f"<pre><code>{escape(part.text)}</code></pre>"
-    elif isinstance(part, Folded):
-        yield f"<details>\n<summary>{escape(part.title)}</summary>\n{_drawn(part.parts)}\n</details>"
-    elif isinstance(part, Picture):
-        yield _gallery([part])
-    else:
-        items = "\n".join(f"<li>{escape(line)}</li>" for line in part)
-        yield f'<ul class="gains">\n{items}\n</ul>'
+        return f"<p>{escape(part)}</p>"
+    if isinstance(part, _Text):
+        return part.form.format(escape(part.text))
+    if isinstance(part, Table):
+        return f'<div class="scroll" tabindex="0">\n{part.to_html()}\n</div>'
+    if isinstance(part, Folded):
+        return f"<details>\n<summary>{escape(part.title)}</summary>\n{_drawn(part.parts)}\n</details>"
+    if isinstance(part, Picture):
+        return _gallery([part])
+    items = "\n".join(f"<li>{escape(line)}</li>" for line in part)
+    return f'<ul class="gains">\n{items}\n</ul>'
