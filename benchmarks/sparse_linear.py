@@ -1,10 +1,11 @@
-"""Where a linear layer that lost most of its weights is faster row by row (CSR) than dense, and than in integers.
+"""Where a linear layer that lost most of its weights, or whole columns of them, is faster without them.
 
     python benchmarks/sparse_linear.py [--seconds 0.06]
 
-Square layers of 128 to 4,096 inputs, and 784 × 256; 80 to 98 % of the weights 0; 1 to 256 rows (samples × timesteps)
-of spikes, 15 % of them 1. The dense layer, the sparse and the integer one (codes of 4 bits) take turns on one thread,
-and of each the least processor time of many calls counts. Writes benchmarks/results/sparse_linear.md.
+Square layers of 128 to 4,096 inputs, and 784 × 256; 1 to 256 rows (samples × timesteps) of spikes, 15 % of them 1.
+With 80 to 98 % of the weights 0 the dense layer, the one row by row (CSR) and the integer one (codes of 4 bits) take
+turns on one thread; with 10 to 70 % of the columns 0 the dense layer and the one without them. Of each the least
+processor time of many calls counts. Writes benchmarks/results/sparse_linear.md.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.export.integer_layers import Codes, instructions, make_integer
-from snncompress.export.sparse_layers import make_sparse
+from snncompress.export.sparse_layers import Columns, make_sparse
 from snncompress.model.spikes import Spikes
 
 SIZES = ((128, 128), (784, 256), (256, 256), (512, 512), (1024, 1024), (2048, 2048), (4096, 4096))
 ZEROS = (0.80, 0.85, 0.90, 0.95, 0.98)
+EMPTY = (0.1, 0.2, 0.3, 0.5, 0.7)
 ROWS = (1, 4, 16, 64, 256)
 
 
@@ -39,6 +41,15 @@ def layers(inputs: int, outputs: int, zeros: float) -> tuple[nn.Module, nn.Modul
     make_sparse(sparse)
     assert not make_integer(whole, Codes(numbers.to(torch.int8), bits=4))
     return dense, sparse, whole
+
+
+def without_columns(inputs: int, outputs: int, share: float) -> tuple[nn.Module, nn.Module]:
+    """A layer with empty columns, and the same without them."""
+    dense = nn.Linear(inputs, outputs).requires_grad_(False)
+    dense.weight[:, torch.randperm(inputs)[: round(share * inputs)]] = 0
+    sparse = copy.deepcopy(dense)
+    make_sparse(sparse, Columns)
+    return dense, sparse
 
 
 def fastest(seconds: float, *actions: Callable[[], object]) -> list[float]:
@@ -70,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    lines = []
+    lines, columns = [], []
     with torch.no_grad():
         for inputs, outputs in SIZES:
             for zeros in ZEROS:
@@ -83,6 +94,17 @@ def main() -> None:
                     cells.append(f"{a / b:.2f} ({c / b:.2f})")
                 lines.append(f"| {inputs} × {outputs} | {100 * zeros:.0f} | {' | '.join(cells)} |")
                 print(lines[-1], flush=True)
+            for share in EMPTY:
+                cells = []
+                dense, sparse = without_columns(inputs, outputs, share)
+                for rows in ROWS:
+                    x = (torch.rand(rows, inputs) < 0.15).float()
+                    a, b = fastest(options.seconds, calls(dense, x), calls(sparse, x))
+                    cells.append(f"{a / b:.2f}")
+                columns.append(f"| {inputs} × {outputs} | {100 * share:.0f} | {' | '.join(cells)} |")
+                print(columns[-1], flush=True)
+    head = f"{' | '.join(f'{rows} rows' if rows > 1 else '1 row' for rows in ROWS)} |"
+    rule = f"| --- | ---: | {' | '.join(['---:'] * len(ROWS))} |"
     text = [
         "# Sparse linear layers",
         "",
@@ -91,9 +113,15 @@ def main() -> None:
         f"many calls, in turn; one thread, instructions {instructions()} ({platform.machine()}), "
         f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}.",
         "",
-        f"| inputs × outputs | zeros (%) | {' | '.join(f'{rows} rows' if rows > 1 else '1 row' for rows in ROWS)} |",
-        f"| --- | ---: | {' | '.join(['---:'] * len(ROWS))} |",
+        f"| inputs × outputs | zeros (%) | {head}",
+        rule,
         *lines,
+        "",
+        "How many times as fast a layer is without its empty columns:",
+        "",
+        f"| inputs × outputs | empty columns (%) | {head}",
+        rule,
+        *columns,
     ]
     (Path(__file__).parent / "results" / "sparse_linear.md").write_text("\n".join(text) + "\n")
 

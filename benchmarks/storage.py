@@ -5,7 +5,8 @@
 The four VGG-16 rows of QP-SNN at 8, 4 and 2 bits against Eq. 16; loading against building and ``load_state_dict`` of
 the dense network; the frozen network against a dense one of its shape, and against the one that isn't frozen; networks
 trained on MNIST: against Eq. 16, their codes in other codecs, compressed, saved, and loaded in a new process (left out
-where MNIST is missing). One thread, ratios side by side in one process. Writes benchmarks/results/storage.md.
+where MNIST is missing). One thread, ratios of processor times side by side in one process. Writes
+benchmarks/results/storage.md.
 """
 
 from __future__ import annotations
@@ -125,14 +126,14 @@ def codecs(net: nn.Module) -> list[str]:
 
 
 def side_by_side(*actions: Callable[[], object], rounds: int = 15) -> list[list[float]]:
-    """Seconds of each action, taken in turn."""
+    """Processor seconds of each action, taken in turn."""
     taken: list[list[float]] = [[] for _ in actions]
     for number in range(rounds + 2):
         for action, times in zip(actions, taken, strict=True):
-            began = time.perf_counter()
+            began = time.process_time()
             action()
             if number >= 2:
-                times.append(time.perf_counter() - began)
+                times.append(time.process_time() - began)
     return taken
 
 
@@ -286,8 +287,8 @@ def main() -> None:
             for line in ("", f"| {framework} | share |", "| --- | ---: |", *lines)
         ),
         "",
-        f"Times, as ratios measured side by side: median and range without the extremes; batch 4, T = {T}, one thread "
-        f"({platform.machine()}), torch {torch.__version__}, {datetime.date.today()}.",
+        "Processor times, as ratios measured side by side: median and range without the extremes; batch 4, "
+        f"T = {T}, one thread ({platform.machine()}), torch {torch.__version__}, {datetime.date.today()}.",
         "",
         "| what | median | range |",
         "| --- | ---: | ---: |",

@@ -24,7 +24,7 @@ from snncompress.running.sameness import same
 
 from .integer_layers import Codes, IntegerLayer, instructions, make_float, make_integer
 from .mixing import blank, mixed, ways, without
-from .sparse_layers import SparseLayer, make_dense, make_sparse, pays
+from .sparse_layers import SparseLayer, best_form, make_dense, make_sparse
 
 M = TypeVar("M", bound=nn.Module)
 _WHY = "_snncompress_why_float"
@@ -39,19 +39,20 @@ class FrozenLayer:
         integer: whether it multiplies bytes, and adds up in 32 bits.
         why: it computes in float; empty where it doesn't.
         n_bytes: of its weight, scales and bias in memory, as far as torch tells: an instruction set may want blocks.
-        sparse: whether it holds, and multiplies with, nothing but the weights that aren't 0.
+        sparse: what it holds, and multiplies with, of a weight with many zeros: "CSR" for the others alone, "columns"
+            for those that have others; "" for all of it.
     """
 
     name: str
     integer: bool
     why: str
     n_bytes: int
-    sparse: bool = False
+    sparse: str = ""
 
     @property
     def computes_in(self) -> str:
         """What the printed table says of it."""
-        return "integer" if self.integer else "float, CSR" if self.sparse else "float"
+        return "integer" if self.integer else ", ".join(filter(None, ("float", self.sparse)))
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def frozen_layers(model: nn.Module) -> FrozenLayers:
         >>> from spikingjelly.activation_based import neuron
         >>> net = freeze(nn.Sequential(nn.Linear(4, 2), neuron.IFNode()))
         >>> print(frozen_layers(net).layers)
-        (FrozenLayer(name='0', integer=False, why='integer=False', n_bytes=40, sparse=False),)
+        (FrozenLayer(name='0', integer=False, why='integer=False', n_bytes=40, sparse=''),)
     """
     rows = []
     for name, module in model.named_modules():
@@ -90,10 +91,9 @@ def frozen_layers(model: nn.Module) -> FrozenLayers:
             n_bytes = module.numbers.numel() + sum(t.numel() * t.element_size() for t in held)
             rows.append(FrozenLayer(name, True, "", n_bytes))
         elif isinstance(module, WEIGHT_LAYERS):
-            sparse = isinstance(module, SparseLayer)
             n_bytes = sum(t.numel() * t.element_size() for t in module.parameters(recurse=False))
-            n_bytes += module.n_bytes if isinstance(module, SparseLayer) else 0
-            rows.append(FrozenLayer(name, False, vars(module).get(_WHY, "it isn't frozen"), n_bytes, sparse))
+            sparse, left = (module.form, module.n_bytes) if isinstance(module, SparseLayer) else ("", 0)
+            rows.append(FrozenLayer(name, False, vars(module).get(_WHY, "it isn't frozen"), n_bytes + left, sparse))
     return FrozenLayers(tuple(rows), instructions())
 
 
@@ -224,9 +224,10 @@ def _made_sparse(layer: nn.Module, seen: _Seen, share: int) -> None:
         return
     once = seen.constant(layer)
     read = [x[:1] if once and _has_time(layer, x) else x for x in seen.inputs]
-    if pays(layer, share * min(x[..., 0].numel() for x in read)):
+    form = best_form(layer, share * min(x[..., 0].numel() for x in read))
+    if form is not None:
         expected = layer.forward(read[0])
-        make_sparse(layer)
+        make_sparse(layer, form)
         if not same(expected, layer.forward(read[0])):
             make_dense(layer)
 

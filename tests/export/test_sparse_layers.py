@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import snncompress
 from snncompress import freeze, frozen_layers
 from snncompress.export import sparse_layers
-from snncompress.export.sparse_layers import SparseLayer, make_dense, make_sparse, pays
+from snncompress.export.sparse_layers import Columns, Rows, SparseLayer, best_form, make_dense, make_sparse
 from snncompress.model.spikes import Spikes
 from tests.export.test_freezing import agree, scores
 from tests.export.test_integer_inference import flips
@@ -29,25 +29,30 @@ def linear(inputs: int, outputs: int, zeros: float, *, kind: Any = nn.Linear, bi
     return made
 
 
+FORMS = pytest.mark.parametrize("form", [Rows, Columns])
+
+
+@FORMS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 5), (2, 40, 5), (0, 5)])
-def test_the_same_sums(shape: tuple[int, ...], bias: bool) -> None:
+def test_the_same_sums(shape: tuple[int, ...], bias: bool, form: Any) -> None:
     torch.manual_seed(0)
     dense = linear(5, 4, 0.6, bias=bias)
     dense.weight[1], dense.weight[:, 2] = 0, 0  # a whole row, a whole column
     sparse = copy.deepcopy(dense)
-    make_sparse(sparse)
+    make_sparse(sparse, form)
     x = torch.randn(shape)
     torch.testing.assert_close(sparse(x), dense(x))
     assert sparse(x).is_contiguous()
     assert torch.equal(sparse.weight, dense.weight)
 
 
-def test_any_other_input_is_taken_in_the_dense_way() -> None:
+@FORMS
+def test_any_other_input_is_taken_in_the_dense_way(form: Any) -> None:
     torch.manual_seed(0)
     dense = linear(5, 4, 0.6)
     sparse = copy.deepcopy(dense)
-    make_sparse(sparse)
+    make_sparse(sparse, form)
     x = torch.rand(3, 5, requires_grad=True)
     sparse(x).sum().backward()
     assert torch.equal(x.grad, dense.weight.sum(0).expand(3, 5))
@@ -57,20 +62,25 @@ def test_any_other_input_is_taken_in_the_dense_way() -> None:
     torch.testing.assert_close(wide(x.double()), dense.double()(x.double()))
 
 
-def test_it_goes_through_files_and_back() -> None:
+@FORMS
+def test_it_goes_through_files_and_back(form: Any) -> None:
     torch.manual_seed(0)
     dense = linear(64, 32, 0.9, kind=layer.Linear)
+    dense.weight[:, :40] = 0
     sparse = copy.deepcopy(dense)
-    make_sparse(sparse)
+    make_sparse(sparse, form)
     x, left = torch.rand(3, 64), int(dense.weight.count_nonzero())
-    assert sparse.n_bytes == 8 * left + 4 * 33  # a value and a column of 4 bytes each, and where 32 rows begin and end
-    file = io.BytesIO()
+    columns = int(dense.weight.any(0).sum())
+    # A value and a column of 4 bytes each, and where 32 rows begin and end; or 32 values a column, and its number.
+    assert sparse.n_bytes == (8 * left + 4 * 33 if form is Rows else 4 * (32 + 1) * columns)
+    whole, file = io.BytesIO(), io.BytesIO()
+    torch.save(dense, whole)
     torch.save(sparse, file)
-    assert file.tell() < 64 * 32 * 4
+    assert file.tell() < whole.tell()
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(x), sparse(x))
     other = linear(64, 32, 0.5, kind=layer.Linear)  # which holds more
-    make_sparse(other)
+    make_sparse(other, form)
     assert other.load_state_dict(dense.state_dict()) == ([], [])
     assert torch.equal(other(x), sparse(x))
     assert dense.load_state_dict(sparse.state_dict()) == ([], [])
@@ -81,22 +91,26 @@ def test_it_goes_through_files_and_back() -> None:
 
 def test_where_it_pays() -> None:
     """2^17 weights, 2^20 products, 85 % zeros: 512 × 256 of 8 rows is the least, and less by one is too little."""
-    weight = torch.zeros(512 * 256)
-    weight[: int(0.15 * 512 * 256)] = 1
+    weight = torch.zeros(256, 512)
+    weight.view(-1)[: int(0.15 * 512 * 256)] = 1  # in the first rows: no column is empty
 
-    def of(outputs: int, weight: Tensor) -> nn.Module:
-        made = nn.Linear(512, outputs)
-        made.weight.data = weight.view(outputs, 512)
+    def of(weight: Tensor) -> nn.Module:
+        made = nn.Linear(512, len(weight))
+        made.weight.data = weight
         return made
 
-    full = weight.clone()
-    full[int(0.15 * 512 * 256)] = 1
-    assert pays(of(256, weight), 8)
-    assert not pays(of(256, weight), 7)
-    assert not pays(of(256, full), 8)
-    assert not pays(of(255, torch.zeros(512 * 255)), 800)
-    assert not pays(of(256, weight).double(), 8)
-    assert not pays(nn.Conv2d(512, 256, 1), 8)
+    full, fewer = weight.clone(), weight.clone()
+    full.view(-1)[int(0.15 * 512 * 256)] = 1
+    fewer[:, : int(0.3 * 512)] = 0  # 153 empty columns of 512 are less than 30 %
+    assert best_form(of(weight), 8) is Rows
+    assert best_form(of(weight), 7) is None
+    assert best_form(of(full), 8) is None
+    assert best_form(of(fewer), 7) is None
+    fewer[:, 153] = 0
+    assert best_form(of(fewer), 7) is Columns
+    assert best_form(of(torch.zeros(255, 512)), 800) is None
+    assert best_form(of(weight).double(), 8) is None
+    assert best_form(nn.Conv2d(512, 256, 1), 8) is None
 
 
 def network(framework: str) -> nn.Module:
@@ -121,7 +135,7 @@ def test_a_frozen_network_fires_alike(framework: str) -> None:
     net, x = network(framework), torch.rand(12, 256)
     frozen, dense = freeze(net, x, timesteps=4), freeze(net, x[:1], timesteps=4)
     rows = frozen_layers(frozen).layers
-    assert [row.sparse for row in rows] == [True, True, False]  # the last one is small
+    assert [row.sparse for row in rows] == ["CSR", "CSR", ""]  # the last one is small
     assert rows[1].computes_in == "float, CSR"
     assert rows[1].n_bytes == frozen[2].n_bytes + 4 * 256
     assert "float, CSR" in str(frozen_layers(frozen))
