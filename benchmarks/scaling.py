@@ -159,8 +159,8 @@ def draw(found: Mapping[str, Mapping[int, Case]]) -> None:
     grid[1][0].set_ylim(0, 1.15)
     grid[1][0].set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1×"])
     grid[1][0].set_ylabel("a frozen forward pass,\nin plain ones (less is faster)")
-    for row in grid:
-        row[-1].legend(frameon=False, fontsize=9, loc="best")
+    grid[0][0].legend(frameon=False, fontsize=9, loc="upper right")
+    grid[1][0].legend(frameon=False, fontsize=9, loc="center", bbox_to_anchor=(0.5, 0.72))
     figure.suptitle("What snncompress costs, and what freezing saves, beside plain forward passes (1×, dotted)")
     figure.savefig(PICTURE, dpi=110)
     pyplot.close(figure)
