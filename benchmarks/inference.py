@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import statistics
 import time
@@ -202,6 +203,11 @@ def trained(folder: Path) -> Iterator[str]:
         )
 
 
+def machine_load() -> str:
+    """What else the machine does: the caches are shared with it."""
+    return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_option(parser)
@@ -226,7 +232,7 @@ def main() -> None:
         "",
         f"VGG-16 (13 convolutions) for 3×32×32, batches of {options.batch_size}, T = {T}, SpikingJelly multi-step; "
         f"seed 0; one thread, instructions {instructions()} ({platform.machine()}), "
-        f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}.",
+        f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}; {machine_load()}.",
         "",
         "| what | median | range | aim |",
         "| --- | ---: | ---: | ---: |",

@@ -50,10 +50,10 @@ def freeze(
     It is made to be fast on a CPU: neurons whose equation the adapter knows compute in place, convolutions have their
     channels last in memory, and a layer whose input is the same in every timestep (direct encoding) is computed once.
 
-    A linear layer in float of 2^17 weights or more, of which 85 % are zeros or more, holds the others alone, row by row
-    (CSR), where a batch like the first of ``data`` makes 2^20 products or more in it; one with 30 % of its columns all
-    zeros holds the other columns. That is faster than the dense layer on one thread, as measured, and takes less
-    memory. It is a rule, so that networks frozen alike compute alike.
+    A linear layer in float of 2^17 weights or more, which make 2^20 products or more in a batch like the first of
+    ``data``, holds less of them where that is faster, as measured on one thread: of 85 % zeros or more nothing but the
+    others, row by row (CSR); with 30 % of its columns all zeros nothing but the other columns. It is a rule, so that
+    networks frozen alike compute alike.
 
     With ``integer``, layers whose weight was quantized to at most 8 bits and whose input is spikes compute
 

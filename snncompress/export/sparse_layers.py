@@ -25,7 +25,7 @@ FEWEST_EMPTY = 0.3
 """Shares of all weights, and of the columns: where fewer are zeros, the dense layer may be faster."""
 FEWEST_WEIGHTS = 2**17
 FEWEST_PRODUCTS = 2**20
-"""The same of a layer's weights and, for CSR, of the products in one pass of all inputs, counted in a dense layer."""
+"""The same of a layer's weights, and of the products in one pass of all inputs, counted in a dense layer."""
 BLOCK = 32
 """Rows of an input that are multiplied at once: what these add up to stays in the processor's cache."""
 
@@ -159,10 +159,9 @@ def best_form(layer: nn.Module, rows: int) -> type[Rows | Columns] | None:
     if not isinstance(layer, nn.Linear) or layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
         return None
     left, n_weights = layer.weight.detach() != 0, layer.weight.numel()
-    if n_weights < FEWEST_WEIGHTS:
+    if n_weights < FEWEST_WEIGHTS or n_weights * rows < FEWEST_PRODUCTS:
         return None
-    sparse = int(left.sum()) <= (1 - FEWEST_ZEROS) * n_weights and n_weights * rows >= FEWEST_PRODUCTS
-    if sparse and not unavailable():
+    if int(left.sum()) <= (1 - FEWEST_ZEROS) * n_weights and not unavailable():
         return Rows
     return Columns if int(left.any(0).sum()) <= (1 - FEWEST_EMPTY) * layer.in_features else None
 
