@@ -101,9 +101,10 @@ class SparseLayer(nn.Module):
     """What a linear layer becomes that lost many of its weights; mixed into the layer's own class.
 
     Its ``state_dict`` is that of the layer it was. An input on another device, of another dtype or with a gradient is
-    taken all the same, by the dense weight.
+    taken all the same, by the dense weight, and one of another width refused, as by the layer it was.
     """
 
+    in_features: int
     bias: Tensor | None
     _left: Rows | Columns
 
@@ -112,7 +113,8 @@ class SparseLayer(nn.Module):
         x = in_float(x)
         differentiated = torch.is_grad_enabled() and x.requires_grad
         plain = x.dtype == torch.float32 == self._left.parts()[-1].dtype and x.device.type == "cpu"
-        if differentiated or not plain or not x.numel() or (self.form == "CSR" and unavailable()):
+        fits = x.numel() > 0 and x.shape[-1:] == (self.in_features,)
+        if differentiated or not (plain and fits) or (self.form == "CSR" and unavailable()):
             return F.linear(x, self.weight, self.bias)
         made = self._left.times(x.reshape(-1, x.shape[-1]), self.bias)
         return made.view(*x.shape[:-1], made.shape[1])

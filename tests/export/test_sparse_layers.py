@@ -58,6 +58,8 @@ def test_any_other_input_is_taken_in_the_dense_way(form: Any) -> None:
     assert torch.equal(x.grad, dense.weight.sum(0).expand(3, 5))
     counts = torch.tensor([[0, 1, 1, 0, 1]], dtype=torch.uint8)
     torch.testing.assert_close(sparse(Spikes(counts)), dense(counts.float()))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        sparse(torch.rand(3, 6))
     wide = copy.deepcopy(sparse).double()
     torch.testing.assert_close(wide(x.double()), dense.double()(x.double()))
 
