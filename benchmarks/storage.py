@@ -31,6 +31,7 @@ from statistics import median
 import numpy as np
 import torch
 from datasets import DataMissingError, add_data_option
+from inference import images, machine_load, settled
 from mnist import loader, read
 from mnist_models import NETS
 from snncompress_rescaw import ReScaW
@@ -143,6 +144,7 @@ def line(what: str, above: list[float], below: list[float]) -> str:
 
 
 def speeds(folder: Path) -> list[str]:
+    """Loading against building."""
     path = folder / "small.safetensors"
     torch.save(vgg16().state_dict(), folder / "dense.pt")
 
@@ -160,16 +162,20 @@ def speeds(folder: Path) -> list[str]:
         lines.append(
             line(f"load of the first row, {what} / build and load_state_dict of dense VGG-16", loading, building)
         )
-    small = compressed(*ROWS[0], 4).eval()
-    x = torch.rand(4, 3, 32, 32)
-    frozen = snncompress.freeze(small, x, timesteps=T)
-    plain = vgg16(widths=[small.get_submodule(f"conv{i}").out_channels for i in range(1, 14)]).eval()
-    whole = vgg16().eval()
-    runs = [forward(net, x) for net in (frozen, plain, small, whole)]
+    return lines
+
+
+def frozen() -> list[str]:
+    """What freezing gives where all populations fire: batch norms are settled on the images."""
+    x = images(4)
+    small = settled(compressed(*ROWS[0], 4), x)
+    quick = snncompress.freeze(small, x, timesteps=T)
+    plain = settled(vgg16(widths=[small.get_submodule(f"conv{i}").out_channels for i in range(1, 14)]), x)
+    whole = settled(vgg16(), x)
+    runs = [forward(net, x) for net in (quick, plain, small, whole)]
     a, b, c, d = side_by_side(*runs)
     macs = [snncompress.profile(twin(net), x).n_mac for net in (plain, whole)]
     return [
-        *lines,
         line("forward of the frozen network / of a dense one of its shape", a, b),
         line("forward of the frozen network / of the quantized one", a, c),
         line(f"forward of the frozen network / of dense VGG-16 (MACs: {macs[0] / macs[1]:.2f}×)", a, d),
@@ -258,7 +264,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        table, timed = sizes(folder), speeds(folder)
+        table, timed = sizes(folder), speeds(folder) + frozen()
         try:
             trained = [mnist(framework, options.data, folder) for framework in NETS]
         except DataMissingError as error:
@@ -288,7 +294,8 @@ def main() -> None:
         ),
         "",
         "Processor times, as ratios measured side by side: median and range without the extremes; batch 4, "
-        f"T = {T}, one thread ({platform.machine()}), torch {torch.__version__}, {datetime.date.today()}.",
+        f"T = {T}, one thread ({platform.machine()}), torch {torch.__version__}, {datetime.date.today()}; "
+        f"{machine_load()}.",
         "",
         "| what | median | range |",
         "| --- | ---: | ---: |",

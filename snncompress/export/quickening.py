@@ -152,8 +152,8 @@ class _Seen:
         )
 
     def constant(self, layer: nn.Module) -> bool:
-        """The same in every timestep."""
-        if not self.inputs or any(isinstance(x, Spikes) for x in self.inputs):
+        """The same in every timestep, and not just silent in the example."""
+        if any(isinstance(x, Spikes) for x in self.inputs) or not any(bool(x.any()) for x in self.inputs):
             return False
         if all(_has_time(layer, x) for x in self.inputs):
             return all(map(_constant, self.inputs))

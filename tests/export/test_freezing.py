@@ -15,6 +15,7 @@ from examples.networks.sew_resnet18 import sew_resnet18
 from examples.networks.squeezenet import squeezenet
 from snncompress import DataError, PlanError, evaluate, freeze, plan_of, profile
 from snncompress.contract.detection import find_adapter
+from snncompress.export.quickening import ConstantInput
 from snncompress.running.data import Feed
 from tests.equivalence import PAPER, same, snapshot
 
@@ -208,6 +209,15 @@ def test_what_a_frozen_network_is_not() -> None:
     assert profile(frozen, X, timesteps=4).n_ac > 0
     with pytest.raises(DataError, match="failed on a batch"):
         freeze(net, torch.rand(2, 7, 6, 6), timesteps=4)
+
+
+@FRAMEWORKS
+def test_what_is_silent_in_the_example_is_not_taken_for_constant(framework: str) -> None:
+    """The first layer reads the same in every timestep; the second would, if the first neurons never fired."""
+    net = network(framework)
+    net[1].bias.data.fill_(-1e3)
+    frozen = freeze(net.eval(), X, timesteps=4)
+    assert [isinstance(frozen[at], ConstantInput) for at in (0, 4, 8)] == [True, False, False]
 
 
 def test_an_ordinary_network() -> None:
