@@ -56,7 +56,7 @@ class Case:
 
 
 VARIED: dict[str, Sequence[int]] = {
-    "timesteps": (1, 4, 16, 64), "depth": tuple(STAGES), "width": (8, 16, 32, 64), "batches": (1, 4, 16)
+    "timesteps": (1, 4, 16, 64), "depth": tuple(STAGES), "width": (8, 16, 32, 64), "batches": (1, 4, 8)
 }  # fmt: skip
 TITLES = {"timesteps": "timesteps T", "depth": "layers", "width": "channels in the first stage", "batches": "batches"}
 
