@@ -152,7 +152,9 @@ class Network:
     ``producers`` to the weight layers that feed it, ``direct`` to those among them that do so without a neuron between,
     as into a residual stream; it tells so of maps of channels too. ``groups`` can be pruned; ``skipped`` says why
     others can't. ``tied`` are groups that must stay in proportion: forward shapes what one puts out by the width of
-    another. ``modes`` are those of training in which the network takes ways of its own: [False], or [False, True].
+    another. ``shared`` are neurons behind layers of several widths, on the way to what reads these layers as any
+    function is: ``drives`` and ``direct`` look through them. ``modes`` are those of training in which the network takes
+    ways of its own: [False], or [False, True].
     """
 
     layers: tuple[str, ...]
@@ -166,6 +168,7 @@ class Network:
     skipped: dict[str, str] = field(default_factory=dict)
     tied: list[list[ChannelGroup]] = field(default_factory=list)
     modes: list[bool] = field(default_factory=lambda: [False])
+    shared: tuple[str, ...] = ()
 
     @property
     def first(self) -> str:

@@ -207,7 +207,7 @@ def _silent(model: nn.Module, feed: Feed, groups: list[ChannelGroup]) -> dict[st
 
 
 def _in_all_neurons(group: ChannelGroup, silent: dict[str, Tensor]) -> Tensor:
-    result = torch.ones(group.size, dtype=torch.bool)
+    result = torch.full((group.size,), bool(group.names("neuron")))  # what no neuron closes speaks by its bias
     for member in group.members:
         if member.side == "neuron":
             result &= silent[member.module][member.index].all(1) if member.module in silent else False

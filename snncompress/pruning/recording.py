@@ -21,7 +21,7 @@ from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
 
 from .integration import InputRecorder, decay, input_of, timelines
-from .scorer import Groups, Scorer, any_of, heard_by, mean_over
+from .scorer import Groups, Scorer, any_of, heard_by, listens, mean_over
 
 
 def record(
@@ -56,11 +56,10 @@ class Recording:
         self.criterion = criterion
         self.joint = True
         """Whether several processes record together; else each says what its own batch does."""
-        watching = bool(criterion.needs & {"spikes", "membrane"})
         self._scorers = {
             name: [
                 Scorer(model, network, name, neuron, groups, criterion, seed)
-                for neuron in ((watching and heard_by(network, name, groups)) or (None,))
+                for neuron in ((listens(criterion) and heard_by(network, name, groups)) or (None,))
             ]
             for name, groups in layers.items()
         }

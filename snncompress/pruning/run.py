@@ -32,6 +32,7 @@ from .fitting import Rounding
 from .recipe import Recipe
 from .refresh import refresh_statistics
 from .repair import fit
+from .scorer import listens
 from .selection import (
     Skips,
     check_bits,
@@ -314,7 +315,11 @@ class Run(Generic[M]):
             blocks = BlockPruning(model, adapter, criterion, self.feed, share, network, fresh=fresh)
             return blocks, blocks.skipped
         if criterion.granularity == "channel":
-            todo, skipped = targets(network, ratio, self.skips, self.settings.round_to, at_most=self.settings.at_most)
+            at_most, growth = self.settings.at_most, self.settings.growth
+            listening = listens(criterion) or (growth is not None and listens(growth))
+            todo, skipped = targets(
+                network, ratio, self.skips, self.settings.round_to, at_most=at_most, listening=listening
+            )
             cells = (weight for name, module in model.named_modules() for weight in cell_weights(name, module))
             skipped |= dict.fromkeys(cells, "each of its outputs comes back to all in the next timestep, so they stay")
             cut = {name for target in todo for name in target.group.names("neuron")}

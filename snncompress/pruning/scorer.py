@@ -171,6 +171,11 @@ class Scorer:
             ) from error
 
 
+def listens(criterion: Criterion) -> bool:
+    """Does it score what neurons do?"""
+    return bool(criterion.needs & {"spikes", "membrane"})
+
+
 def heard_by(network: Network, layer: str, groups: Groups) -> tuple[str, ...]:
     """The neurons that a layer drives; where it writes last into a stream and drives none, those that read before."""
     driven = network.drives.get(layer, ())

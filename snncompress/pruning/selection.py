@@ -158,14 +158,15 @@ class Target:
 
 
 def targets(
-    network: Network, ratio: Any, skips: Skips, round_to: int = 1, *, at_most: bool = False
+    network: Network, ratio: Any, skips: Skips, round_to: int = 1, *, at_most: bool = False, listening: bool = False
 ) -> tuple[list[Target], dict[str, str]]:
     """The groups to prune, and why the other layers stay whole.
 
     A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked; so do groups
     that must stay in proportion, and where one of them stays, all do. Of a layer's parts, each follows its own. Where
     groups have a multiple of ``round_to`` channels, they are left one. With ``at_most`` ratios are the most that may
-    go, and some channels stay in any case.
+    go, and some channels stay in any case. With ``listening`` groups without a neuron, of which a criterion of spikes
+    hears nothing, stay whole.
     """
     ratios: dict[str, float] = per_layer(ratio, network.layers, "ratio", check_ratio)
     skipped = dict(network.skipped)
@@ -176,6 +177,9 @@ def targets(
         if kept is not None:
             for n in names:
                 skipped[n] = skips.prune[kept] if n == kept else f"coupled with {kept}: {skips.prune[kept]}"
+            continue
+        if listening and not group.names("neuron"):
+            skipped.update((n, f"no spiking neuron of its own follows {n}: use a criterion of weights") for n in names)
             continue
         smallest = min(names, key=lambda n: ratios.get(n, 0.0))
         share = ratios.get(smallest, 0.0)

@@ -31,7 +31,8 @@ def confirming(adapter: Adapter, run: Run, network: Network) -> Confirm:
             return refused
         with torch.inference_mode(False), full_precision():
             generator = torch.Generator().manual_seed(1)
-            trial = Trial(plain_copy(model, adapter), adapter, run, network.direct, generator, network.modes)
+            copy = plain_copy(model, adapter)
+            trial = Trial(copy, adapter, run, network.direct, generator, network.modes, shared=network.shared)
             sound_together(removals, _bounded(trial), lambda group, why: refused.update({id(group): why}))
         return refused
 

@@ -44,9 +44,10 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
     multi-step mode, where [T, N] is folded and unfolded, indices would be multiplied again and again.
     """
 
-    def __init__(self, axes: Axes) -> None:
+    def __init__(self, axes: Axes, ignored: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self._axes = axes
+        self.IGNORED_LAYERS_IN_TRACING.extend(ignored)
 
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
@@ -208,7 +209,7 @@ def add_lost_groups(
         return
     neurons = adapter.neurons(model)
     try:
-        found = segments(model, adapter, run, {name: site.axis for name, site in sites.items()})
+        found = segments(model, adapter, run, {name: site.axis for name, site in sites.items()}, network.shared)
     except Exception:  # the model may not bear other numbers, or write where gradients are needed: they stay lost
         return
     for layer in lost:
@@ -267,7 +268,7 @@ def _why_whole(
             return skipped[name] if name in outs else f"coupled with {name}: {skipped[name]}"
     for name in outs:
         cut = [n for n in network.drives[name] if n not in group.names("neuron")]
-        reads = group.names("neuron") and any(name in network.direct.get(reader, ()) for reader in group.names("in"))
+        reads = any(name in network.direct.get(reader, ()) for reader in group.names("in"))
         heard = group.names("neuron") if group.part else network.drives[name]
         if (cut and not group.part) or not (heard or reads):
             return f"no spiking neuron follows {name} that its channels could be traced to"

@@ -78,6 +78,27 @@ def uncuttable(neuron: nn.Module, adapter: Adapter, call: Call, member: Member, 
     return None
 
 
+def held(neuron: nn.Module) -> Iterator[Tensor]:
+    """All tensors that a neuron holds: parameters, buffers, plain attributes, memories; its modules' own included."""
+    for module in neuron.modules():
+        yield from (*module.parameters(recurse=False), *module.buffers(recurse=False), *tensors_in(vars(module)))
+        yield from tensors_in(getattr(module, "_memories", {}))
+
+
+def remembers(neuron: nn.Module, adapter: Adapter, call: Call, member: Member) -> bool:
+    """Does what a call returns depend on calls before it?"""
+    copy, generator = private_copy(neuron, adapter), torch.Generator().manual_seed(0)
+    once, other = (_random(call, member, scale, generator, states=True) for scale in _SCALES)
+    try:
+        wanted = list(_results(copy, adapter, once, 1))
+        with torch.no_grad(), seeded(copy), Steady():
+            copy(*other[0], **other[1])
+            got = list(_results(copy, adapter, once, 1))
+    except Exception:  # it doesn't run by itself, so nothing is learned
+        return True
+    return not _agree(wanted, got)
+
+
 def _results(neuron: nn.Module, adapter: Adapter, call: Call, steps: int) -> Iterator[Tensor]:
     with torch.no_grad(), seeded(neuron), Steady():
         for _ in range(steps):

@@ -9,7 +9,7 @@ positions have binary digits tell it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,9 +62,14 @@ class Segments:
     """Modules whose output channels are those of their input: norms, neurons, depthwise convolutions."""
 
 
-def segments(model: nn.Module, adapter: Adapter, run: Run, axes: Mapping[str, int]) -> Segments:
-    """Run a copy whose neurons are wires, and look at every segment; ``axes`` are where to look for channels first."""
-    cut = _Cut(model, adapter, axes)
+def segments(
+    model: nn.Module, adapter: Adapter, run: Run, axes: Mapping[str, int], shared: Collection[str] = ()
+) -> Segments:
+    """Run a copy whose neurons are wires, and look at every segment; ``axes`` are where to look for channels first.
+
+    Neurons that are ``shared`` are parts of segments, as other operations are.
+    """
+    cut = _Cut(model, adapter, axes, shared)
     cut.run(run)
     found = Segments(through=cut.through)
     for name, x, leaf in cut.calls:
@@ -84,8 +89,8 @@ def segments(model: nn.Module, adapter: Adapter, run: Run, axes: Mapping[str, in
 class _Cut:
     """The calls of one run: (module, its input, the leaf that stands for its output)."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, axes: Mapping[str, int]) -> None:
-        self.model, self.adapter, self.axes = model, adapter, axes
+    def __init__(self, model: nn.Module, adapter: Adapter, axes: Mapping[str, int], shared: Collection[str]) -> None:
+        self.model, self.adapter, self.axes, self._shared = model, adapter, axes, shared
         self.calls: list[tuple[str, Tensor, Tensor | None]] = []
         self.names: dict[Tensor, str] = {}
         neurons = adapter.neurons(model)
@@ -96,14 +101,18 @@ class _Cut:
             if m not in inside and isinstance(m, (*WEIGHT_LAYERS, *NORMS, ChannelMap))
         }
         depthwise = {n for n, m in self._modules.items() if ops.module2type(m) == ops.OPTYPE.DEPTHWISE_CONV}
-        self.through = {*neurons, *depthwise, *(n for n, m in self._modules.items() if isinstance(m, NORMS))}
+        self.through = {
+            *(neurons.keys() - set(shared)),
+            *depthwise,
+            *(n for n, m in self._modules.items() if isinstance(m, NORMS)),
+        }
         self._generator = torch.Generator().manual_seed(0)
 
     def run(self, run: Run) -> None:
         names = {m: n for n, m in self.model.named_modules()}
 
         def stand_in(neuron: nn.Module, x: Tensor) -> Tensor:
-            return self._called(names[neuron], x, x)
+            return x * 1.0 if names[neuron] in self._shared else self._called(names[neuron], x, x)
 
         with seeded(self.model), Steady(), self.adapter.identities(self.model, stand_in), ExitStack() as stack:
             for name, module in self._modules.items():

@@ -37,6 +37,7 @@ from snncompress.running.data import Run, time_as_samples
 from .calls import Calls, upstream
 from .grouping import LOST, Graph, MapPruner, NeuronPruner, Site, add_groups, add_lost_groups
 from .recurrent import CellPruner, in_one_node
+from .shared_neurons import functions
 from .trial import full_precision
 from .verifying import leave_out_what_breaks
 
@@ -51,33 +52,42 @@ def trace(
     nothing is found out, and tried, about channels that go together.
     """
     with torch.inference_mode(False), torch.enable_grad(), full_precision():
-        return _trace(plain_copy(model, adapter), adapter, run, timesteps, groups)
+        return _trace(model, adapter, run, timesteps, groups)
 
 
-def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, groups: bool) -> Network:
+def _trace(
+    model: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, groups: bool, shared: tuple[str, ...] = ()
+) -> Network:
+    copy = plain_copy(model, adapter)
     modules = dict(copy.named_modules())
-    neurons = adapter.neurons(copy)
-    inside = {f"{n}.{sub}" for n in neurons for sub, _ in neurons[n].named_modules() if sub}
+    everyone = adapter.neurons(copy)
+    neurons = {n: m for n, m in everyone.items() if n not in shared}
+    inside = {f"{n}.{sub}" for n, neuron in everyone.items() for sub, _ in neuron.named_modules() if sub}
     weights = {n: m for n, m in modules.items() if isinstance(m, WEIGHT_LAYERS) and n not in inside}
     norms: dict[str, nn.Module] = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and n not in inside}
 
     calls = Calls({name: channel_axis(layer) for name, layer in weights.items()})
-    graph = Graph(calls.axes)
+    graph = Graph(calls.axes, ignored=[everyone[name] for name in shared])
     cells = {n: m for n, m in modules.items() if n not in inside and input_weights(m)}
     maps = {n: m for n, m in modules.items() if isinstance(m, ChannelMap)}
     watched = {**weights, **neurons, **norms, **cells, **maps}
     currents: dict[nn.Module, Tensor] = {}
-    widths: dict[nn.Module, set[int]] = {}
+    places: dict[nn.Module, dict[int, int]] = {}
 
     def wire(neuron: nn.Module, x: Tensor) -> Tensor:
         currents[neuron] = x
-        widths.setdefault(neuron, set()).add(Site.of(x, calls.axes).width)
+        site = Site.of(x, calls.axes)
+        places.setdefault(neuron, {})[site.width] = site.axis
         return x * 1.0  # out of place: the input keeps its own node in the graph
 
     with in_one_node(copy), adapter.identities(copy, wire), calls.watching(watched), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning's remarks are about its own internals
         outputs, readable = _build(graph, copy, adapter, run, neurons)
 
+    if groups and not shared:
+        found = functions(copy, adapter, run, {n: places[m] for n, m in neurons.items() if m in places})
+        if found:
+            return _trace(model, adapter, run, timesteps, groups, found)
     if timesteps not in (None, 1) and {len(x) for x in currents.values()} == {timesteps}:
         raise DataError(time_as_samples(timesteps))
     layers = tuple(name for name in calls.inputs if name in weights)
@@ -96,11 +106,12 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
         norms=_norms(calls, norms, stops),
         classifiers=(*last, *(w for w, module in takers.items() if module in visible and module in cells)),
         direct={n: tuple(p for p in layers if p in by) for n, by in reached_by.items() if n not in neurons},
+        shared=shared,
     )
     fed = {n: upstream(calls.inputs[n], stops) for n in cells if n in calls.inputs}
     readers = {n: by.pop() for n, by in fed.items() if len(by) == 1}
     inner = weight_layers(nn.ModuleList(neurons.values()))  # of neurons that hold what drives them
-    if not (any(network.drives.values()) or inner):
+    if not (any(network.drives.values()) or inner or shared):
         raise ModelError(
             f"No weight layer of {type(copy).__name__} drives a spiking neuron, as far as it can be traced. Likely "
             f"cause: an operation without a gradient between them."
@@ -122,9 +133,9 @@ def _trace(copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, g
         network.skipped.update(dict.fromkeys(layers, LOST))
     add_lost_groups(network, copy, adapter, run, sites, readers, skipped)
     for name in network.skipped.keys() & set(layers):
-        shared = next((n for n in network.drives[name] if len(widths.get(neurons[n], ())) > 1), None)
-        if shared is not None:
-            network.skipped[name] = f"{shared} is one neuron for layers of several widths"
+        several = next((n for n in network.drives[name] if len(places.get(neurons[n], ())) > 1), None)
+        if several is not None:
+            network.skipped[name] = f"{several} is one neuron for layers of several widths"
     everything = calls.named(watched)
     taken = {name: upstream(nodes, everything) for name, nodes in calls.inputs.items()}
     network.groups = [replace(group, shifted=tuple(_shifted(group, network, taken, copy))) for group in network.groups]

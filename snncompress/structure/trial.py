@@ -78,9 +78,9 @@ class Trial:
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, run: Run, direct: Mapping[str, Collection[str]],
-        generator: torch.Generator, modes: Sequence[bool] = (),
+        generator: torch.Generator, modes: Sequence[bool] = (), *, shared: Collection[str] = (),
     ) -> None:  # fmt: skip
-        self.model, self.adapter, self.run, self._direct = model, adapter, run, direct
+        self.model, self.adapter, self.run, self._direct, self._shared = model, adapter, run, direct, shared
         _randomize(model, adapter, generator)
         self.modes = list(modes)
         """In evaluation (False), and in training where that is another way; found here if not given."""
@@ -96,7 +96,7 @@ class Trial:
     def _look(self, model: nn.Module) -> None:
         """Find out what runs, whether trials tell anything, and which modes there are."""
         bare = self._noted(model)
-        self.called, self.shapes = set(bare.outputs), dict(bare.shapes)
+        self.called, self.shapes = {*bare.outputs, *self._shared}, dict(bare.shapes)
         self.flaw = bare.why or self._again(model, bare)
         self.modes = [False]
         with in_mode(model, training=True):
@@ -163,8 +163,12 @@ class Trial:
         neurons = self.adapter.neurons(model)
         inside = {m for neuron in neurons.values() for m in neuron.modules()}
         layers = [m for m in names if isinstance(m, (*WEIGHT_LAYERS, ChannelMap)) and m not in inside]
+
+        def stand_in(neuron: nn.Module, x: Tensor) -> Tensor:
+            return bent(x) if names[neuron] in self._shared else notes.neuron(names[neuron], x)
+
         with torch.no_grad(), seeded(model), Steady(), ExitStack() as stack:
-            stack.enter_context(self.adapter.identities(model, lambda neuron, x: notes.neuron(names[neuron], x)))
+            stack.enter_context(self.adapter.identities(model, stand_in))
             for layer in layers:
                 stack.enter_context(patched(layer, "forward", notes.layer(names[layer], layer)))
             try:
@@ -176,6 +180,11 @@ class Trial:
                 return notes
         notes.returns([t for t in tensors_in(result) if t.is_floating_point()])
         return notes
+
+
+def bent(x: Tensor) -> Tensor:
+    """A wire that isn't straight."""
+    return x + x.square() / 2
 
 
 _Gone = dict[str, tuple[Tensor, int]]
@@ -230,8 +239,7 @@ class _Notes:
 
     def neuron(self, name: str, x: Tensor) -> Tensor:
         """Stands in for the neuron: bent, so that what is normalized before doesn't cancel in an average behind it."""
-        x = self._note(name, x)
-        return self._silenced(name, x + x.square() / 2)
+        return self._silenced(name, bent(self._note(name, x)))
 
     def _silenced(self, name: str, x: Tensor) -> Tensor:
         if name not in self.silent:

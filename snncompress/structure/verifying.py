@@ -16,7 +16,7 @@ from snncompress.running.data import Run
 from .branches import possible_reader, waiting
 from .elimination import sound_together
 from .mending import Mending
-from .neuron_trial import Call, first_calls, uncuttable
+from .neuron_trial import Call, first_calls, held, uncuttable
 from .proportions import Halves, Proportions
 from .trial import Removal, Trial
 
@@ -32,7 +32,7 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
 
     halves = Halves()
     calls = first_calls(model, adapter, run)
-    trial = Trial(model, adapter, run, network.direct, halves.generator)
+    trial = Trial(model, adapter, run, network.direct, halves.generator, shared=network.shared)
     network.modes = trial.modes
     unseen = waiting(model, trial.called, adapter.neurons(model))
     neurons = _Neurons(model, adapter, calls)
@@ -101,15 +101,11 @@ class _Neurons:
 
 def _kind(neuron: nn.Module, call: Call, member: Member) -> Hashable:
     """What neurons have in common that do the same; None of one that may hold something for each channel."""
-    held: list[Any] = [member.axis, *((t.dim(), t.dtype) for t in tensors_in(call))]
+    common: list[Any] = [member.axis, *((t.dim(), t.dtype) for t in tensors_in(call))]
     for module in neuron.modules():
         numbers = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)))
-        held += [type(module), numbers]
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False), *tensors_in(vars(module))]
-        tensors += tensors_in(getattr(module, "_memories", {}))
-        if any(tensor.numel() > 1 for tensor in tensors):
-            return None
-    return tuple(held)
+        common += [type(module), numbers]
+    return None if any(tensor.numel() > 1 for tensor in held(neuron)) else tuple(common)
 
 
 class _Rounds:

@@ -13,7 +13,7 @@ from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, Criterion, Quantizer
 from snncompress.model.cells import decays
 from snncompress.model.network import ChannelGroup, Network, by_layer, computed_or_shared, weight_layers
-from snncompress.pruning.scorer import Groups
+from snncompress.pruning.scorer import Groups, listens
 from snncompress.pruning.selection import Target, overruled, per_layer, resolve_skip, targets, weight_ratios
 from snncompress.pruning.steps import ChannelPruning, LayerPruning, WeightPruning
 
@@ -71,7 +71,7 @@ def units(
     skips = resolve_skip(skip, network, names, criterion.granularity)
     if criterion.granularity == "channel":
         names = list(network.layers)
-        todo, skipped = targets(network, ANY, skips)
+        todo, skipped = targets(network, ANY, skips, listening=listens(criterion))
         found: list[Unit] = []
         for target in todo:
             unit = Unit(tuple(n for n in target.group.names("out") if n in names), (target,))

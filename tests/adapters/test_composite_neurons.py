@@ -306,8 +306,10 @@ def test_a_neuron_used_in_several_places(jelly: bool, widths: tuple[int, int, in
         gone = snncompress.plan_of(small).removed_channels()
         kept = {n: [c for c in range(w) if c not in gone.get(n, [])] for n, w in zip("abc", widths, strict=True)}
         whys = {n: why for n, why in snncompress.plan_of(small).skipped.items() if n != "d"}
-        assert set(whys.values()) <= {"l is one neuron for layers of several widths"}
-        assert not whys or len(set(widths)) > 1
+        assert set(whys) == ({*"abc"} if criterion == "firing_rate" and len(set(widths)) > 1 else set())
+        assert all(
+            why == f"no spiking neuron of its own follows {n}: use a criterion of weights" for n, why in whys.items()
+        )
         for n, w in zip("abc", widths, strict=True):  # whole, or as much as was asked
             assert len(kept[n]) in (w, w // 2)
             assert len(small.get_submodule(n).weight) == len(kept[n])

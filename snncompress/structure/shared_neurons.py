@@ -1,0 +1,91 @@
+"""One neuron object behind layers of several widths: where its calls know nothing of one another, it's a function.
+
+Then it's as any operation on the way from a layer to what reads it, and what is silent there is what the reader takes
+in: no channel of the object itself goes. It must hold nothing for each channel, and from one call to the next nothing
+but what it is handed or what has been reset, as a state that doesn't fit is begun anew and one that fits is carried on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snncompress.interfaces import Adapter
+from snncompress.model.chance import seeded
+from snncompress.model.copying import private_copy
+from snncompress.model.modules import tensors_in
+from snncompress.model.network import Member
+from snncompress.running.data import Run
+
+from .neuron_trial import Call, held, remembers, uncuttable
+
+Axes = Mapping[int, int]
+"""Number of channels → the axis on which they stand."""
+
+
+def functions(model: nn.Module, adapter: Adapter, run: Run, places: Mapping[str, Axes]) -> tuple[str, ...]:
+    """Those among neurons of several widths whose calls know nothing of one another."""
+    neurons = adapter.neurons(model)
+    asked = {name: axes for name, axes in places.items() if len(axes) > 1 and not _for_each(neurons[name], adapter)}
+    if not asked:
+        return ()
+    calls, dirty = _calls(model, adapter, run, asked)
+    return tuple(
+        name
+        for name, axes in asked.items()
+        if all(_is_function(neurons[name], adapter, calls[name], dirty[name], m) for m in _members(name, axes))
+    )
+
+
+def _members(name: str, axes: Axes) -> Iterator[Member]:
+    for width, axis in axes.items():
+        yield Member(name, "neuron", torch.arange(width)[:, None], width, axis)
+
+
+def _for_each(neuron: nn.Module, adapter: Adapter) -> bool:
+    """Does it hold numbers for each channel, or layers?"""
+    return any(tensor.numel() > 1 for tensor in held(private_copy(neuron, adapter)))
+
+
+def _is_function(neuron: nn.Module, adapter: Adapter, calls: list[Call], dirty: bool, member: Member) -> bool:
+    call = next(
+        (c for c in calls if _first(c).dim() >= -member.axis and _first(c).shape[member.axis] == member.width), None
+    )
+    if call is None or (dirty and remembers(neuron, adapter, call, member)):
+        return False
+    removed = torch.arange(member.width // 2)
+    return not len(removed) or uncuttable(neuron, adapter, call, member, removed) is None
+
+
+def _first(call: Call) -> Tensor:
+    return next(tensors_in(call))
+
+
+def _calls(
+    model: nn.Module, adapter: Adapter, run: Run, names: Mapping[str, Any]
+) -> tuple[dict[str, list[Call]], dict[str, bool]]:
+    """Of each the first call at each shape, and whether it held a state when it was called."""
+    calls: dict[str, list[Call]] = {name: [] for name in names}
+    dirty = dict.fromkeys(names, False)
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, named: Any) -> None:
+            dirty[name] |= any(tensor.numel() > 1 for tensor in held(module))
+            if all(_first(call).shape != _first((args, named)).shape for call in calls[name]):
+                calls[name].append((args, named))
+
+        return hook
+
+    with torch.no_grad(), seeded(model), ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True).remove)
+        try:
+            run(model)
+        except Exception:  # the model is the user's; whoever runs it for its results will tell
+            calls = {name: [] for name in names}
+    adapter.reset(model)
+    return calls, dirty
