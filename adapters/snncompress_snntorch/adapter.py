@@ -27,6 +27,7 @@ from snncompress.extend import (
     remove_from_layer,
     stacked,
     through,
+    without,
 )
 
 _STATES = {"mem", "syn", "spk", "syn_exc", "syn_inh"}
@@ -73,11 +74,14 @@ class SNNTorchAdapter(Adapter):
     def identities(self, model: nn.Module, stand_in: StandIn) -> Iterator[None]:
         """Each neuron runs for the form of what it returns; all of it is replaced by ``stand_in``'s output.
 
-        One that holds layers, as SLSTM does, computes as it does, firing by a wire.
+        One that holds layers, as SLSTM does, computes as it does, firing by a wire. What LeakyParallel's layer puts out
+        is a current that goes into its neurons.
         """
         with ExitStack() as stack:
             for neuron in self.neurons(model).values():
-                if _layers(neuron):
+                if _decays(neuron) is not None:
+                    stack.enter_context(patched(neuron, "forward", _parallel(neuron, stand_in)))
+                elif _layers(neuron):
                     stack.enter_context(patched(neuron, "spike_grad", _wire))
                     stack.enter_context(patched(neuron, "forward", through(neuron.forward)))
                 else:
@@ -120,7 +124,14 @@ class SNNTorchAdapter(Adapter):
         return taps.close
 
     def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
-        """β, α, threshold, V along the channel axis; all-to-all recurrent weights on both sides."""
+        """β, α, threshold, V along the channel axis; all-to-all recurrent weights on both sides.
+
+        Of a LeakyParallel all but the weight of its input, which is a layer.
+        """
+        if _decays(neuron) is not None:
+            _remove_units(neuron, indices)
+            remove_along(neuron, indices, width=width, axis=axis)
+            return
         if _layers(neuron):
             raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
         if neuron.inhibition:
@@ -483,11 +494,37 @@ def _layers(neuron: nn.Module) -> bool:
 
 def _keep_diagonal(neuron: Any) -> None:
     """Give a LeakyParallel back the hook that lets it learn decays alone; a copy's parameters have none."""
-    decay = neuron.rnn._parameters.get("weight_hh_l0") if _derives(neuron, "LeakyParallel") else None
-    if decay is None or not decay.requires_grad or decay._backward_hooks:
-        return
-    if torch.equal(decay, decay.diag().diag()):
+    decay: Any = _decays(neuron)
+    if decay is not None and decay.requires_grad and not decay._backward_hooks:
         decay.register_hook(neuron.grad_hook)
+
+
+def _decays(neuron: Any) -> nn.Parameter | None:
+    """The decays of a LeakyParallel, a diagonal matrix; None where it is full, and of other neurons."""
+    if not _derives(neuron, "LeakyParallel"):
+        return None
+    decay: nn.Parameter | None = neuron.rnn._parameters.get("weight_hh_l0")
+    return decay if decay is not None and torch.equal(decay, decay.diag().diag()) else None
+
+
+def _remove_units(neuron: Any, indices: list[int]) -> None:
+    rnn = neuron.rnn
+    for name in rnn._flat_weights_names:
+        if name != "weight_ih_l0":
+            kept = getattr(rnn, name)
+            for axis in range(-kept.dim(), 0):
+                kept = without(kept.detach(), indices, axis)
+            setattr(rnn, name, nn.Parameter(kept, getattr(rnn, name).requires_grad))
+    rnn.hidden_size = neuron.hidden_size = rnn.hidden_size - len(indices)
+    _keep_diagonal(neuron)
+
+
+def _parallel(neuron: Any, stand_in: StandIn) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        current = neuron.rnn(x)[0]
+        return all_steps(stand_in(neuron, first_step(current, 0)), len(current), 0)
+
+    return call
 
 
 def _all_steps(neuron: nn.Module) -> bool:

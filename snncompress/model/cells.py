@@ -7,7 +7,7 @@ whenever it is asked for; nothing is added to the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -92,13 +92,32 @@ def decays(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         for weight in cell_weights(name, module):
-            w = cast(Tensor, layer_at(model, weight).weight).detach()
-            if (
-                w.shape[0] == w.shape[1] > 1
-                and torch.equal(w, w.diag().diag())
-                and not parametrize.is_parametrized(module)
-            ):
+            if _is_decay(layer_at(model, weight)):
                 found[weight] = "it is 0 off its diagonal: a decay of each unit, not connections"
+    return found
+
+
+def _is_decay(layer: nn.Module) -> bool:
+    cell, tensor = home(layer)
+    w = cast(Tensor, layer.weight).detach()
+    return (
+        w.shape[0] == w.shape[1] > 1
+        and torch.equal(w, w.diag().diag())
+        and not parametrize.is_parametrized(cell, tensor)
+    )
+
+
+def drivers(neurons: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Recurrent layers inside neurons, of units that know nothing of one another, by name; each with its neurons.
+
+    The weight of their input is a layer that drives these: snnTorch's LeakyParallel holds one.
+    """
+    found = {}
+    for neuron, module in neurons.items():
+        for name, part in module.named_modules(prefix=neuron):
+            single = isinstance(part, nn.RNN) and _weights(part) == ("weight_ih_l0", "weight_hh_l0")
+            if single and _is_decay(CellWeight(part, "weight_hh_l0")):
+                found[name] = neuron
     return found
 
 

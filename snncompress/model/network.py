@@ -18,7 +18,7 @@ from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc, PrunerBox
 
 from .brevitas_layers import learned_scales
-from .cells import cell_weights, input_weights
+from .cells import cell_weights, input_weights, layer_at
 from .channel_map import ChannelMap
 from .modules import without as without_entries
 from .parametrizations import computed_weight, resize_weight, stored_weight
@@ -258,9 +258,9 @@ def silent_members(group: ChannelGroup, model: nn.Module, direct: Mapping[str, C
     The latter is said of a layer that the group's layers feed without a neuron between (:attr:`Network.direct`), as
     from a residual stream.
     """
-    writers = {n for n in group.names("out") if not multiplier(model.get_submodule(n))}  # which pass on
+    writers = {n for n in group.names("out") if not multiplier(layer_at(model, n))}  # which pass on
     for member in group.members:
-        module = model.get_submodule(member.module)
+        module = layer_at(model, member.module)
         reads = member.side == "in" and isinstance(module, (*WEIGHT_LAYERS, ChannelMap))
         if member.side == "neuron" or (reads and writers & set(direct.get(member.module, ()))):
             yield member

@@ -14,6 +14,7 @@ from snncompress.base.distributed import no_sync
 from snncompress.contract.detection import find_adapter
 from snncompress.errors import ModelError, PlanError
 from snncompress.interfaces import Adapter, Forward
+from snncompress.model.cells import layer_at
 from snncompress.model.copying import plain_copy, private_copy
 from snncompress.model.edits import Edit, RemoveChannels
 from snncompress.model.network import NORMS, WEIGHT_LAYERS, ChannelGroup, Member, weight_layers, without
@@ -133,7 +134,7 @@ class _Use(NamedTuple):
 def _use(model: nn.Module, group: ChannelGroup) -> _Use:
     use = _Use(*(torch.ones(group.size, dtype=torch.bool) for _ in range(3)))
     for name in dict.fromkeys(member.module for member in group.members):
-        module = model.get_submodule(name)
+        module = layer_at(model, name)
         neuron, target, source = (group.member(name, side) for side in ("neuron", "out", "in"))
         if not (neuron or isinstance(module, (*WEIGHT_LAYERS, *NORMS, nn.PReLU))):
             use.unread.fill_(False)  # whatever it does with its channels

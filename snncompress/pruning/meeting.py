@@ -296,7 +296,7 @@ class Allocation:
         for number, target in enumerate(self._targets):
             for member in target.group.members:
                 if member.module in self._at and member.side != "neuron":
-                    share = member.index.shape[1] / width(self._model.get_submodule(member.module), member.side)
+                    share = member.index.shape[1] / width(layer_at(self._model, member.module), member.side)
                     (into if member.side == "in" else out)[self._at[member.module], number] = share
         by_bit = torch.zeros(len(self._rows), dtype=torch.float64)
         sized = self._kinds.index("size") if "size" in self._kinds else 0

@@ -321,7 +321,8 @@ class Run(Generic[M]):
                 network, ratio, self.skips, self.settings.round_to, at_most=at_most, listening=listening
             )
             cells = (weight for name, module in model.named_modules() for weight in cell_weights(name, module))
-            skipped |= dict.fromkeys(cells, "each of its outputs comes back to all in the next timestep, so they stay")
+            back = "each of its outputs comes back to all in the next timestep, so they stay"
+            skipped |= {w: decays(model).get(w, back) for w in cells if w not in network.layers}
             cut = {name for target in todo for name in target.group.names("neuron")}
             for name, neuron in adapter.neurons(model).items():
                 inner = (f"{name}.{layer}" for layer in weight_layers(neuron) if name not in cut)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from snncompress.errors import OptionError
 from snncompress.interfaces import Granularity
+from snncompress.model.cells import layer_at
 from snncompress.model.network import ChannelGroup, Network, portions
 from snncompress.model.parametrizations import stored_weight
 
@@ -61,7 +62,7 @@ def resolve_skip(skip: Any, network: Network, quantizable: Collection[str], gran
 def left_by_default(model: nn.Module, network: Network, skips: Skips) -> dict[str, float]:
     """Layers that keep their channels, though they could lose some, and their share of all prunable parameters."""
     sizes = {
-        n: stored_weight(model.get_submodule(n)).numel()
+        n: stored_weight(layer_at(model, n)).numel()
         for g in network.groups
         for n in g.names("out")
         if n in network.layers

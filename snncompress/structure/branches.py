@@ -7,6 +7,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
+from snncompress.model.cells import layer_at
 from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, channel_axis, prunable_type, width
 
 
@@ -60,12 +61,12 @@ def possible_reader(
     goes through the group's modules.
     """
     for name, owner in layers.items():
-        layer = model.get_submodule(name)
+        layer = layer_at(model, name)
         seen = not owner or any(member.module.startswith(f"{owner}.") for member in group.members)
         if not seen or not prunable_type(layer):
             continue
         for member in group.members:
-            module = model.get_submodule(member.module)
+            module = layer_at(model, member.module)
             if member.side == "in" or not (member.width or isinstance(module, WEIGHT_LAYERS)):
                 continue
             channels = member.width or width(module, "out")

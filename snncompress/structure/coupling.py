@@ -15,6 +15,7 @@ from math import lcm
 import torch
 from torch import Tensor, nn
 
+from snncompress.model.cells import layer_at
 from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Side, multiplier, prunable_type, width
 
 from .reshaping import UnfitError
@@ -98,7 +99,7 @@ class _Walk:
         return ChannelGroup(tuple(kept), len(kept[0].index), heads, part=any(map(self._in_part, kept)))
 
     def _in_part(self, member: Member) -> bool:
-        module = self.model.get_submodule(member.module)
+        module = layer_at(self.model, member.module)
         weights = member.side == "out" and isinstance(module, WEIGHT_LAYERS)
         return weights and member.index.numel() != width(module, "out")
 
@@ -133,7 +134,7 @@ class _Walk:
     def _pass(self, space: Space) -> None:
         """Through a convolution that makes each channel by itself into several, which go with it."""
         name, side = space
-        times = multiplier(self.model.get_submodule(name))
+        times = multiplier(layer_at(self.model, name))
         if times < 2 or not self.found.links.get(name):
             return
         mine = self.colours[space]
@@ -226,7 +227,7 @@ class _Walk:
     def _member(self, space: Space, colours: Tensor, part: Tensor) -> Member | None:
         """What a part of the colours occupies there; None where that is nothing."""
         name, side = space
-        module = self.model.get_submodule(name)
+        module = layer_at(self.model, name)
         if side == "in" and multiplier(module) > 1:  # which goes with what comes out
             return None
         number = torch.full((self.size + 1,), -1)  # the last for channels without a colour

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch_pruning.dependency import shape_infer
 from torch_pruning.pruner.function import BasePruningFunc
 
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import layer_at
 from snncompress.model.channel_map import ChannelMap
 from snncompress.model.network import (
     WEIGHT_LAYERS,
@@ -142,11 +143,12 @@ class MapPruner(BasePruningFunc):  # type: ignore[misc]
 
 def add_groups(
     network: Network, graph: Graph, model: nn.Module, neurons: dict[str, Site], cells: dict[str, str],
-    skipped: dict[str, str],
+    held: Mapping[str, str], skipped: dict[str, str],
 ) -> None:  # fmt: skip
     """Put into ``network`` what groups its layers form, or why they can't be pruned; ``skipped`` are reasons known.
 
-    ``cells`` are recurrent cells and layers, each with the one neuron that feeds it.
+    ``cells`` are recurrent cells and layers, each with the one neuron that feeds it; ``held`` weights inside neurons,
+    each with those that it drives.
     """
     names = {m: n for n, m in model.named_modules()}
     done: set[str] = set()
@@ -157,9 +159,9 @@ def add_groups(
             network.skipped[layer] = f"{layer} {_CLASSIFIER}"
             continue
         try:
-            group = _read_by(cells, model, _group(graph, model.get_submodule(layer), names, neurons))
+            group = _with_cells(_group(graph, model.get_submodule(layer), names, neurons), cells, held, model)
             if any(
-                multiplier(model.get_submodule(m.module)) > 1 and network.producers.get(m.module) for m in group.members
+                multiplier(layer_at(model, m.module)) > 1 and network.producers.get(m.module) for m in group.members
             ):
                 raise UnfitError(LOST)
         except UnfitError as error:
@@ -180,9 +182,9 @@ def add_groups(
 
 def add_lost_groups(
     network: Network, model: nn.Module, adapter: Adapter, run: Run, sites: dict[str, Site], cells: dict[str, str],
-    skipped: dict[str, str],
+    held: Mapping[str, str], skipped: dict[str, str],
 ) -> None:  # fmt: skip
-    """The same for layers whose channels torch-pruning has lost."""
+    """The same for layers whose channels torch-pruning has lost, as it has those of weights that are ``held``."""
     placed: dict[str, Tensor] = {}
     """Of layers in groups, which channels are."""
 
@@ -190,7 +192,7 @@ def add_lost_groups(
         """Note its channels; False where some are in another group, and not all of that are in this."""
         outs = [m for m in group.members if m.side == "out" and m.module in network.layers]
         for member in outs:
-            channels = width(model.get_submodule(member.module), "out")
+            channels = width(layer_at(model, member.module), "out")
             placed.setdefault(member.module, torch.zeros(channels, dtype=torch.bool))
         if any(bool(placed[m.module][m.index].any()) for m in outs):
             met = [other for other in network.groups if _meet(group, other)]
@@ -213,10 +215,11 @@ def add_lost_groups(
     except Exception:  # the model may not bear other numbers, or write where gradients are needed: they stay lost
         return
     for layer in lost:
-        if layer not in found.widths or (layer in placed and bool(placed[layer].all())):
+        root = held.get(layer, layer)
+        if root not in found.widths or (layer in placed and bool(placed[layer].all())):
             continue
         try:
-            groups = [_read_by(cells, model, group) for group in coupled(layer, model, neurons, found)]
+            groups = [_with_cells(group, cells, held, model) for group in coupled(root, model, neurons, found)]
         except UnfitError:  # why torch-pruning lost them stands there already
             continue
         for group in groups:
@@ -244,9 +247,14 @@ def _contains(group: ChannelGroup, other: ChannelGroup) -> bool:
     return all((m.module, m.side) in mine and torch.equal(mine[m.module, m.side], m.index) for m in other.members)
 
 
-def _read_by(cells: dict[str, str], model: nn.Module, group: ChannelGroup) -> ChannelGroup:
-    """The group with what recurrent cells read of it, as many columns for every channel, as behind a flatten."""
-    found = []
+def _with_cells(
+    group: ChannelGroup, cells: Mapping[str, str], held: Mapping[str, str], model: nn.Module
+) -> ChannelGroup:
+    """The group with what recurrent cells read of it, as many columns for every channel, as behind a flatten.
+
+    And with the rows of weights that its neurons hold.
+    """
+    found = [Member(name, "out", own.index) for name, n in held.items() if (own := group.member(n, "neuron"))]
     for name, neuron in cells.items():
         source = group.member(neuron, "neuron")
         columns, odd = divmod(width(model.get_submodule(name), "in"), source.width if source else 1)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from snncompress.model.cells import layer_at
 from snncompress.model.network import WEIGHT_LAYERS, Member, made_of_one, width
 
 from .reshaping import Key, Touched, UnfitError
@@ -57,7 +58,7 @@ def grouped(module: nn.Module) -> int:
 
 def _grouped(member: Member, model: nn.Module) -> int:
     """The same for a member; 1 where all that a channel is made into goes with it."""
-    module = model.get_submodule(member.module)
+    module = layer_at(model, member.module)
     return 1 if member.side == "out" and made_of_one(module, member.index) else grouped(module)
 
 
@@ -82,7 +83,7 @@ def tied(members: list[Member], runs: int, model: nn.Module) -> list[Member]:
         before = label
         for member in members:
             if (groups := _grouped(member, model)) > 1:
-                per_group = width(model.get_submodule(member.module), member.side) // groups
+                per_group = width(layer_at(model, member.module), member.side) // groups
                 place = member.index % per_group
                 least = torch.full((per_group,), size).scatter_reduce(
                     0, place.flatten(), label[:, None].expand_as(place).flatten(), "amin"

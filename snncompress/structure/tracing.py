@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from snncompress.errors import DataError, ModelError, SNNCompressError
 from snncompress.interfaces import Adapter
-from snncompress.model.cells import cell_weights, input_weights
+from snncompress.model.cells import cell_weights, drivers, input_weights, layer_at
 from snncompress.model.channel_map import ChannelMap
 from snncompress.model.copying import plain_copy
 from snncompress.model.modules import tensors_in
@@ -68,7 +68,8 @@ def _trace(
 
     calls = Calls({name: channel_axis(layer) for name, layer in weights.items()})
     graph = Graph(calls.axes, ignored=[everyone[name] for name in shared])
-    cells = {n: m for n, m in modules.items() if n not in inside and input_weights(m)}
+    held = drivers(neurons)
+    cells = {n: m for n, m in modules.items() if (n not in inside or n in held) and input_weights(m)}
     maps = {n: m for n, m in modules.items() if isinstance(m, ChannelMap)}
     watched = {**weights, **neurons, **norms, **cells, **maps}
     currents: dict[nn.Module, Tensor] = {}
@@ -90,9 +91,15 @@ def _trace(
             return _trace(model, adapter, run, timesteps, groups, found)
     if timesteps not in (None, 1) and {len(x) for x in currents.values()} == {timesteps}:
         raise DataError(time_as_samples(timesteps))
-    layers = tuple(name for name in calls.inputs if name in weights)
-    takers = {n: n for n in layers} | {w: n for n in cells if n in calls.inputs for w in cell_weights(n, cells[n])}
-    fed_by = {name: upstream(calls.inputs[module], calls.named(weights)) for name, module in takers.items()}
+    held = {n: neuron for n, neuron in held.items() if groups and neurons[neuron] in currents}
+    as_layers = {n: f"{n}.weight_ih_l0" for n in held}
+    layers = tuple(as_layers.get(name, name) for name in calls.inputs if name in weights or name in held)
+    takers = {n: n for n in layers if n in weights}
+    takers |= {weight: n for n, cell in cells.items() if n in calls.inputs for weight in cell_weights(n, cell)}
+    fed_by = {
+        name: {as_layers.get(p, p) for p in upstream(calls.inputs[module], calls.named([*weights, *held]))}
+        for name, module in takers.items()
+    }
     visible = upstream([o.grad_fn for o in outputs], calls.named({**weights, **cells}))
     consumed = set().union(*fed_by.values()) if fed_by else set()
     last = [n for n in layers if n in visible and n not in consumed] or [n for n in layers if n in visible][-1:]
@@ -101,7 +108,8 @@ def _trace(
     network = Network(
         layers=layers,
         neurons=tuple(n for n in calls.inputs if n in neurons),
-        drives={name: tuple(n for n, by in reached_by.items() if n in neurons and name in by) for name in layers},
+        drives={name: tuple(n for n, by in reached_by.items() if n in neurons and name in by) for name in layers}
+        | {as_layers[n]: (neuron,) for n, neuron in held.items()},
         producers={name: tuple(p for p in layers if p in by) for name, by in fed_by.items()},
         norms=_norms(calls, norms, stops),
         classifiers=(*last, *(w for w, module in takers.items() if module in visible and module in cells)),
@@ -127,11 +135,12 @@ def _trace(
         n: f"the channels of {n} are part of the model's output" for n in exposed
     }
     sites = {n: Site.of(currents[m], calls.axes) for n, m in neurons.items() if m in currents}
+    rows = {as_layers[cell]: neuron for cell, neuron in held.items()}
     if readable:
-        add_groups(network, graph, copy, sites, readers, skipped)
+        add_groups(network, graph, copy, sites, readers, rows, skipped)
     else:
         network.skipped.update(dict.fromkeys(layers, LOST))
-    add_lost_groups(network, copy, adapter, run, sites, readers, skipped)
+    add_lost_groups(network, copy, adapter, run, sites, readers, rows, skipped)
     for name in network.skipped.keys() & set(layers):
         several = next((n for n in network.drives[name] if len(places.get(neurons[n], ())) > 1), None)
         if several is not None:
@@ -162,7 +171,7 @@ def _shifted(
     """
 
     def way_to(name: str) -> tuple[str, ...] | None:
-        module, sources = model.get_submodule(name), taken.get(name, set())
+        module, sources = layer_at(model, name), taken.get(name, set())
         if not (depthwise(module) or isinstance(module, _BatchNorm)) or name not in made:
             return None
         if sources <= neurons or (depthwise(module) and not any(map(way_to, sources))):
@@ -171,7 +180,7 @@ def _shifted(
         return before and (*before, name)
 
     made, neurons = set(group.names("out")), set(group.names("neuron"))
-    writers = {name for name in made if not multiplier(model.get_submodule(name))}
+    writers = {name for name in made if not multiplier(layer_at(model, name))}
     for reader in group.names("in"):
         if writers & set(network.direct.get(reader, ())):
             continue

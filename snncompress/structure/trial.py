@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from snncompress.errors import SNNCompressError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import layer_at
 from snncompress.model.chance import Steady, seeded
 from snncompress.model.channel_map import ChannelMap
 from snncompress.model.copying import private_copy
@@ -138,10 +139,10 @@ class Trial:
         lost: _Gone = {}
         for group, removed in removals:
             for member in silent_members(group, self.model, self._direct):
-                axis = member.axis or channel_axis(self.model.get_submodule(member.module))
+                axis = member.axis or channel_axis(layer_at(self.model, member.module))
                 _add(silent, member.module, member.index[removed].flatten(), axis)
             for member in group.members:
-                module = self.model.get_submodule(member.module)
+                module = layer_at(self.model, member.module)
                 if member.side == "neuron":
                     _add(lost, member.module, member.index[removed].flatten(), member.axis)
                 elif member.side == "out" and isinstance(module, (*WEIGHT_LAYERS, ChannelMap)):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import input_weights, layer_at
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import ChannelGroup, Member, Network, Side
 from snncompress.model.parametrizations import computed_in_forward
@@ -73,7 +74,7 @@ def _computed(group: ChannelGroup, model: nn.Module) -> str:
     sides: tuple[Side, ...] = ("out", "in")
     for side in sides:
         for name in group.names(side):
-            if why := computed_in_forward(model.get_submodule(name)):
+            if why := computed_in_forward(layer_at(model, name)):
                 return why if side == "out" else f"coupled with {name}: {why}"
     return ""
 
@@ -89,7 +90,9 @@ class _Neurons:
         """Why one of the group's isn't the same without these channels; "" where all are."""
         for member in group.members:
             if member.side == "neuron" and member.module in self._calls:
-                neuron, call = self._model.get_submodule(member.module), self._calls[member.module]
+                neuron, call = layer_at(self._model, member.module), self._calls[member.module]
+                if any(map(input_weights, neuron.modules())):  # tried with its layer's rows: in the network
+                    continue
                 kind = _kind(neuron, call, member)
                 if kind is not None and kind in self._sound:
                     continue

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import snncompress
+from snncompress.contract.detection import find_adapter
 from snncompress.model.cells import layer_at, met_by
+from snncompress.running.data import Feed
+from tests.equivalence import largest_difference
 
 X, Y = torch.rand(5, 3, 8), torch.arange(3)
 
@@ -219,8 +222,50 @@ def test_a_network_whose_neurons_hold_all_weights() -> None:
     model = nn.Sequential(snn.LeakyParallel(8, 12, threshold=0.1), snn.LeakyParallel(12, 4, threshold=0.1))
     small = snncompress.apply(model, "weight_magnitude", 0.5, 4, timesteps=None, data=X)
     assert {e.layer for e in snncompress.plan_of(small).edits} == {"0.rnn.weight_ih_l0", "1.rnn.weight_ih_l0"}
-    with pytest.warns(snncompress.NothingToDoWarning, match="each of its outputs comes back"):
-        snncompress.apply(model, "firing_rate", 0.5, None, data=X)
+    small = snncompress.apply(model, "firing_rate", 0.5, None, data=X, skip=[])
+    assert small[0].rnn.weight_ih_l0.shape == (6, 8)
+
+
+@pytest.mark.parametrize("criterion", ["sca", "magnitude"])
+def test_channels_of_a_leaky_parallel(criterion: str) -> None:
+    """Unit i is relu(W_i x + b_i + d_i m_i): it knows of no other, so it goes with its row, bias, decay, threshold."""
+    torch.manual_seed(0)
+    build = partial(Parallel, beta=0.9, learn_beta=True, spike_grad=lambda x: (x > 0).to(x))
+    model, x = build().double(), X.double()
+    model.l1.threshold = torch.rand(12, dtype=torch.float64) / 4
+    small = snncompress.apply(model, criterion, 0.5, None, data=x, skip=[], repair=None)
+    kept = [i for i in range(12) if i not in snncompress.plan_of(small).removed_channels()["l1.rnn.weight_ih_l0"]]
+    assert torch.equal(small.l1.rnn.weight_ih_l0, model.l1.rnn.weight_ih_l0[kept])
+    assert torch.equal(small.l1.rnn.weight_hh_l0, model.l1.rnn.weight_hh_l0[kept][:, kept])
+    assert torch.equal(small.l1.threshold, model.l1.threshold[kept])
+    assert small.l2.rnn.weight_ih_l0.shape == (4, 6)
+    assert largest_difference(model, small, Feed(find_adapter(model), x)) < 1e-12
+    fresh = build().double()
+    fresh.l1.threshold = torch.rand(12)
+    again = snncompress.plan_of(small).apply(fresh)
+    assert [t.shape for t in again.state_dict().values()] == [t.shape for t in small.state_dict().values()]
+
+
+def test_decays_that_are_left_learn() -> None:
+    torch.manual_seed(0)
+    model = Parallel(beta=0.9, learn_beta=True)
+    small = snncompress.apply(model, "magnitude", 0.5, 4, data=(X, Y), skip=[], finetune=2)
+    weight, decays = small.l1.rnn.weight_ih_l0, small.l1.rnn.weight_hh_l0
+    assert weight.shape == (6, 8)
+    assert all(len(row.unique()) <= 16 for row in weight)
+    assert torch.equal(decays, decays.diag().diag())
+    assert not bool((decays.diag() == 0.9).all())
+    table = snncompress.profile(small, (X, Y))
+    assert next(row for row in table.layers if row.name == "l1.rnn.weight_ih_l0").n_weights == 48
+
+
+@pytest.mark.filterwarnings("ignore::snncompress.NothingToDoWarning")
+def test_units_of_a_leaky_parallel_that_hear_one_another_stay() -> None:
+    model = Parallel(beta=0.3, weight_hh_enable=True)
+    small = snncompress.apply(model, "magnitude", 0.5, None, data=X, skip=[], repair=None)
+    assert small.l1.rnn.weight_ih_l0.shape == (12, 8)
+    why = "each of its outputs comes back to all in the next timestep, so they stay"
+    assert snncompress.plan_of(small).skipped["l1.rnn.weight_ih_l0"] == why
 
 
 def test_weights_inside_neurons_that_stay_have_a_reason() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from snncompress.base.packing import pack_indices, unpack_indices
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import layer_at
 from snncompress.model.fixed_point import remove_channels
 from snncompress.model.modules import number_at, set_number
 from snncompress.model.network import ChannelGroup, prunable_type, remove_from_layer, width
@@ -60,7 +61,7 @@ class RemoveChannels(Edit):
                 member.module,
                 member.side,
                 tuple(sorted(member.index[removed].flatten().tolist())),
-                member.width or width(model.get_submodule(member.module), member.side),
+                member.width or width(layer_at(model, member.module), member.side),
                 member.axis,
             )
             for member in group.members
@@ -116,10 +117,10 @@ class RemoveChannels(Edit):
             shift.apply(model, self._gone())
         for piece in self.slices:
             if piece.side == "neuron":
-                neuron = model.get_submodule(piece.module)
+                neuron = layer_at(model, piece.module)
                 remove_channels(adapter, neuron, list(piece.indices), width=piece.width, axis=piece.axis)
             else:
-                remove_from_layer(model.get_submodule(piece.module), piece.side, list(piece.indices))
+                remove_from_layer(layer_at(model, piece.module), piece.side, list(piece.indices))
         for new in self.widths:
             set_number(model.get_submodule(new.module), new.attribute, new.after)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
+from snncompress.model.cells import layer_at
 from snncompress.model.network import (
     WEIGHT_LAYERS,
     ChannelGroup,
@@ -47,9 +48,9 @@ class SilenceChannels(Edit):
         found: dict[tuple[str, Side], tuple[list[Tensor], int, int]] = {}
         for group, positions in silent:
             outs = (member for member in group.members if member.side == "out")
-            layers = [m for m in outs if isinstance(model.get_submodule(m.module), WEIGHT_LAYERS)]
+            layers = [m for m in outs if isinstance(layer_at(model, m.module), WEIGHT_LAYERS)]
             for member in (*layers, *silent_members(group, model, direct)):
-                size = member.width or width(model.get_submodule(member.module), member.side)
+                size = member.width or width(layer_at(model, member.module), member.side)
                 parts, *_ = found.setdefault((member.module, member.side), ([], size, member.axis))
                 parts.append(member.index[positions].flatten())
         return cls(
@@ -76,7 +77,7 @@ class SilenceChannels(Edit):
         self.check(model)
         give_voice(model)
         for piece in self.slices:
-            module, indices = model.get_submodule(piece.module), torch.tensor(piece.indices, dtype=torch.long)
+            module, indices = layer_at(model, piece.module), torch.tensor(piece.indices, dtype=torch.long)
             if piece.side == "neuron":
                 silence_spikes(module, indices, piece.axis)
             elif piece.side == "in":
