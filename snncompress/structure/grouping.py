@@ -254,14 +254,15 @@ def _with_cells(
 
     And with the rows of weights that its neurons hold.
     """
-    found = [Member(name, "out", own.index) for name, n in held.items() if (own := group.member(n, "neuron"))]
+    rows = [Member(name, "out", own.index) for name, n in held.items() if (own := group.member(n, "neuron"))]
+    reads = []
     for name, neuron in cells.items():
         source = group.member(neuron, "neuron")
         columns, odd = divmod(width(model.get_submodule(name), "in"), source.width if source else 1)
         if source is not None and not odd:
             index = source.index[:, :, None] * columns + torch.arange(columns)
-            found.append(Member(name, "in", index.flatten(1)))
-    return replace(group, members=(*group.members, *found))
+            reads.append(Member(name, "in", index.flatten(1)))
+    return replace(group, members=(*rows, *group.members, *reads))
 
 
 def _why_whole(

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from snncompress.interfaces import Adapter
 from snncompress.model.chance import seeded
@@ -52,30 +52,36 @@ def _for_each(neuron: nn.Module, adapter: Adapter) -> bool:
 
 
 def _is_function(neuron: nn.Module, adapter: Adapter, calls: list[Call], dirty: bool, member: Member) -> bool:
-    call = next(
-        (c for c in calls if _first(c).dim() >= -member.axis and _first(c).shape[member.axis] == member.width), None
-    )
-    if call is None or (dirty and remembers(neuron, adapter, call, member)):
-        return False
     removed = torch.arange(member.width // 2)
-    return not len(removed) or uncuttable(neuron, adapter, call, member, removed) is None
+    mine = [call for call in calls if _width(call, member.axis) == member.width]
+    for call in mine:
+        if dirty and remembers(neuron, adapter, call, member):
+            return False
+        if len(removed) and uncuttable(neuron, adapter, call, member, removed) is not None:
+            return False
+    return bool(mine)
 
 
-def _first(call: Call) -> Tensor:
-    return next(tensors_in(call))
+def _width(call: Call, axis: int) -> int:
+    x = next(tensors_in(call))
+    return x.shape[axis] if x.dim() >= -axis else 0
+
+
+def _form(call: Call) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors_in(call)]
 
 
 def _calls(
     model: nn.Module, adapter: Adapter, run: Run, names: Mapping[str, Any]
 ) -> tuple[dict[str, list[Call]], dict[str, bool]]:
-    """Of each the first call at each shape, and whether it held a state when it was called."""
+    """Of each the calls, one of each form, and whether it ever held a state when it was called."""
     calls: dict[str, list[Call]] = {name: [] for name in names}
     dirty = dict.fromkeys(names, False)
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, named: Any) -> None:
             dirty[name] |= any(tensor.numel() > 1 for tensor in held(module))
-            if all(_first(call).shape != _first((args, named)).shape for call in calls[name]):
+            if all(_form(call) != _form((args, named)) for call in calls[name]):
                 calls[name].append((args, named))
 
         return hook

@@ -2,7 +2,8 @@
 
 Of the library only the plan's text is read. Spikes of removed channels are forced to 0. Where layers write into a
 stream that no neuron closes, what reads it takes in 0 instead: a reader's channel is fed so if it changes with what the
-layers put out while every neuron, and every other layer but depthwise convolutions, puts out the same.
+layers put out while every neuron, and every other layer but depthwise convolutions, puts out the same. Only a neuron
+object of several shapes, none of whose own channels goes, is a wire then.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def silenced(case: Case, edits: list[dict[str, Any]]) -> nn.Module:
     """A copy of the case's network in which nothing comes out of what the edits remove."""
     model = copy.deepcopy(case.model)
     removed = removed_by(edits)
-    direct = _Replay(case)
+    direct = _Replay(case, {name for one in removed for name in one.neurons})
     silent: dict[str, set[int]] = {}
     axes: dict[str, int] = {}
     unread: dict[str, set[int]] = {}
@@ -100,8 +101,9 @@ def _unread(gone: list[int], axis: int) -> Callable[..., Any]:
 class _Replay:
     """Runs the original with random numbers in place of all that neurons and layers put out, the same in every run."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, cut: set[str]) -> None:
         self.case = case
+        self.neurons = [name for name, shapes in _shapes(case).items() if name in cut or len(shapes) < 2]
         self.leaves: dict[tuple[str, int], Tensor] = {}
         self.inputs: dict[str, list[Tensor]] | None = None
 
@@ -123,7 +125,7 @@ class _Replay:
     def _inputs(self, writers: frozenset[str]) -> dict[str, list[Tensor]]:
         """What layers take in where ``writers`` put out something else."""
         model = copy.deepcopy(self.case.model)
-        neurons = neurons_of(model)
+        neurons = self.neurons
         seen: dict[str, list[Tensor]] = {}
         calls: dict[str, int] = {}
         drawn = torch.Generator().manual_seed(0)
@@ -141,12 +143,32 @@ class _Replay:
 
             return replay
 
+        everyone = neurons_of(model)
         for name, module in model.named_modules():
-            inside = any(name.startswith(f"{n}.") for n in neurons)
-            if name in neurons or (isinstance(module, LAYERS) and not inside and not passes_on(module)):
+            inside = any(name.startswith(f"{n}.") for n in everyone)
+            if name in everyone and name not in neurons:
+                module.register_forward_hook(_wire)
+            elif name in neurons or (isinstance(module, LAYERS) and not inside and not passes_on(module)):
                 module.register_forward_hook(hook(name))
         self.case.run(model)
         return seen
+
+
+def _wire(module: nn.Module, args: Any, result: Any) -> Any:
+    return (args[0], *result[1:]) if isinstance(result, tuple) else args[0]
+
+
+def _shapes(case: Case) -> dict[str, set[tuple[int, ...]]]:
+    """Neuron → the shapes of what it is called with."""
+    model = copy.deepcopy(case.model)
+    found: dict[str, set[tuple[int, ...]]] = {}
+    for name in neurons_of(model):
+        shapes = found.setdefault(name, set())
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, shapes=shapes: shapes.add(tuple(args[0].shape))
+        )
+    case.run(model)
+    return found
 
 
 def passes_on(module: nn.Module) -> bool:

@@ -34,10 +34,10 @@ class Unfolded(nn.Module):
 class Explicit(nn.Module):
     """A neuron of snnTorch's whose state is handed in and out, as in a loop over timesteps."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, state: tuple[Tensor, ...] = ()) -> None:
         super().__init__()
         self.inner = inner
-        self.state: tuple[Tensor, ...] = ()
+        self.state = self.first = state
 
     def forward(self, x: Tensor) -> Tensor:
         spikes, *rest = self.inner(x, *self.state)
@@ -356,7 +356,21 @@ class ExplicitLoop(SnnTorch):
     def reset(self, model: nn.Module) -> None:
         for m in model.modules():
             if isinstance(m, Explicit):
-                m.state = ()
+                m.state = m.first
+
+
+class SharedLoop(ExplicitLoop):
+    """The same, with one neuron object behind all layers, which begins with what the last one left, or with nothing."""
+
+    def __init__(self, rng: random.Random, steps: int) -> None:
+        super().__init__(rng, steps)
+        self.state = () if self.odds(0.3) else (torch.zeros(0),)
+        learn = {"learn_beta": self.odds(0.3), "learn_threshold": self.odds(0.3)}
+        reset = self.pick("subtract", "zero", "none")
+        self.one = snn.Leaky(0.7, threshold=0.4, spike_grad=Spike.apply, reset_mechanism=reset, **learn)
+
+    def fire(self, fmt: Format) -> nn.Module:
+        return Explicit(self.one, self.state)
 
 
 class Parallel(SnnTorch):
@@ -428,7 +442,7 @@ class OwnTimeFirst(Own):
 
 
 STYLES: dict[type[Style], int] = {
-    Single: 3, Loop: 2, Multi: 5, Folded: 5, Hidden: 4, HiddenLoop: 2, ExplicitLoop: 4, Parallel: 1,
+    Single: 3, Loop: 2, Multi: 5, Folded: 5, Hidden: 4, HiddenLoop: 2, ExplicitLoop: 4, SharedLoop: 1, Parallel: 1,
     Own: 1, OwnLoop: 1, OwnBatchFirst: 2, OwnTimeFirst: 1,
 }  # fmt: skip
 """With their weights."""
