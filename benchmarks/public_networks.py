@@ -53,6 +53,7 @@ import snncompress
 from snncompress.contract.detection import find_adapter
 from snncompress.interfaces import Adapter
 from snncompress.model.brevitas_layers import without_quantization
+from snncompress.model.cells import layer_at
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import WEIGHT_LAYERS, Network, channel_axis, weight_layers
@@ -265,8 +266,9 @@ def least(model: nn.Module, network: Network) -> float:
 
 def why(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, float]]:
     """Reason → how many layers it holds for, and the share of the weights in them; names are left out of reasons."""
-    names = sorted(dict(model.named_modules()), key=len, reverse=True)
-    sizes = {n: model.get_submodule(n).weight.numel() for n in weight_layers(model) if hasattr(_at(model, n), "weight")}
+    layers: dict[str, Any] = {name: layer_at(model, name) for name in weight_layers(model)}
+    names = sorted({*dict(model.named_modules()), *layers}, key=len, reverse=True)
+    sizes = {name: layer.weight.numel() for name, layer in layers.items() if hasattr(layer, "weight")}
     total, found = sum(sizes.values()), defaultdict(lambda: (0, 0.0))
     for layer, reason in skipped.items():
         for name in names:
@@ -275,13 +277,6 @@ def why(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, tuple[int, fl
         number, share = found[reason]
         found[reason] = number + 1, share + sizes.get(layer, 0) / max(1, total)
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
-
-
-def _at(model: nn.Module, name: str) -> Any:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:  # a cell's own weights have names of their own
-        return None
 
 
 # -- is it the same? --

@@ -128,7 +128,7 @@ class SNNTorchAdapter(Adapter):
 
         Of a LeakyParallel all but the weight of its input, which is a layer.
         """
-        if _decays(neuron) is not None:
+        if _derives(neuron, "LeakyParallel"):  # whatever its decays are: on a blank network a plan is replayed
             _remove_units(neuron, indices)
             remove_along(neuron, indices, width=width, axis=axis)
             return
