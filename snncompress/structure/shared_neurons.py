@@ -7,7 +7,7 @@ but what it is handed or what has been reset, as a state that doesn't fit is beg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,26 +23,31 @@ from snncompress.running.data import Run
 
 from .neuron_trial import Call, held, remembers, uncuttable
 
-Axes = Mapping[int, int]
-"""Number of channels → the axis on which they stand."""
+Places = Set[tuple[int, int]]
+"""Numbers of channels of a neuron's inputs, each with the axis on which they stand."""
 
 
-def functions(model: nn.Module, adapter: Adapter, run: Run, places: Mapping[str, Axes]) -> tuple[str, ...]:
+def several_widths(places: Places) -> bool:
+    """Do these differ in their number of channels?"""
+    return len({width for width, _ in places}) > 1
+
+
+def functions(model: nn.Module, adapter: Adapter, run: Run, places: Mapping[str, Places]) -> tuple[str, ...]:
     """Those among neurons of several widths whose calls know nothing of one another."""
     neurons = adapter.neurons(model)
-    asked = {name: axes for name, axes in places.items() if len(axes) > 1 and not _for_each(neurons[name], adapter)}
+    asked = {n: found for n, found in places.items() if several_widths(found) and not _for_each(neurons[n], adapter)}
     if not asked:
         return ()
     calls, dirty = _calls(model, adapter, run, asked)
     return tuple(
         name
-        for name, axes in asked.items()
-        if all(_is_function(neurons[name], adapter, calls[name], dirty[name], m) for m in _members(name, axes))
+        for name, found in asked.items()
+        if all(_is_function(neurons[name], adapter, calls[name], dirty[name], m) for m in _members(name, found))
     )
 
 
-def _members(name: str, axes: Axes) -> Iterator[Member]:
-    for width, axis in axes.items():
+def _members(name: str, places: Places) -> Iterator[Member]:
+    for width, axis in sorted(places):
         yield Member(name, "neuron", torch.arange(width)[:, None], width, axis)
 
 

@@ -37,7 +37,7 @@ from snncompress.running.data import Run, time_as_samples
 from .calls import Calls, upstream
 from .grouping import LOST, Graph, MapPruner, NeuronPruner, Site, add_groups, add_lost_groups
 from .recurrent import CellPruner, in_one_node
-from .shared_neurons import functions
+from .shared_neurons import functions, several_widths
 from .trial import full_precision
 from .verifying import leave_out_what_breaks
 
@@ -73,12 +73,12 @@ def _trace(
     maps = {n: m for n, m in modules.items() if isinstance(m, ChannelMap)}
     watched = {**weights, **neurons, **norms, **cells, **maps}
     currents: dict[nn.Module, Tensor] = {}
-    places: dict[nn.Module, dict[int, int]] = {}
+    places: dict[nn.Module, set[tuple[int, int]]] = {}
 
     def wire(neuron: nn.Module, x: Tensor) -> Tensor:
         currents[neuron] = x
         site = Site.of(x, calls.axes)
-        places.setdefault(neuron, {})[site.width] = site.axis
+        places.setdefault(neuron, set()).add((site.width, site.axis))
         return x * 1.0  # out of place: the input keeps its own node in the graph
 
     with in_one_node(copy), adapter.identities(copy, wire), calls.watching(watched), warnings.catch_warnings():
@@ -142,7 +142,7 @@ def _trace(
         network.skipped.update(dict.fromkeys(layers, LOST))
     add_lost_groups(network, copy, adapter, run, sites, readers, rows, skipped)
     for name in network.skipped.keys() & set(layers):
-        several = next((n for n in network.drives[name] if len(places.get(neurons[n], ())) > 1), None)
+        several = next((n for n in network.drives[name] if several_widths(places.get(neurons[n], set()))), None)
         if several is not None:
             network.skipped[name] = f"{several} is one neuron for layers of several widths"
     everything = calls.named(watched)
