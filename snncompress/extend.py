@@ -37,6 +37,7 @@ from .interfaces import (
     StateGrid,
     Target,
 )
+from .model.computed_once import Remembered
 from .model.modules import patched, remove_along, stacked, without
 from .model.network import remove_from_layer
 from .model.one_step import all_steps, first_step, through
@@ -65,6 +66,7 @@ __all__ = [
     "Pooling",
     "Quantizer",
     "Reader",
+    "Remembered",
     "SNNCompressError",
     "Scheduler",
     "Scope",

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from snncompress.extend import Remembered
+
 Gamma = Literal["mse", "l1_mean", "max", "percentile"]
 
 _COARSE, _FINE, _FITS = 8, 3, 2
@@ -20,11 +22,12 @@ def range_of(
     percentile: float,
     steps: Tensor,
     dtype: torch.dtype,
+    before: Remembered | None = None,
 ) -> Tensor:
     """γ: a 0-dim tensor, or with ``channel_dim`` one value per channel that broadcasts against the weight.
 
     ``steps`` are those of the grid and ``dtype`` is that of the quantized weight, for "mse". Without any weight that
-    exists γ is 0.
+    exists γ is 0. Where ``before`` remembers γ of the same weights, nothing is computed.
     """
     if gamma == "one":
         return weight.new_ones(())
@@ -32,15 +35,18 @@ def range_of(
         rows = weight.reshape(1, -1)
     else:
         rows = weight.movedim(channel_dim, 0).reshape(weight.shape[channel_dim], -1)
-    if gamma == "mse":
-        result = _least_error(rows, steps, dtype)
-    elif gamma == "l1_mean":
-        result = _mean(rows)
-    elif gamma == "max":
-        result = rows.abs().amax(1)
-    else:
+
+    def of_rows() -> Tensor:
+        if gamma == "mse":
+            return _least_error(rows, steps, dtype)
+        if gamma == "l1_mean":
+            return _mean(rows)
+        if gamma == "max":
+            return rows.abs().amax(1)
         low, high = _percentiles(rows, percentile)
-        result = torch.maximum(low.abs(), high.abs()).flatten().where(rows.any(1), 0.0)
+        return torch.maximum(low.abs(), high.abs()).flatten().where(rows.any(1), 0.0)
+
+    result = of_rows() if before is None else before.of(rows, (gamma, percentile, steps, dtype), of_rows)
     if channel_dim is None:
         return result.reshape(())
     shape = [1] * weight.dim()

@@ -12,6 +12,8 @@ from brevitas.inject import ExtendedInjector, value
 from brevitas.proxy import WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
+from snncompress.extend import Remembered
+
 from .gamma import Gamma, range_of, scale_of
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -37,7 +39,8 @@ class ReScaWScaling(nn.Module):
     """Brevitas' ``scaling_impl``: (weight, s) → 2γ/s, with γ from the weight as it is now and constant
     backward.
 
-    An all-zero weight has γ = 0; its scale is the smallest normal number instead.
+    An all-zero weight has γ = 0; its scale is the smallest normal number instead. γ is remembered until the weight is
+    another.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class ReScaWScaling(nn.Module):
         self.gamma = gamma
         self.percentile = percentile
         self.channel_dim = channel_dim if per_channel else None
+        self._before = Remembered()
 
     def forward(self, x: Tensor, steps: Tensor) -> Tensor:
         """[C, ...] → [] or one scale per channel."""
         x = x.detach()
         wide = x.float() if x.dtype in _HALF else x
-        return scale_of(range_of(wide, self.gamma, self.channel_dim, self.percentile, steps, x.dtype), steps)
+        gamma = range_of(wide, self.gamma, self.channel_dim, self.percentile, steps, x.dtype, self._before)
+        return scale_of(gamma, steps)
 
 
 class ReScaWZeroPoint(nn.Module):

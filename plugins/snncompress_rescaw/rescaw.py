@@ -24,8 +24,9 @@ class ReScaW(Quantizer):
 
     In Brevitas' terms an unsigned b-bit quantizer with scale 2γ/s and zero-point s/2. The zero-point is a
     half-integer: **the grid has no zero**, so a weight that is pruned must be masked after the quantizer. γ
-    is computed from the weight at every forward and is a constant in the backward pass. It is a statistic of
-    the weights that exist (≠ 0): pruning single weights doesn't shrink the grid of those that are left.
+    is that of the weight as it is at every forward (it is remembered while the weight stays the same) and a constant
+    in the backward pass. It is a statistic of the weights that exist (≠ 0): pruning single weights doesn't shrink the
+    grid of those that are left.
 
     The default is for networks that are used, or fine-tuned, from where quantization leaves them: the least error,
     channel by channel. Training as the paper does starts from ``ReScaW(gamma="l1_mean", per_channel=False)``. Without
