@@ -89,8 +89,10 @@ def fan_out(
     weight = _weight(layer).detach()
     # In float64; on the CPU where the device has none.
     device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-    mask = torch.ones_like(weight, dtype=torch.bool) if zero_weights else weight.ne(0)
-    mask = _summed_outputs(layer, mask.to(device)).double()
+    # in float32, where the sum of a layer's outputs is a whole number that is exact, as summing booleans takes long
+    mask = torch.empty_like(weight, dtype=torch.float32, device=device)
+    mask = mask.fill_(1) if zero_weights else torch.ne(weight.to(device), 0, out=mask)
+    mask = _summed_outputs(layer, mask).double()
     if isinstance(layer, nn.Linear):
         return mask[0]
     # Users may run their model in inference mode, where no gradient could be taken.

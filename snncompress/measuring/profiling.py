@@ -365,7 +365,7 @@ class _Meter:
                 used = weight_in_use(module)
                 weight = module.weight if used is None else used
                 n_weights, input_rate = weight.numel(), counter.input_rate
-                sparsity = int(weight.eq(0).sum()) / n_weights if n_weights else 0.0
+                sparsity = (n_weights - int(weight.count_nonzero())) / n_weights if n_weights else 0.0
                 bits = weight_bits(module) or brevitas_bits(module) or FLOAT_BITS
                 memory = counter.memory(divisor, bits)
             elif name in self.neurons:
