@@ -179,7 +179,7 @@ class FiringRate(Criterion):
 
     def observe(self, layer: Layer, state: _Sum, spikes: Tensor, membrane: Tensor | None) -> _Sum:
         """Count spikes."""
-        # written as numbers at once: count_nonzero takes ten times as long, and turning booleans into numbers four times
+        # written as numbers at once: count_nonzero takes ten times as long, turning booleans into numbers four times
         fired = torch.ne(spikes.detach(), 0, out=torch.empty_like(spikes, dtype=torch.float32, requires_grad=False))
         per_map = fired.flatten(3).sum(3) if fired.dim() > 3 else fired
         state.total += per_map.double().sum((0, 1))

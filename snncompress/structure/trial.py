@@ -169,9 +169,9 @@ class Trial:
             return bent(x) if names[neuron] in self._shared else notes.neuron(names[neuron], x)
 
         with torch.no_grad(), seeded(model), Steady(), ExitStack() as stack:
-            stack.enter_context(self.adapter.identities(model, stand_in))
-            for layer in layers:
+            for layer in layers:  # first, so that of layers which repeat their first timestep that alone is noted
                 stack.enter_context(patched(layer, "forward", notes.layer(names[layer], layer)))
+            stack.enter_context(self.adapter.identities(model, stand_in))
             try:
                 result = self.run(model)
             except Exception as error:  # the model is the user's: anything can come out of it
@@ -289,7 +289,7 @@ class _Notes:
             scale = 1 / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
         self.scales[name].append(scale)
         x = x * scale
-        if not bool(x.isfinite().all()):
+        if not (bool(x.sum().isfinite()) or bool(x.isfinite().all())):  # a finite sum tells of all
             self._stop(name, f"a trial with random weights gave NaN or infinite numbers at {name}, which tells nothing")
         known = self.outputs.setdefault(name, [])
         if len(known) == _CALLS:
