@@ -112,6 +112,12 @@ def _non_leaves(value: Any) -> Iterator[Tensor]:
             yield from _non_leaves(item)
 
 
+def discard(copy: nn.Module) -> None:
+    """Free the memory of a copy that isn't needed any more, though something may still hold on to it in a circle."""
+    for parameter in copy.parameters():
+        parameter.data, parameter.grad = parameter.data.new_empty(0), None
+
+
 def plain_copy(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A private copy in eval mode with plain weights that all require a gradient, ready to be traced."""
     copy = private_copy(model, adapter).eval()

@@ -79,6 +79,12 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             reshaping.restart()
         return super().get_pruning_group(*args, **kwargs)
 
+    def forget(self) -> None:
+        """Let go of what was traced: nodes hold on to one another, to modules and, through autograd, to activations."""
+        nodes = getattr(self, "module2node", {})  # none where torch-pruning gave up
+        for node in nodes.values():
+            vars(node).clear()
+
     def _flattens(self, node: Any) -> bool:
         before = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
         after = [m.shape for m in node.grad_fn._input_metadata]

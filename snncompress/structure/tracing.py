@@ -19,7 +19,7 @@ from snncompress.errors import DataError, ModelError, SNNCompressError
 from snncompress.interfaces import Adapter
 from snncompress.model.cells import cell_weights, drivers, input_weights, layer_at
 from snncompress.model.channel_map import ChannelMap
-from snncompress.model.copying import plain_copy
+from snncompress.model.copying import discard, plain_copy
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import (
     WEIGHT_LAYERS,
@@ -59,6 +59,23 @@ def _trace(
     model: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, groups: bool, shared: tuple[str, ...] = ()
 ) -> Network:
     copy = plain_copy(model, adapter)
+    try:
+        found = _structure(copy, adapter, run, timesteps, groups, shared)
+        if isinstance(found, Network):
+            leave_out_what_breaks(found, copy, adapter, run)
+            return found
+    finally:
+        discard(copy)
+    return _trace(model, adapter, run, timesteps, groups, found)
+
+
+def _structure(
+    copy: nn.Module, adapter: Adapter, run: Run, timesteps: int | None, groups: bool, shared: tuple[str, ...]
+) -> Network | tuple[str, ...]:
+    """The network with the groups that were found and not tried yet; the activations are gone when it returns.
+
+    Or the neurons that are to be looked through, as functions that several layers share.
+    """
     modules = dict(copy.named_modules())
     everyone = adapter.neurons(copy)
     neurons = {n: m for n, m in everyone.items() if n not in shared}
@@ -88,7 +105,8 @@ def _trace(
     if groups and not shared:
         found = functions(copy, adapter, run, {n: places[m] for n, m in neurons.items() if m in places})
         if found:
-            return _trace(model, adapter, run, timesteps, groups, found)
+            graph.forget()
+            return found
     if timesteps not in (None, 1) and {len(x) for x in currents.values()} == {timesteps}:
         raise DataError(time_as_samples(timesteps))
     held = {n: neuron for n, neuron in held.items() if groups and neurons[neuron] in currents}
@@ -148,7 +166,7 @@ def _trace(
     everything = calls.named(watched)
     taken = {name: upstream(nodes, everything) for name, nodes in calls.inputs.items()}
     network.groups = [replace(group, shifted=tuple(_shifted(group, network, taken, copy))) for group in network.groups]
-    leave_out_what_breaks(network, copy, adapter, run)
+    graph.forget()
     return network
 
 

@@ -355,9 +355,12 @@ def _randomize(model: nn.Module, adapter: Adapter, generator: torch.Generator) -
     """Other parameters, so that none is 0 by chance or by its initialization; what neurons hold stays."""
 
     def between(low: float, high: float, like: Tensor) -> Tensor:
-        few = torch.empty(min(like.numel(), _NUMBERS)).uniform_(low, high, generator=generator)
-        many = few if like.numel() == len(few) else few.repeat(-(-like.numel() // len(few)))[: like.numel()]
-        return many.view(like.shape).to(like)
+        return torch.empty(min(like.numel(), _NUMBERS)).uniform_(low, high, generator=generator)
+
+    def all_between(low: float, high: float, like: Tensor) -> Tensor:
+        made = torch.empty_like(like)
+        _fill(made, between(low, high, like))
+        return made
 
     done = {p for neuron in adapter.neurons(model).values() for p in neuron.parameters()}
     for module in model.modules():
@@ -368,10 +371,20 @@ def _randomize(model: nn.Module, adapter: Adapter, generator: torch.Generator) -
             offsets = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
             new = {n: between(o, o + 0.3, t) for n, o in offsets.items() if (t := getattr(module, n, None)) is not None}
         else:
-            own = dict(module.named_parameters(recurse=False))
-            new = {n: p * between(1, 1.3, p) + between(0, 0.03, p) for n, p in own.items() if p.is_floating_point()}
+            own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+            new = {n: p * all_between(1, 1.3, p) + all_between(0, 0.03, p) for n, p in own.items()}
         for name, values in new.items():
             tensor = getattr(module, name)
             if tensor not in done:
-                tensor.data.copy_(values)
+                _fill(tensor.data, values)
                 done.add(tensor)
+
+
+def _fill(tensor: Tensor, numbers: Tensor) -> None:
+    """Write the numbers into the tensor, in order and again and again."""
+    flat = tensor.view(-1) if tensor.is_contiguous() else torch.empty(tensor.numel(), dtype=tensor.dtype)
+    numbers = numbers.detach().flatten()
+    for part in torch.split(flat, max(1, len(numbers))):
+        part.copy_(numbers[: len(part)])
+    if not tensor.is_contiguous():
+        tensor.copy_(flat.view(tensor.shape))
