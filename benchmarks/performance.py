@@ -13,6 +13,7 @@ but what scoring costs, and prints it. Writes benchmarks/results/performance.md.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import os
 import platform
@@ -29,13 +30,15 @@ from typing import Any
 import inference
 import snntorch
 import torch
-from spikingjelly.activation_based import functional
+import torch_pruning as tp
+from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 from vgg16 import vgg16
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import snncompress
+from examples.networks.blocks import Residual, add_classifier, add_conv, convs
 from examples.networks.sew_resnet18 import sew_resnet18
 from snncompress.contract.detection import find_adapter
 from snncompress.contract.registry import registry
@@ -235,10 +238,62 @@ def loops(repeats: int, add: Row) -> None:
     add(f"{what}: 4 bits / dense", ratio(run(quantized), run(mlp), 3 * repeats), "≤ 1.3")
 
 
+def pruning(repeats: int, add: Row) -> None:
+    """apply(magnitude) beside torch-pruning by itself, on the same network with ReLUs in the place of neurons."""
+    x = images(1)
+    for name, build in (("VGG-16", vgg16), ("SEW-ResNet18", sew), ("SEW-ResNet50", sew_resnet50)):
+        model = build().eval()
+        twin = relu_twin(model)
+
+        def ours(model: nn.Module = model) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                snncompress.apply(
+                    model, "magnitude", 0.5, None, data=x, timesteps=T, repair=None, skip=[], progress=False
+                )
+
+        def alone(twin: nn.Module = twin) -> None:
+            small = copy.deepcopy(twin)
+            heads = [m for m in small.modules() if isinstance(m, nn.Linear)]
+            importance = tp.importance.GroupMagnitudeImportance(p=1)
+            tp.pruner.BasePruner(small, x, importance, pruning_ratio=0.5, ignored_layers=heads).step()
+
+        add(f"apply(magnitude) / torch-pruning alone on the ReLU twin, {name}", ratio(ours, alone, repeats), "≤ 1.3")
+
+
+def relu_twin(model: nn.Module) -> nn.Module:
+    """The network with a ReLU for each neuron, for inputs without a time axis."""
+    twin = copy.deepcopy(model)
+    functional.set_step_mode(twin, "s")
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, neuron.LIFNode):
+            owner, _, attribute = name.rpartition(".")
+            setattr(twin.get_submodule(owner), attribute, nn.ReLU())
+    return twin.eval()
+
+
 def sew() -> nn.Module:
     model = sew_resnet18()
     functional.set_step_mode(model, "m")
     return model
+
+
+def sew_resnet50() -> nn.Module:
+    """Bottlenecks in the place of the blocks of SEW-ResNet18: 3, 4, 6 and 3 of them."""
+    net = nn.Sequential()
+    add_conv(net, 1, 3, 64, 3)
+    before = 64
+    for number, blocks in enumerate((3, 4, 6, 3), start=1):
+        width, stage = 64 * 2 ** (number - 1), nn.Sequential()
+        for block in range(blocks):
+            stride = 2 if number > 1 and block == 0 else 1
+            branch = convs((before, width, 1), (width, width, 3, stride), (width, 4 * width, 1))
+            stage.append(Residual(branch, convs((before, 4 * width, 1, stride)) if block == 0 else None))
+            before = 4 * width
+        net.add_module(f"layer{number}", stage)
+    add_classifier(net, before, 10)
+    functional.set_step_mode(net, "m")
+    return net
 
 
 NETWORKS = {"vgg16": vgg16, "sew": sew}
@@ -351,6 +406,7 @@ def main() -> None:
         rows.append((what, f"{(above - own) / size:.2f}", "one run", "≤ 2"))
         print(rows[-1], flush=True)
 
+    pruning(max(3, repeats // 3), add)
     x = bench.data[0]
 
     def tracing(steps: int) -> Callable[[], object]:
