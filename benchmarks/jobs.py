@@ -19,7 +19,7 @@ def known(path: Path) -> dict[str, dict[str, Any]]:
     return {row["case"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
-def note(path: Path, case: str, figures: Mapping[str, float], device: str) -> None:
+def note(path: Path, case: str, figures: Mapping[str, Any], device: str) -> None:
     """Append a row."""
     row = {"case": case, "figures": dict(figures), "where": here(device)}
     with path.open("a") as file:

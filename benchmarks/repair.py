@@ -66,7 +66,7 @@ def job(case: Case) -> dict[str, float]:
     small, seconds = compressed(task, dense, case)
     if case.tune:
         torch.manual_seed(case.seed)
-        task.tune(small, case.lr)
+        task.tune(small, case.lr, case.seed)
     return {"accuracy": task.accuracy(small, case.seed), "seconds": seconds}
 
 

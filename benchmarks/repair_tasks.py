@@ -79,7 +79,8 @@ class Task:
     def test(self, seed: int) -> Any:
         return DataLoader(TensorDataset(*self.data["test"]), 250)
 
-    def tune(self, net: nn.Module, lr: float) -> None:
+    def tune(self, net: nn.Module, lr: float, seed: int) -> None:
+        """One epoch, on what the network of this seed was trained on."""
         loader = DataLoader(TensorDataset(*self.some("train", self.epoch, 0)), 64, shuffle=True)
         snncompress.finetune(net, loader, epochs=1, lr=lr, timesteps=self.timesteps, progress=False)
 
@@ -155,6 +156,10 @@ class NMnist(Task):
 
     def test(self, seed: int) -> Any:
         return nmnist.Batches(*self.recordings, self.fold(seed)[1], shuffle=False)
+
+    def tune(self, net: nn.Module, lr: float, seed: int) -> None:
+        batches = nmnist.Batches(*self.recordings, self.fold(seed)[0])
+        snncompress.finetune(net, batches, epochs=1, lr=lr, progress=False)
 
 
 class Cifar(Task):

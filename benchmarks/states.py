@@ -91,7 +91,7 @@ def job_tuned(name: str, seed: int, weights: int) -> Iterator[tuple[str, dict[st
     for states in (states for bits, states in TUNED if bits == weights):
         torch.manual_seed(seed)
         net = copy.deepcopy(fixed(task, small, seed, states))
-        task.tune(net, 1e-3)
+        task.tune(net, 1e-3, seed)
         yield f"{name} {seed} {weights} {states} tuned", {"accuracy": task.accuracy(net, seed)}
 
 
