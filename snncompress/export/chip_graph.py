@@ -41,7 +41,7 @@ def whole_numbers(layer: nn.Module) -> Tensor | None:
         return None
     grid, numbers = found
     times = 1 if float(grid.zero_point).is_integer() else 2
-    whole = ((numbers - grid.zero_point) * times).round()
+    whole = ((numbers - grid.zero_point) * times).round().where(grid.nonzero(numbers), 0.0)
     mask = weight_mask(layer)
     return whole if mask is None else whole * compression.turned(mask)
 

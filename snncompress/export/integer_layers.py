@@ -54,7 +54,7 @@ def codes(grid: Grid, numbers: Tensor, mask: Tensor | None) -> Codes | str:
     """
     for step in (1, 2):
         if (grid.zero_point * step).is_integer():
-            exact = (numbers - grid.zero_point) * step
+            exact = ((numbers - grid.zero_point) * step).where(grid.nonzero(numbers), 0.0)
             exact = exact if mask is None else torch.where(mask, exact, 0.0)
             if not exact.numel() or -128 <= float(exact.min()) <= float(exact.max()) <= 127:
                 return Codes(exact.to(torch.int8), bits=grid.bits)

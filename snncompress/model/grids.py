@@ -31,6 +31,15 @@ class Grid:
         """
         return ((numbers.to(self.scale.dtype) - self.zero_point) * self.scale).to(dtype)
 
+    def nonzero(self, numbers: Tensor) -> Tensor:
+        """Which numbers stand for another value than 0: none of a scale so small that half of it is 0.
+
+        >>> Grid(torch.tensor([[1.0], [1e-45]]), 0.5, 1).nonzero(torch.tensor([[0, 1], [0, 1]]))
+        tensor([[ True,  True],
+                [False, False]])
+        """
+        return self.values(numbers, self.scale.dtype) != 0
+
     def numbers(self, values: Tensor) -> Tensor:
         """The numbers of the nearest values, as floats; the gradient passes straight through."""
         numbers, last = values.to(self.scale.dtype) / self.scale + self.zero_point, 2.0**self.bits - 1

@@ -296,6 +296,9 @@ def gridded(compression: CompressedWeight, stored: Tensor) -> tuple[Grid, Tensor
         kept = torch.ones_like(value, dtype=torch.bool)
         if compression.mask is not None:
             kept = compression.turned(compression.mask)
+        if not zero_point.is_integer():  # 0 lies between two values; where all are 0, so close that they are 0 too
+            empty = ~value.flatten(1).any(1)
+            scale = scale.where(~(empty.view(scale.shape) if scale.dim() else empty.all()), _least(scale.dtype))
         whole = torch.round(value.to(scale.dtype) / scale + zero_point)[kept]
         span = 2**compression.bits
         low = float(whole.min()) if whole.numel() else 0.0
@@ -305,6 +308,11 @@ def gridded(compression: CompressedWeight, stored: Tensor) -> tuple[Grid, Tensor
             if torch.equal(grid.values(numbers, value.dtype)[kept], value[kept]):
                 return grid, numbers
     return None
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The least number above 0, half of which is 0."""
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
 def hold(compression: CompressedWeight, grid: Grid) -> None:

@@ -255,6 +255,7 @@ class LayerFit:
             return
         values = (numbers - grid.zero_point) * scale
         exists = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
+        exists = exists & weights.any(2, keepdim=True)  # rows of zeros stay so
         yield values.where(exists, 0.0)
         inside = 0.499 * scale
         low = torch.where(numbers > 0, values - inside, -torch.inf)
