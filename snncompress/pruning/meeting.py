@@ -183,6 +183,24 @@ Guess = Callable[[Mapping[str, float]], tuple[dict[str, Any], bool]]
 
 
 def _guess(table: Bench[Any], settings: Settings, skip: Any, before: Profile, kinds: tuple[str, ...]) -> Guess:
+    """With the ratios and bits, which layers these spare, and why those stay that no budget is about."""
+    first, guess = _guesses(table, settings, skip, before, kinds)
+    asking = " and ".join(what for what, there in (("budget", kinds), ("target", settings.chip)) if there)
+    nothing = f"{asking} take nothing from it" if " " in asking else f"the {asking} takes nothing from it"
+
+    def told(goals: Mapping[str, float]) -> tuple[dict[str, Any], bool]:
+        found, enough = guess(goals)
+        ratios = found["ratio"] if isinstance(found["ratio"], Mapping) else {}
+        spared = {name: nothing for name, ratio in ratios.items() if not ratio}
+        return {**found, "spared": {**first.skipped, **spared}}, enough
+
+    return told
+
+
+def _guesses(
+    table: Bench[Any], settings: Settings, skip: Any, before: Profile, kinds: tuple[str, ...]
+) -> tuple[Run[Any], Guess]:
+    """The run from which as much goes as may, and what is guessed from it."""
     auto = settings.bits == "auto"
     ceiling = _CEILING if settings.ratio is None else settings.ratio
     first = Run(
@@ -201,14 +219,14 @@ def _guess(table: Bench[Any], settings: Settings, skip: Any, before: Profile, ki
         if chip is not None:
             chip.check()
         if not kinds:
-            return lambda goals: ({"ratio": settings.ratio or 0.0}, True)
-        return _shares(pruning, before, kinds)
+            return first, lambda goals: ({"ratio": settings.ratio or 0.0}, True)
+        return first, _shares(pruning, before, kinds)
     if pruning is not None and not isinstance(pruning, ChannelPruning):
         raise OptionError("A budget is met by removing channels, or single weights, and criterion= ranks whole blocks.")
     targets = [] if pruning is None else pruning.targets
     scores = {} if pruning is None or not targets else pruning.score(table.feed, settings.seed + 1, False)
     allocation = Allocation(first.model, first.network, targets, scores, before, kinds, quantized, errors, chip)
-    return allocation.meet
+    return first, allocation.meet
 
 
 def _shares(pruning: WeightPruning, before: Profile, kinds: tuple[str, ...]) -> Guess:

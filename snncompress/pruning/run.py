@@ -318,7 +318,13 @@ class Run(Generic[M]):
             at_most, growth = self.settings.at_most, self.settings.growth
             listening = listens(criterion) or (growth is not None and listens(growth))
             todo, skipped = targets(
-                network, ratio, self.skips, self.settings.round_to, at_most=at_most, listening=listening
+                network,
+                ratio,
+                self.skips,
+                self.settings.round_to,
+                self.settings.spared,
+                at_most=at_most,
+                listening=listening,
             )
             cells = (weight for name, module in model.named_modules() for weight in cell_weights(name, module))
             back = "each of its outputs comes back to all in the next timestep, so they stay"
@@ -331,7 +337,8 @@ class Run(Generic[M]):
             confirm = confirming(adapter, self.feed.example(), network)
             return ChannelPruning(model, adapter, criterion, network, todo, confirm), skipped
         unused = {name: why for name, why in network.skipped.items() if name not in network.layers}
-        ratios, skipped = weight_ratios(weight_layers(model), ratio, self.skips, unused | computed_or_shared(model))
+        unusable = unused | computed_or_shared(model)
+        ratios, skipped = weight_ratios(weight_layers(model), ratio, self.skips, unusable, self.settings.spared)
         return WeightPruning(model, adapter, criterion, network, ratios), skipped
 
 

@@ -159,15 +159,17 @@ class Target:
 
 
 def targets(
-    network: Network, ratio: Any, skips: Skips, round_to: int = 1, *, at_most: bool = False, listening: bool = False
-) -> tuple[list[Target], dict[str, str]]:
+    network: Network, ratio: Any, skips: Skips, round_to: int = 1, spared: Mapping[str, str] | None = None,
+    *, at_most: bool = False, listening: bool = False,
+) -> tuple[list[Target], dict[str, str]]:  # fmt: skip
     """The groups to prune, and why the other layers stay whole.
 
     A coupled group follows the smallest ratio among its layers, since no layer may lose more than asked; so do groups
     that must stay in proportion, and where one of them stays, all do. Of a layer's parts, each follows its own. Where
-    groups have a multiple of ``round_to`` channels, they are left one. With ``at_most`` ratios are the most that may
-    go, and some channels stay in any case. With ``listening`` groups without a neuron, of which a criterion of spikes
-    hears nothing, stay whole.
+    groups have a multiple of ``round_to`` channels, they are left one. Layers that are ``spared`` stay for the reason
+    that is given with them, where their ratio is 0. With ``at_most`` ratios are the most that may go, and some channels
+    stay in any case. With ``listening`` groups without a neuron, of which a criterion of spikes hears nothing, stay
+    whole.
     """
     ratios: dict[str, float] = per_layer(ratio, network.layers, "ratio", check_ratio)
     skipped = dict(network.skipped)
@@ -185,7 +187,7 @@ def targets(
         smallest = min(names, key=lambda n: ratios.get(n, 0.0))
         share = ratios.get(smallest, 0.0)
         if share == 0:
-            reason = "ratio is 0" if smallest in ratios else "no key of ratio matches it"
+            reason = _why_none(smallest, ratios, spared)
             for n in names:
                 skipped[n] = reason if n == smallest else f"coupled with {smallest}: {reason}"
             continue
@@ -207,6 +209,11 @@ def targets(
             )
     cut = {name for target in found for name in target.group.names("out")}  # if only in part
     return found, {name: why for name, why in skipped.items() if name not in cut}
+
+
+def _why_none(name: str, ratios: Mapping[str, float], spared: Mapping[str, str] | None) -> str:
+    """Why nothing is to go from a layer."""
+    return (spared or {}).get(name) or ("ratio is 0" if name in ratios else "no key of ratio matches it")
 
 
 def in_step(found: list[Target], network: Network) -> list[list[Target]]:
@@ -242,14 +249,15 @@ def _in_proportion(
 
 
 def weight_ratios(
-    names: Collection[str], ratio: Any, skips: Skips, unusable: Mapping[str, str]
-) -> tuple[dict[str, float], dict[str, str]]:
+    names: Collection[str], ratio: Any, skips: Skips, unusable: Mapping[str, str],
+    spared: Mapping[str, str] | None = None,
+) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
     """Layer → share of its weights to remove, and why the other layers stay whole."""
     ratios: dict[str, float] = per_layer(ratio, names, "ratio", check_ratio)
     skipped = {n: why for n in names if (why := skips.prune.get(n) or unusable.get(n))}
     for name in names:
         if name not in skipped and not ratios.get(name):
-            skipped[name] = "ratio is 0" if name in ratios else "no key of ratio matches it"
+            skipped[name] = _why_none(name, ratios, spared)
     return {n: r for n, r in ratios.items() if n not in skipped}, skipped
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -49,6 +49,8 @@ class Settings:
     round_to: int = 1
     at_most: bool = False
     """Is ``ratio`` the most that may go?"""
+    spared: Mapping[str, str] = field(default_factory=dict)
+    """Layer → why nothing goes from it, where that isn't what ``ratio`` was asked for."""
     growth: Criterion | None = None
     """By what that which is masked comes back, where the scheduler has it come back."""
     chip: Target | None = None

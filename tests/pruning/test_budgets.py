@@ -73,6 +73,11 @@ def test_ratio_is_a_ceiling_and_widths_are_rounded() -> None:
     assert small[0].out_channels in (16, 24)
     assert small[3].out_channels % 8 == 0
     assert small[8].out_features == 24
+    assert plan_of(small).skipped["8"] == "ratio is 0"
+    nothing, _, _ = within({"params": 1.0}, ratio={"0": 0.4, "3": 0.9})
+    reasons = plan_of(nothing).skipped
+    assert reasons["0"] == reasons["3"] == "the budget takes nothing from it"
+    assert reasons["8"] == "no key of ratio matches it"
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_only_what_the_chip_cannot_hold_goes() -> None:
     assert not fits(model, "speck", data=EVENTS)
     assert fits(small, "speck", data=EVENTS)
     assert widths(small) == [64, 40]
+    assert plan_of(small).skipped["3"] == "the target takes nothing from it"
     bits = {edit.layer: edit.bits for edit in plan_of(small).edits if isinstance(edit, snncompress.QuantizeWeights)}
     assert bits == {"0": 7, "3": 4, "7": 7}  # as asked, and what is held of the first and the last
     assert plan_of(small).origin["target"] == {"name": "speck", "options": {}}
