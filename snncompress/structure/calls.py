@@ -66,15 +66,23 @@ def upstream(nodes: Iterable[Any], stops: dict[Any, str]) -> set[str]:
     return {stops[node] for node in _stops(nodes, stops)}
 
 
+def leaves(nodes: Iterable[Any]) -> set[int]:
+    """The ids of the tensors that the graph begins at: of parameters, for the most part."""
+    return {id(node.variable) for node in _behind(nodes, {}) if hasattr(node, "variable")}
+
+
 def _stops(nodes: Iterable[Any], stops: dict[Any, str]) -> set[Any]:
-    found, seen, stack = set(), set(), [n for n in nodes if n is not None]
+    return {node for node in _behind(nodes, stops) if node in stops}
+
+
+def _behind(nodes: Iterable[Any], stops: dict[Any, str]) -> set[Any]:
+    """All nodes on the way back to the first stops, and those."""
+    seen, stack = set(), [n for n in nodes if n is not None]
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        if node in stops:
-            found.add(node)
-        else:
+        if node not in stops:
             stack.extend(n for n, _ in node.next_functions if n is not None)
-    return found
+    return seen

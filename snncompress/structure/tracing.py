@@ -31,15 +31,18 @@ from snncompress.model.network import (
     multiplier,
     weight_layers,
 )
-from snncompress.model.parametrizations import computed_before
+from snncompress.model.parametrizations import computed_before, stored_weight
 from snncompress.running.data import Run, time_as_samples
 
-from .calls import Calls, upstream
+from .calls import Calls, leaves, upstream
 from .grouping import LOST, Graph, MapPruner, NeuronPruner, Site, add_groups, add_lost_groups
 from .recurrent import CellPruner, in_one_node
 from .shared_neurons import functions, several_widths
 from .trial import full_precision
 from .verifying import leave_out_what_breaks
+
+_IDLE = "the model never calls it on this input"
+_READ = "its weight is read without the layer being called, as nn.MultiheadAttention reads out_proj's"
 
 
 def trace(
@@ -142,9 +145,9 @@ def _structure(
             f"No weight layer of {type(copy).__name__} drives a spiking neuron, as far as it can be traced. Likely "
             f"cause: an operation without a gradient between them."
         )
-    for name in weights:
-        if name not in layers:
-            network.skipped[name] = "the model never calls it on this input"
+    if uncalled := [name for name in weights if name not in layers]:
+        read = leaves(o.grad_fn for o in outputs)
+        network.skipped |= {n: _READ if id(stored_weight(weights[n])) in read else _IDLE for n in uncalled}
     if not groups:
         return network
     exposed = [name for name in visible if name in weights and name not in last]

@@ -30,15 +30,18 @@ def test_a_layer_that_never_runs_takes_no_part() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.fc, self.fire, self.head, self.aux = nn.Linear(4, 8), neuron.IFNode(), nn.Linear(8, 3), nn.Linear(8, 3)
+            self.attention = nn.MultiheadAttention(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.fire(self.fc(x)))
+            spikes = self.fire(self.fc(x))
+            return self.head(self.attention(spikes, spikes, spikes)[0])
 
     data = 3 * torch.rand(6, 4), torch.arange(6) % 3
     for criterion in ("weight_magnitude", "cqp"):
         small = snncompress.apply(Auxiliary(), criterion, 0.5, None, data=data, timesteps=4)
         assert not (small.aux.weight == 0).any()
         assert "never calls it" in snncompress.plan_of(small).skipped["aux"]
+        assert "without the layer being called" in snncompress.plan_of(small).skipped["attention.out_proj"]
 
 
 def test_no_gradient_is_warned_about() -> None:
