@@ -119,7 +119,7 @@ def export(
             are multiples of, and thresholds are in the same units, so that the file's neurons fire as the network's do
             (behind whole numbers whether it is where v > θ or where v ≥ θ);
             every linear layer has a bias, if of zeros.
-        approximate: whether NIR may hold another network where it can't hold this one.
+        approximate: whether NIR may hold another network where it can't hold this one; refused for other formats.
 
     Returns:
         What ``approximate`` changed, where it did, else None.
@@ -129,8 +129,9 @@ def export(
             over time itself, so that it has no single timestep; or it counts in whole numbers, and ``target`` or
             ``approximate`` are given.
         DataError: the data don't fit the model.
-        OptionError: the network doesn't fit the target, or would fire otherwise there, or the format isn't NIR; no such
-            format, or its package isn't installed, or torch is older than 2.10 and the format ONNX.
+        OptionError: the network doesn't fit the target, or would fire otherwise there, or the format isn't NIR, the only
+            one that has a ``target`` or is ``approximate``; no such format, or its package isn't installed, or torch is
+            older than 2.10 and the format ONNX.
         StorageError: the file can't be written.
 
     Example:
@@ -150,6 +151,8 @@ def export(
     chip: Target | None = None if target is None else registry().resolve("target", target, Target)
     if chip is not None and kind != "nir":
         raise OptionError(f"target= writes NIR graphs, not {kind!r}: format='nir'.")
+    if approximate and kind != "nir":
+        raise OptionError(f"approximate=True is for NIR, and {kind!r} holds the network as it is: leave it out.")
     if chip is not None and chip.unlike:
         raise OptionError(
             f"No network can be written for {chip.name!r} that fires there as it does here: {chip.unlike}. Train with "

@@ -152,6 +152,8 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
         written(net(), tmp_path / "net.nir", "xylo_audio2")
     with pytest.raises(OptionError, match="target= writes NIR graphs"):
         snncompress.export(net(), tmp_path / "net.onnx", data=EVENTS, target="speck")
+    with pytest.raises(OptionError, match="approximate=True is for NIR, and 'onnx' holds"):
+        snncompress.export(net(), tmp_path / "net.onnx", data=EVENTS, approximate=True)
 
 
 def test_chips_get_no_loops(tmp_path: Path) -> None:
