@@ -36,7 +36,7 @@ LRS = {"cifar": 1e-4}
 SEEDED = {"mnist-spikingjelly": True, "mnist-snntorch": True, "nmnist": True, "cifar": False}
 """Trained networks, and whether there is one for every seed."""
 WIDTHS = (2, 3, 4, 6)
-SIZES = (0.1, 0.05)
+SIZES = (0.05, 0.025)
 """Shares of the original's size at which one width, and channels, are compared with bits per layer, and channels."""
 
 
