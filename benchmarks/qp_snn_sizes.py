@@ -145,7 +145,11 @@ def report(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def told(several: list[float]) -> str:
-    return f"{mean(several):.1f} ({', '.join(f'{value:.1f}' for value in several)})" if several else "—"
+    """Mean, and each where there are several."""
+    if not several:
+        return "—"
+    each = f" ({', '.join(f'{value:.1f}' for value in several)})" if len(several) > 1 else ""
+    return f"{mean(several):.1f}{each}"
 
 
 def main() -> None:
