@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -119,6 +120,11 @@ class LayerFit:
         """Whether the layer wasn't called as it was before."""
         return bool(self._batch.wanted) or self.sums is None
 
+    @property
+    def _maps(self) -> bool:
+        """Whether it puts out more than one position."""
+        return any(math.prod(shape) > 1 for shape in self._batch.where)
+
     def _want(self, x: Tensor, y: Tensor) -> None:
         """A timestep of the network before: what its layer put out."""
         state = self._batch
@@ -168,7 +174,7 @@ class LayerFit:
         errors = sums.errors(self._theta(self._effective(), offset))
         start = _Answer(old, offset, errors, torch.full_like(errors, torch.inf))
         prior = self._prior(old, offset)
-        theta = prior if ridge is None else solved(sums, prior, ridge, support)
+        theta = self._levelled(prior) if ridge is None else solved(sums, prior, ridge, support)
         if self._offset and self.network.drives.get(self.name):
             wide = stretched(sums, theta)
             # behind another norm the start is no measure; what undoes the change is
@@ -186,8 +192,15 @@ class LayerFit:
         return True
 
     def _whole(self, weights: Tensor, offset: Tensor, support: Tensor | None) -> tuple[Sums, float | None]:
-        """The sums of all data, and the ridge to fit with, found on their halves; None for what is there already."""
+        """The sums of all data, and the ridge to fit with, found on their halves; None for what is there already.
+
+        So where a map is read out, by the weights that were there: least squares, summed over all positions, draws what
+        few of them show to the mean, such as what a detector puts out where there is something.
+        """
         sums, others = cast(Sums, self.sums), cast(Sums, self.others)
+        if not self.network.drives.get(self.name) and self._maps and self._same_weights():
+            sums.absorb(others)
+            return sums, None
         found = chosen_ridge(sums, others, self._prior(weights, offset), support) if others.samples else None
         ridge = found if others.samples else RIDGE * sums.scarcity()
         sums.absorb(others)
@@ -203,6 +216,17 @@ class LayerFit:
         undone = self._theta(gain.unsqueeze(2) * weights, gain * offset + shift)
         sums = cast(Sums, self.sums)
         return undone.where((sums.errors(undone) < sums.errors(there)).unsqueeze(2), there)
+
+    def _levelled(self, theta: Tensor) -> Tensor:
+        """With the intercept that is best for these weights."""
+        return self._theta(theta[..., :-1], self._level(theta[..., :-1])) if self._offset else theta
+
+    def _level(self, weights: Tensor) -> Tensor:
+        """The intercept [G, R] that is best for weights [G, R, D − 1]."""
+        sums = cast(Sums, self.sums)
+        explained = (weights * sums.gram[:, -1:, :-1]).sum(2)
+        fitted: Tensor = (sums.cross[:, -1] - explained) / sums.gram[:, -1:, -1]
+        return fitted
 
     def _better(self, start: _Answer, best: _Answer, weights: Tensor, theta: Tensor) -> _Answer:
         """What comes nearer to θ and isn't worse than the start, row by row.
@@ -279,10 +303,7 @@ class LayerFit:
             return torch.zeros(groups, rows, dtype=torch.float64, device=theta.device)
         if compression_of(self.layer) is None or self.layer.parametrizations.weight[0].tensor_quant is None:
             return theta[..., -1]
-        sums = cast(Sums, self.sums)
-        explained = (self._effective() * sums.gram[:, -1:, :-1]).sum(2)
-        fitted: Tensor = (sums.cross[:, -1] - explained) / sums.gram[:, -1:, -1]
-        return fitted
+        return self._level(self._effective())
 
     def _intercept(self) -> Tensor:
         groups = int(getattr(self.layer, "groups", 1))

@@ -30,10 +30,10 @@ def net() -> nn.Module:
     return model.eval()
 
 
-def output(model: nn.Module) -> torch.Tensor:
-    """Of the last batch norm, in every timestep."""
+def output(model: nn.Module, number: int = 4) -> torch.Tensor:
+    """Of a layer, by default the last batch norm, in every timestep."""
     seen: list[torch.Tensor] = []
-    handle = model[4].register_forward_hook(lambda module, args, y: seen.append(y.detach()))
+    handle = model[number].register_forward_hook(lambda module, args, y: seen.append(y.detach()))
     snncompress.evaluate(model, (X, torch.zeros(len(X), dtype=torch.long)), timesteps=3)
     handle.remove()
     return torch.stack(seen[-3:])  # before that the call looked at a sample
@@ -84,3 +84,17 @@ def test_another_norm_is_made_up_for(change: str) -> None:
     if change == "none":
         found, plain = found[:, :, 1:], plain[:, :, 1:]
     assert float(found.square().mean()) == pytest.approx(float(plain.square().mean()), rel=0.02)
+
+
+def test_a_map_that_is_read_out_is_not_drawn_to_its_mean() -> None:
+    """The readout's weights stay where nothing went from what it reads; its bias gives the means back."""
+    parts = layer.Conv2d(10, 5, 1), layer.AdaptiveAvgPool2d(1), layer.Flatten()
+    dense = nn.Sequential(*net()[:6], *parts).eval()
+    bare = snncompress.apply(dense, None, bits={"3": 2}, data=X, timesteps=3, repair=None)
+    small = repair(bare, dense, X, timesteps=3)
+    assert torch.equal(small[6].weight, dense[6].weight)
+    wanted, before, after = (output(model, 6).mean((0, 1, 3, 4)) for model in (dense, bare, small))
+    assert (after - wanted).abs().max() < 0.2 * (before - wanted).abs().max()
+    narrow = snncompress.apply(dense, "random", 0.5, None, data=X, timesteps=3, skip=[])
+    left = [c for c in range(10) if c not in snncompress.plan_of(narrow).removed_channels()["3"]]
+    assert not torch.equal(narrow[6].weight, dense[6].weight[:, left])
