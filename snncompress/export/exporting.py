@@ -129,8 +129,8 @@ def export(
             over time itself, so that it has no single timestep; or it counts in whole numbers, and ``target`` or
             ``approximate`` are given.
         DataError: the data don't fit the model.
-        OptionError: the network doesn't fit the target, or would fire otherwise there, or the format isn't NIR, the only
-            one that has a ``target`` or is ``approximate``; no such format, or its package isn't installed, or torch is
+        OptionError: the network doesn't fit the target, or would fire otherwise there, or the format isn't NIR, which
+            alone has a ``target`` and is ``approximate``; no such format, or its package isn't installed, or torch is
             older than 2.10 and the format ONNX.
         StorageError: the file can't be written.
 
