@@ -355,14 +355,25 @@ SUMMARY: tuple[tuple[str, str, tuple[Pair, ...], bool], ...] = (
         tuple((f"{ratio:.0%}", {"criterion": "obs", "ratio": ratio}) for ratio in (0.9, 0.95, 0.98)),
         True,
     ),
+    *(
+        (
+            f"MNIST, {framework}, channels gone by `{criterion}`, 4 bits, three seeds",
+            f"mnist-{framework.lower()}",
+            tuple((str(ratio), {"criterion": criterion, "ratio": ratio, "bits": 4}) for ratio in (0.4, 0.6, 0.8)),
+            True,
+        )
+        for framework in ("SpikingJelly", "snnTorch")
+        for criterion in ("svs", "reconstruction")
+    ),
     ("CIFAR-10, bits", "cifar", tuple((str(bits), {"bits": bits}) for bits in (8, 4, 2)), False),
     *(
         (
-            f"CIFAR-10, {ratio} of the channels gone by `svs`; bits",
+            f"CIFAR-10, {ratio} of the channels gone by `{criterion}`; bits",
             "cifar",
-            tuple((str(b or "float"), {"criterion": "svs", "ratio": ratio, "bits": b}) for b in (None, 4, 2)),
+            tuple((str(b or "float"), {"criterion": criterion, "ratio": ratio, "bits": b}) for b in (None, 4, 2)),
             False,
         )
+        for criterion in ("svs", "reconstruction")
         for ratio in (0.3, 0.5)
     ),
 )
