@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from snncompress.extend import Criterion, Granularity, Layer, OptionError, Reader, Signal
+from snncompress.extend import Criterion, Granularity, Inputs, Layer, OptionError, Reader, Signal
 
 ROUNDS = 32
 """In each a share of the channels goes at once, one at least."""
@@ -67,7 +67,7 @@ class Reconstruction(Criterion):
 
     def score(self, layer: Layer, state: Any) -> Tensor:
         """Costs [C], in the order in which the channels go; shares of the weights' squares where no layer reads any."""
-        problems = [_Problem(reader, self.damping) for reader in layer.readers if reader.inputs is not None]
+        problems = [_Problem(r, r.inputs, self.damping) for r in layer.readers if r.inputs is not None]
         if not problems:
             squares = layer.weight.double().square().flatten(1).sum(1)
             return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
@@ -87,9 +87,7 @@ class Reconstruction(Criterion):
 class _Problem:
     """One reader's weights [O, D] and inverse Gram matrix [D, D], of the inputs that are left of all its groups."""
 
-    def __init__(self, reader: Reader, damping: float) -> None:
-        inputs = reader.inputs
-        assert inputs is not None
+    def __init__(self, reader: Reader, inputs: Inputs, damping: float) -> None:
         rows = reader.rows.double()
         if (scale := _scale(reader.norm)) is not None and scale.numel() == rows.shape[:2].numel():
             rows = rows * scale.double().view(*rows.shape[:2], 1)
@@ -102,7 +100,8 @@ class _Problem:
             mean = rows @ inputs.total.unsqueeze(2)
             whole = ((rows @ inputs.gram) * rows).sum() - mean.square().sum() / inputs.count
             self.inverse = torch.block_diag(*inverse).to(_dtype(damping))  # type: ignore[no-untyped-call]
-        self.whole = whole.clamp_min(torch.finfo(torch.float64).tiny)
+        least = 1e-12 * inputs.count * rows.square().sum()  # of inputs that never change
+        self.whole = whole.clamp_min(least).clamp_min(torch.finfo(torch.float64).tiny)
         self.weight: Tensor = torch.block_diag(*rows).to(_dtype(damping))  # type: ignore[no-untyped-call]
         self.columns, self.reads = reader.columns, reader.reads
         self.place = torch.arange(self.weight.shape[1], device=rows.device)
@@ -145,7 +144,7 @@ class _Problem:
 
 def _dtype(damping: float) -> torch.dtype:
     """What H⁻¹ can be worked on in: its entries differ by 1/damping, and more where H is close to singular."""
-    return torch.float32 if damping >= 1e-3 else torch.float64
+    return torch.float32 if damping >= 1e-2 else torch.float64
 
 
 def _scale(norm: nn.Module | None) -> Tensor | None:

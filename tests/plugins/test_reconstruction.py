@@ -94,6 +94,15 @@ def test_without_a_gram_matrix_inputs_count_as_independent() -> None:
     assert torch.allclose(found, torch.tensor([4.0, 8, 0, 4]).double() / 16, rtol=1e-6)  # 1² · (5 − 2² / 4), 2² · 2
 
 
+@pytest.mark.parametrize(
+    "u", [torch.zeros(9, 8), torch.ones(9, 8), torch.rand(1, 8)], ids=["silent", "constant", "one"]
+)
+def test_what_never_changes_costs_next_to_nothing(u: Tensor) -> None:
+    found = score(reader(torch.ones(2, 8), u, 2), damping=1e-2)
+    assert bool(torch.isfinite(found).all())
+    assert float(found.sum()) < 0.1
+
+
 def test_what_nobody_reads_is_scored_by_its_weights() -> None:
     assert float(score().sum()) == pytest.approx(1.0)
 
