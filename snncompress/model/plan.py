@@ -102,6 +102,15 @@ class Plan(Shown):
         return removed
 
     @property
+    def whole(self) -> tuple[str, ...]:
+        """The layers that were left as they are; ``skipped`` says why.
+
+        >>> Plan(skipped={"fc": "it feeds the classifier"}).whole
+        ('fc',)
+        """
+        return tuple(self.skipped)
+
+    @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """layer → output channels before and after, of all layers that lost some; coupled ones and norms included.
 
