@@ -68,6 +68,10 @@ class Flaw:
     code: str | None = None
 
 
+class Unsteady(Exception):  # noqa: N818
+    """The network computes something else each time that it is run."""
+
+
 class Trial:
     """Compares what is left of removals with what the silenced network computes.
 
@@ -91,6 +95,8 @@ class Trial:
         """Layers and neurons that ran."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of what they put out."""
+        self._steady = bool(modes)
+        """Does the network compute the same when it is run again? Asked when a difference is found, once."""
         if not modes:
             self._look(model)
 
@@ -98,7 +104,7 @@ class Trial:
         """Find out what runs, whether trials tell anything, and which modes there are."""
         bare = self._noted(model)
         self.called, self.shapes = {*bare.outputs, *self._shared}, dict(bare.shapes)
-        self.flaw = bare.why or self._again(model, bare)
+        self.flaw = bare.why
         self.modes = [False]
         with in_mode(model, training=True):
             train = self._noted(model)
@@ -109,7 +115,18 @@ class Trial:
                 self.shapes = dict(train.shapes) | self.shapes
 
     def difference(self, removals: Sequence[Removal]) -> Flaw | None:
-        """Where removing isn't the same as silencing; None where it is."""
+        """Where removing isn't the same as silencing; None where it is.
+
+        Raises Unsteady where it differs, but from run to run, so that no trial tells anything.
+        """
+        flaw = self._difference(removals)
+        if flaw is not None and not self._steady:
+            if why := self._again(self.model, self._noted(self.model)):
+                raise Unsteady(why)
+            self._steady = True
+        return flaw
+
+    def _difference(self, removals: Sequence[Removal]) -> Flaw | None:
         silent, lost = self._gone(removals)
         pruned = private_copy(self.model, self.adapter, share=True)
         groups = [group for group, _ in removals]

@@ -19,14 +19,14 @@ from .elimination import sound_together
 from .mending import Mending
 from .neuron_trial import Call, first_calls, held, uncuttable
 from .proportions import Halves, Proportions
-from .trial import Removal, Trial
+from .trial import Removal, Trial, Unsteady
 
 
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
     """Drop every group whose removal differs from silencing its neurons; ``network.skipped`` says so.
 
-    ``model`` is a copy for this purpose: its parameters are overwritten. Of every group a random half, another random
-    share than of other groups, and their complements are tried: code that names a channel loses it in one of them.
+    ``model`` is a copy for this purpose: its parameters are overwritten. Of every group a random half is tried, then
+    another random share than of other groups, and its complement: code that names a channel loses it in one of these.
     """
     if not network.groups:
         return
@@ -45,13 +45,17 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
             refused[id(group)] = why
         else:
             chosen.append(group)
-    mending = Mending(chosen, model, trial, halves)
-    kept = sorted([*mending.kept, *mending.mended], key=lambda group: network.layers.index(group.names("out")[0]))
-    rounds = _Rounds(kept, model, trial, halves, mending)
-    kept = rounds.kept
-    network.tied = [groups for groups in rounds.tied if len(groups) > 1]
+    kept, network.tied, broken = list[ChannelGroup](), list[list[ChannelGroup]](), dict[int, str]()
+    try:
+        mending = Mending(chosen, model, trial, halves)
+        kept = sorted([*mending.kept, *mending.mended], key=lambda group: network.layers.index(group.names("out")[0]))
+        rounds = _Rounds(kept, model, trial, halves, mending)
+        kept, broken = rounds.kept, mending.broken
+        network.tied = [groups for groups in rounds.tied if len(groups) > 1]
+    except Unsteady as unsteady:
+        kept, refused = [], dict.fromkeys(map(id, network.groups), str(unsteady))
     for group in network.groups:
-        why = refused.get(id(group)) or _computed(group, model) or mending.broken.get(id(group.members)) or _TIED
+        why = refused.get(id(group)) or _computed(group, model) or broken.get(id(group.members)) or _TIED
         whole = (n for n in group.names("out") if not any(n in other.names("out") for other in kept))
         network.skipped.update((name, why) for name in whole if name in network.layers)
     network.groups = kept
@@ -118,9 +122,12 @@ class _Rounds:
         self, groups: list[ChannelGroup], model: nn.Module, trial: Trial, halves: Halves, mending: Mending
     ) -> None:
         self.kept, self._trial, self._refuse = groups, trial, mending.refuse
-        self._try([(group, halves.of(group)[1]) for group in groups])
-        while True:
+        proportions = Proportions(groups, model, trial, halves.generator)
+        if proportions.flaw is not None:  # maybe not for its share, but of a channel that forward names
+            self._try([(group, halves.of(group)[1]) for group in groups])
             proportions = Proportions(self.kept, model, trial, halves.generator)
+        while True:
+            proportions.mend()
             before, self.tied = len(self.kept), proportions.tied
             self._take(proportions.groups)
             if proportions.flaw is not None:
@@ -130,6 +137,7 @@ class _Rounds:
                 return
             for number in (0, 1):
                 self._try([(group, halves.of(group)[number]) for group in self.kept])
+            proportions = Proportions(self.kept, model, trial, halves.generator)
 
     def _take(self, groups: list[ChannelGroup]) -> None:
         """These, some of which lose several channels at a time now, in the order of before."""

@@ -148,11 +148,17 @@ def test_noise_on_silent_channels_is_something_added() -> None:
 
 
 class Uncertain(nn.Module):
-    """Another function each time that it is called."""
+    """Another function each time that it, or a copy of it, is called."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Uncertain.calls += 1
+        return x * Uncertain.calls
+
+
+class Counting(Uncertain):
+    """Another function each time, which only its own calls decide: of two copies the next ones are the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -161,6 +167,7 @@ class Uncertain(nn.Module):
 
 def test_a_network_that_is_another_each_time() -> None:
     assert "each time" in traced(Net(Uncertain()))["c"]
+    assert set(traced(Net(Counting()))) == {"f"}
 
 
 class Singular(nn.Module):
