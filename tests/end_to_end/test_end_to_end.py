@@ -65,7 +65,7 @@ def test_digits(build: object) -> None:
     x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
     order = torch.randperm(len(x))  # the last scans are other writers'
     train, test = order[:1350], order[1350:]
-    check(build(8), x[train], y[train], x[test], y[test], epochs=8, tuning=8, dense_floor=0.93, loss=0.15)
+    check(build(8), x[train], y[train], x[test], y[test], epochs=8, tuning=2, dense_floor=0.93, loss=0.1)
 
 
 @pytest.mark.parametrize("build", [spikingjelly_net, pytest.param(snntorch_net, marks=SLOW)])
@@ -80,7 +80,7 @@ def test_mnist(build: object, data_dir: Path) -> None:
 
     train = images(x, 600), torch.tensor(y[:600], dtype=torch.long)
     test = images(x_test, 500), torch.tensor(y_test[:500], dtype=torch.long)
-    check(build(28), *train, *test, epochs=6, tuning=3, dense_floor=0.8, loss=0.12)
+    check(build(28), *train, *test, epochs=6, tuning=1, dense_floor=0.8, loss=0.06)
 
 
 def check(
