@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, cast
 
 import torch
@@ -483,8 +483,14 @@ def _in_fixed_point_twice(node: Any, input_: Tensor, syn: Tensor | None = None, 
 
 
 def _derives(module: nn.Module, name: str) -> bool:
+    cls: Any = type(module)
+    return name in _ancestors(cls)
+
+
+@lru_cache(maxsize=1024)  # it is asked of every module, often
+def _ancestors(cls: type) -> tuple[str, ...]:
     # By name, so that snnTorch isn't imported for a model of another framework.
-    return any(c.__name__ == name and c.__module__.startswith("snntorch._neurons.") for c in type(module).__mro__)
+    return tuple(c.__name__ for c in cls.__mro__ if c.__module__.startswith("snntorch._neurons."))
 
 
 def _layers(neuron: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, cast
 
 import torch
@@ -48,7 +48,7 @@ class SpikingJellyAdapter(Adapter):
 
     def is_neuron(self, module: nn.Module) -> bool:
         """A class of SpikingJelly's neurons in the ancestry, but for those that never fire; or a cell of its RNNs."""
-        kinds = [cls.__name__ for cls in type(module).__mro__ if _lives_in(cls, "neuron")]
+        kinds = [name for name, place in _family(module) if _below(place, "neuron")]
         return (bool(kinds) and not any("NonSpiking" in name for name in kinds)) or _is_cell(module)
 
     def refusal(self, model: nn.Module) -> str:
@@ -137,8 +137,8 @@ class SpikingJellyAdapter(Adapter):
         """Some have a surrogate gradient in train mode only, as all of 0.0.0.0.14, and are otherwise alike in it."""
         with ExitStack() as stack:
             for neuron in self.neurons(model).values():
-                old = any(name.startswith("jit_eval_") for name in dir(type(neuron)))
-                if old or _derives(neuron, "neuron", ("ComplementaryLIFNode",)):
+                kind: Any = type(neuron)
+                if _fires_by_mode(kind) or _derives(neuron, "neuron", ("ComplementaryLIFNode",)):
                     stack.enter_context(patched(neuron, "training", True))
             yield
 
@@ -392,14 +392,37 @@ def _unreadable(neuron: nn.Module) -> ModelError:
     )
 
 
+def _family(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Names and places of SpikingJelly's classes in the ancestry.
+
+    By name, so that SpikingJelly isn't imported for a model of another framework.
+    """
+    cls: Any = type(module)
+    return _ancestors(cls)
+
+
+@lru_cache(maxsize=1024)  # it is asked of every module, often
+def _ancestors(cls: type) -> tuple[tuple[str, str], ...]:
+    return tuple((c.__name__, c.__module__) for c in cls.__mro__ if c.__module__.startswith(_HOME))
+
+
+def _below(place: str, where: str) -> bool:
+    """0.0.0.0.14 has a file where 2.0 has a folder."""
+    return f"{place}.".startswith(f"{_HOME}.{where}.")
+
+
 def _lives_in(cls: type, where: str) -> bool:
-    """By name, so that SpikingJelly isn't imported for a model of another framework; 0.0.0.0.14 has a file where 2.0
-    has a folder."""
-    return f"{cls.__module__}.".startswith(f"{_HOME}.{where}.")
+    return _below(cls.__module__, where)
 
 
 def _derives(module: nn.Module, where: str, names: tuple[str, ...]) -> bool:
-    return any(cls.__name__ in names and _lives_in(cls, where) for cls in type(module).__mro__)
+    return any(name in names and _below(place, where) for name, place in _family(module))
+
+
+@lru_cache(maxsize=1024)
+def _fires_by_mode(cls: type) -> bool:
+    """Does it have a surrogate gradient in train mode only?"""
+    return any(name.startswith("jit_eval_") for name in dir(cls))
 
 
 def _is_old(cls: type) -> bool:
@@ -419,7 +442,7 @@ def _wire(x: Tensor) -> Tensor:
 
 
 def _is_memory(module: nn.Module) -> bool:
-    return _derives(module, "base", ("MemoryModule",)) or any("NonSpiking" in c.__name__ for c in type(module).__mro__)
+    return any(name == "MemoryModule" or "NonSpiking" in name for name, _ in _family(module))
 
 
 def _is_container(module: nn.Module) -> bool:

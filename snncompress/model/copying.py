@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ def private_copy(model: M, adapter: Adapter, *, share: bool = False, blank: Iter
     """
     with torch.inference_mode(False):  # else the copy's parameters could never be changed
         memo: dict[int, Any] = {id(t): t.detach().clone() for t in _graph_tensors(model)}
+        memo |= {id(empty): type(empty)() for empty in _empty(model)}
         if share:
             memo |= {id(parameter): parameter for parameter in model.parameters()}
         memo |= {id(p): nn.Parameter(torch.empty_like(p), p.requires_grad) for p in blank if type(p) is nn.Parameter}
@@ -98,6 +100,12 @@ def same_everywhere(model: nn.Module) -> None:
 def _graph_tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         yield from _non_leaves(vars(module))
+
+
+def _empty(model: nn.Module) -> Iterator[Any]:
+    """Empty dicts and sets of modules, a dozen in each, which ``copy.deepcopy`` would rebuild slowly one by one."""
+    for module in model.modules():
+        yield from (held for held in vars(module).values() if type(held) in (OrderedDict, dict, set) and not held)
 
 
 def _non_leaves(value: Any) -> Iterator[Tensor]:

@@ -94,7 +94,8 @@ class Proportions:
 
     def _in_halves(self) -> None:
         """Let some of the untied groups lose a half or nothing, and the others any share, if nothing fails then."""
-        before, self.tied = (self.tied, self.some, self.others, self.flaw), [[_in_half(group)] for group in self._groups]
+        before = self.tied, self.some, self.others, self.flaw
+        self.tied = [[_in_half(group)] for group in self._groups]
         halved = {id(group.members) for group in self.groups if group.step > 1}
         self.flaw = self._tried() if halved else before[3]
         if self.flaw is not None:
