@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -29,6 +28,8 @@ from snncompress.extend import (
     through,
     without,
 )
+
+from . import equations, stepping
 
 _STATES = {"mem", "syn", "spk", "syn_exc", "syn_inh"}
 
@@ -172,7 +173,7 @@ class SNNTorchAdapter(Adapter):
                 )
             if not hasattr(neuron, "state_grid"):
                 vars(neuron).pop("forward", None)  # a fast one
-            neuron.spike_grad = _above_zero
+            neuron.spike_grad = stepping.above_zero
             vars(neuron)["reset_mechanism_val"] = int(neuron._buffers.pop("reset_mechanism_val"))
 
     def single_step(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Tensor:
@@ -201,57 +202,11 @@ class SNNTorchAdapter(Adapter):
 
     def leak(self, neuron: nn.Module) -> Tensor:
         """1 - β of Leaky, RLeaky and Lapicque, however they are reset."""
-        if type(neuron).__name__ not in ("Leaky", "RLeaky", "Lapicque"):
-            raise ModelError("of snnTorch's neurons Leaky, RLeaky and Lapicque leak in one step alone")
-        beta: Tensor = torch.as_tensor(neuron.beta).detach().double()
-        return 1 - beta.clamp(0, 1)
+        return equations.leak(neuron)
 
     def dynamics(self, neuron: nn.Module) -> Dynamics:
-        """Leaky, RLeaky, Synaptic and RSynaptic: β·v + x, where x may be a synaptic current, and have recurrent parts.
-
-        Lapicque leaks by Δt/RC, and takes R times as much of its input.
-
-        θ is subtracted in the next step, from β·v; without delay, once more in the step after where v is still above θ,
-        and no equation has that. With delay, all but Leaky are reset to zero in the next step with all that comes in
-        then, and no equation has that either.
-        """
-        node: Any = neuron
-        kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
-        if kind not in ("Leaky", "RLeaky", "Lapicque", "Synaptic", "RSynaptic"):
-            raise ModelError(
-                "of snnTorch's neurons Leaky, RLeaky, Lapicque, Synaptic and RSynaptic are known by equation"
-            )
-        after = not getattr(node, "reset_delay", True)
-        unlike = {
-            **_unlike(node),
-            "reset_mechanism='none'": node.reset_mechanism == "none",
-            "a negative threshold": after and bool((node.threshold < 0).any()),
-        }
-        if odd := [what for what, found in unlike.items() if found]:
-            raise ModelError(f"{odd[0]} isn't part of the leaky neuron's equation")
-        grid: StateGrid | None = getattr(node, "state_grid", None)
-        leak, gain = (torch.as_tensor(value).detach().double() for value in _leak_and_gain(node))
-        threshold = node.threshold.detach().double()
-        if grid is not None:
-            leak, threshold = grid.leak(leak), grid.threshold(threshold).double()
-        reset = None if node.reset_mechanism == "subtract" else 0.0
-        if reset is None and after:
-            raise ModelError(
-                "with reset_delay=False it subtracts the threshold twice where the potential is above twice as much. "
-                "Use reset_delay=True, snnTorch's default, or reset_mechanism='zero', and fine-tune"
-            )
-        if reset is not None and not after and kind != "Leaky":
-            raise ModelError(
-                "when it is reset to zero it also forgets the input of the step after the spike. Use "
-                "reset_mechanism='subtract', snnTorch's default, or reset_delay=False, and fine-tune"
-            )
-        alpha = node.alpha.detach().double().clamp(0, 1) if hasattr(node, "alpha") else None
-        if grid is not None and alpha is not None:
-            alpha = 1 - grid.leak(1 - alpha)
-        recurrent = getattr(node, "recurrent", None)
-        if recurrent is not None and not isinstance(recurrent, (nn.Linear, nn.Conv2d)):  # one-to-one
-            recurrent = torch.as_tensor(recurrent.V)
-        return Dynamics(leak, gain, threshold, 0.0, reset, False, reset is None, alpha, recurrent)
+        """Of Leaky, RLeaky, Lapicque, Synaptic and RSynaptic (:mod:`snncompress_snntorch.equations`)."""
+        return equations.dynamics(neuron)
 
     def reset_rule(self, neuron: nn.Module) -> Literal["subtract", "value", ""]:
         """What ``reset_mechanism`` says."""
@@ -260,30 +215,7 @@ class SNNTorchAdapter(Adapter):
 
     def make_fast(self, neuron: nn.Module, emitted: Callable[[Tensor], Emission]) -> None:
         """Leaky and Lapicque, with all three resets; with ``reset_delay``, or reset to zero."""
-        node: Any = neuron
-        kind = _kind(node)
-        if not kind:
-            raise ModelError("of snnTorch's neurons Leaky and Lapicque have a fast form")
-        after = not getattr(node, "reset_delay", True)
-        unlike = {
-            **_unlike(node),
-            "a threshold below 0": bool((node.threshold < 0).any()),
-            _TWICE: after and node.reset_mechanism == "subtract",
-            "fixed-point states": hasattr(node, "state_grid"),
-        }
-        if odd := [what for what, found in unlike.items() if found]:
-            raise ModelError(f"a neuron with {odd[0]} has no fast form")
-        gain: Tensor | None = None
-        if kind == "Leaky":
-            decay = node.beta.detach().clamp(0, 1)
-        else:
-            decay = torch.as_tensor(1 - node.time_step / (node.R * node.C)).detach()
-            gain = torch.as_tensor(node.R * (1 / (node.R * node.C)) * node.time_step).detach()
-        if not isinstance(node.spike_grad, _Surrogate):
-            node.spike_grad = _Surrogate(node.spike_grad)
-        wipes = kind == "Lapicque"
-        step = _Step(_plain(decay), _plain(gain), _plain(node.threshold.detach()), node.reset_mechanism, after, wipes)
-        vars(node)["forward"] = partial(_fast, node, emitted, step)
+        stepping.make_fast(neuron, emitted)
 
     def state_bits(self, neuron: nn.Module) -> int | None:
         """Also of ``state_quant``: as many as its levels need."""
@@ -298,21 +230,7 @@ class SNNTorchAdapter(Adapter):
 
         Synaptic's current lies on the grid of its membrane potential.
         """
-        node: Any = neuron
-        kind = _kind(node, ("Leaky", "Lapicque", "Synaptic"))
-        if not kind:
-            why = _ALPHA if _kind(node, ("Alpha",)) else ""
-            raise ModelError(f"of snnTorch's neurons Leaky, Lapicque and Synaptic have a fixed-point form{why}")
-        after = not getattr(node, "reset_delay", True)
-        unlike = {
-            **_unlike(node),
-            _TWICE: after and node.reset_mechanism == "subtract",
-            "reset_delay=False": after and kind == "Synaptic",
-        }
-        if odd := [what for what, found in unlike.items() if found]:
-            raise ModelError(f"a neuron with {odd[0]} has no fixed-point form")
-        node.state_grid = grid
-        vars(node)["forward"] = partial(_in_fixed_point_twice if kind == "Synaptic" else _in_fixed_point, node)
+        stepping.step_on(neuron, grid)
 
     @contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
@@ -336,150 +254,6 @@ class SNNTorchAdapter(Adapter):
     def _listed(self, model: nn.Module) -> list[nn.Module]:
         """Those that snnTorch itself keeps in its list."""
         return [n for n in self.neurons(model).values() if _derives(n, "SpikingNeuron")]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """m ← decay · m + gain · x; it fires where m > threshold, and is reset in the next step, or at the end of this one.
-
-    A reset to zero takes the potential alone, or with ``wipes``, as Lapicque has it, the next input too.
-    """
-
-    decay: Tensor | float
-    gain: Tensor | float | None
-    threshold: Tensor | float
-    reset: str
-    after: bool
-    wipes: bool
-
-    def __call__(self, m: Tensor, x: Tensor, fired: Tensor) -> Tensor:
-        """The next m; ``fired`` is filled."""
-        x = x if self.gain is None else x * self.gain
-        late = self.reset != "none" and not self.after
-        if late:
-            torch.gt(m, self.threshold, out=fired)
-        if late and self.reset == "zero" and not self.wipes:
-            m = torch.addcmul(m, m, fired, value=-1)
-        m = torch.add(x, m, alpha=self.decay) if isinstance(self.decay, float) else m * self.decay + x
-        if late and self.reset == "subtract":
-            if isinstance(self.threshold, float):
-                m.sub_(fired, alpha=self.threshold)
-            else:
-                m.addcmul_(fired, self.threshold, value=-1)
-        if late and self.wipes and self.reset == "zero":
-            m.addcmul_(m, fired, value=-1)
-        torch.gt(m, self.threshold, out=fired)
-        return m.addcmul_(m, fired, value=-1) if self.after and self.reset == "zero" else m
-
-
-class _Surrogate:
-    """A surrogate function, which in snnTorch can't be pickled; from a file comes the comparison alone."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._function = function
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._function(x)
-
-    def __deepcopy__(self, memo: Any) -> _Surrogate:
-        return self
-
-    def __reduce__(self) -> Any:
-        return _Surrogate, (_above_zero,)
-
-
-def _plain(value: Tensor | None) -> Any:
-    """A number where there is one."""
-    return float(value) if value is not None and value.numel() == 1 else value
-
-
-def _fast(
-    node: Any, emitted: Callable[[Tensor], Emission], step: _Step, input_: Tensor, mem: Tensor | None = None
-) -> Any:
-    observed = "fire" in vars(node)
-    if observed or (torch.is_grad_enabled() and (input_.requires_grad or (mem is not None and mem.requires_grad))):
-        return type(node).forward(node, input_, mem)
-    if node.init_hidden and mem is not None:
-        raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
-    emission = emitted(input_.unsqueeze(0))
-    mem = node.mem if mem is None else mem
-    for current, fired in emission.steps():
-        mem = step(mem if mem.shape == current.shape else torch.zeros_like(current), current, fired)
-    node.mem = mem
-    spikes = emission.spikes[0]
-    return spikes if node.init_hidden and not node.output else (spikes, mem)
-
-
-_TWICE = "reset_delay=False with reset_mechanism='subtract'"
-
-
-_ALPHA = "; Alpha keeps no potential, but makes it anew of two currents, which its reset mixes with the input"
-
-
-def _kind(node: nn.Module, kinds: tuple[str, ...] = ("Leaky", "Lapicque")) -> str:
-    """Which of snnTorch's own classes it is; none of them: empty."""
-    kind = type(node).__name__ if type(node).__module__.startswith("snntorch._neurons.") else ""
-    return kind if kind in kinds else ""
-
-
-def _unlike(node: Any) -> dict[str, bool]:
-    """What may make a neuron another than its equation says, and whether it does."""
-    return {
-        "inhibition=True": bool(node.inhibition),
-        "state_quant": bool(node.state_quant),
-        "graded_spikes_factor": bool((node.graded_spikes_factor != 1).any()),
-    }
-
-
-def _leak_and_gain(node: Any) -> tuple[Any, Any]:
-    """v ← v + leak · (0 - v) + gain · x."""
-    if _kind(node) == "Lapicque":
-        leak = node.time_step / (node.R * node.C)
-        return leak, node.R * leak
-    return 1 - node.beta.clamp(0, 1), 1.0
-
-
-def _in_fixed_point(node: Any, input_: Tensor, mem: Tensor | None = None) -> Any:
-    """A neuron's call, its potentials on its grid."""
-    grid: StateGrid = node.state_grid
-    if node.init_hidden and mem is not None:
-        raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
-    lapicque, reset = _kind(node) == "Lapicque", node.reset_mechanism
-    leak, gain = _leak_and_gain(node)
-    mem = node.mem if mem is None else mem
-    mem = mem if mem.shape == input_.shape else torch.zeros_like(input_)
-    theta = node.threshold
-    fired = grid.fire(mem, theta, lambda x: node.spike_grad(x).detach())
-    if reset == "zero" and not lapicque:
-        mem = mem - fired * mem
-    less = fired * grid.threshold(theta) if reset == "subtract" else None
-    mem = grid.charge(mem, input_, grid.leak(leak), gain, less=less)
-    if reset == "zero" and lapicque:
-        mem = mem - fired * mem
-    spikes = grid.fire(mem, theta, lambda x: node.fire(x + theta))
-    if reset == "zero" and not getattr(node, "reset_delay", True):
-        mem = mem - spikes * mem
-    node.mem = mem
-    return spikes if node.init_hidden and not node.output else (spikes, mem)
-
-
-def _in_fixed_point_twice(node: Any, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None) -> Any:
-    """A call of Synaptic, both its states on its grid; a reset to zero takes the potential, and what has just come."""
-    grid: StateGrid = node.state_grid
-    if node.init_hidden and (syn is not None or mem is not None):
-        raise TypeError("`mem` or `syn` should not be passed as an argument while `init_hidden=True`")
-    before = [node.syn if syn is None else syn, node.mem if mem is None else mem]
-    syn, mem = (state if state.shape == input_.shape else torch.zeros_like(input_) for state in before)
-    theta, reset = node.threshold, node.reset_mechanism
-    fired = grid.fire(mem, theta, lambda x: node.spike_grad(x).detach())
-    less = fired * grid.threshold(theta) if reset == "subtract" else None
-    syn = grid.synapse.charge(syn, input_, grid.leak(1 - node.alpha.clamp(0, 1)), 1.0)
-    mem = grid.charge(mem, syn, grid.leak(1 - node.beta.clamp(0, 1)), 1.0, less=less)
-    if reset == "zero":
-        mem = mem - fired * mem
-    spikes = grid.fire(mem, theta, lambda x: node.fire(x + theta))
-    node.syn, node.mem = syn, mem
-    return spikes if node.init_hidden and not node.output else (spikes, syn, mem)
 
 
 def _derives(module: nn.Module, name: str) -> bool:
@@ -545,10 +319,6 @@ def _timed(neuron: nn.Module, x: Tensor) -> Tensor:
 
 def _wire(x: Tensor) -> Tensor:
     return x * 1.0
-
-
-def _above_zero(x: Tensor) -> Tensor:
-    return (x > 0).to(x.dtype)
 
 
 def _firing(neuron: nn.Module, forward: Callable[..., Any], stand_in: StandIn) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, cast
 
@@ -28,13 +27,15 @@ from snncompress.extend import (
     without,
 )
 
+from . import equations
+from .ancestry import below, derives, family, is_multi_step
+
 _CONTAINERS = (
     "MultiStepContainer", "SeqToANNContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer", "StepModeContainer",
 )  # fmt: skip
 _RECURRENT = ("ElementWiseRecurrentContainer", "LinearRecurrentContainer")
 _PARALLEL = ("PSN", "MaskedPSN", "SlidingPSN")
 _RATE_CODED = ("DSRIFNode", "DSRLIFNode")
-_HOME = "spikingjelly.activation_based"
 
 
 class SpikingJellyAdapter(Adapter):
@@ -48,7 +49,7 @@ class SpikingJellyAdapter(Adapter):
 
     def is_neuron(self, module: nn.Module) -> bool:
         """A class of SpikingJelly's neurons in the ancestry, but for those that never fire; or a cell of its RNNs."""
-        kinds = [name for name, place in _family(module) if _below(place, "neuron")]
+        kinds = [name for name, place in family(module) if below(place, "neuron")]
         return (bool(kinds) and not any("NonSpiking" in name for name in kinds)) or _is_cell(module)
 
     def refusal(self, model: nn.Module) -> str:
@@ -75,7 +76,7 @@ class SpikingJellyAdapter(Adapter):
         """[T, N, ...] at once in multi-step mode, else step by step, the outputs stacked to [T, N, ...]."""
         if timesteps is None:
             return model(x)
-        if any(_is_multi_step(module) for module in model.modules()):
+        if any(is_multi_step(module) for module in model.modules()):
             return model(x.unsqueeze(0).repeat(timesteps, *[1] * x.dim()))
         return stacked([model(x.clone()) for _ in range(timesteps)])
 
@@ -96,16 +97,16 @@ class SpikingJellyAdapter(Adapter):
                     continue
                 if self.is_neuron(module):
                     single: Callable[..., Any] | None = _firing(module, stand_in)
-                elif _derives(module, "layer", _RECURRENT):
+                elif derives(module, "layer", _RECURRENT):
                     single = _twice(_in_single_step(module))
                 elif _is_container(module):
                     single = partial(nn.Sequential.forward, module)
-                elif _is_multi_step(module) and not _is_memory(module) and "s" in module.supported_step_mode():
+                elif is_multi_step(module) and not _is_memory(module) and "s" in module.supported_step_mode():
                     single = _in_single_step(module)
                 else:
                     single = None
                 if single is not None:
-                    forward = _collapsed(module, single) if _is_multi_step(module) else single
+                    forward = _collapsed(module, single) if is_multi_step(module) else single
                     stack.enter_context(patched(module, "forward", forward))
             yield
         self.reset(model)
@@ -113,12 +114,12 @@ class SpikingJellyAdapter(Adapter):
     def observe(self, neuron: nn.Module, observer: Observer, *, membrane: bool) -> Callable[[], None]:
         """Spikes from a forward hook; Ũ by standing in for the surrogate function, which is called with Ũ − θ."""
         if not membrane:
-            rate_coded = _derives(neuron, "neuron", _RATE_CODED)  # their spikes are as high as the threshold
+            rate_coded = derives(neuron, "neuron", _RATE_CODED)  # their spikes are as high as the threshold
 
             def hook(module: nn.Module, args: Any, spikes: Any) -> None:
                 spikes = spikes[0] if isinstance(spikes, tuple) else spikes  # an LSTM's hidden state, and its cell's
                 spikes = _ones(spikes) if rate_coded else spikes
-                observer(spikes if _is_multi_step(module) else spikes.unsqueeze(0), None)
+                observer(spikes if is_multi_step(module) else spikes.unsqueeze(0), None)
 
             return neuron.register_forward_hook(hook).remove
         threshold = _threshold(neuron)
@@ -138,7 +139,7 @@ class SpikingJellyAdapter(Adapter):
         with ExitStack() as stack:
             for neuron in self.neurons(model).values():
                 kind: Any = type(neuron)
-                if _fires_by_mode(kind) or _derives(neuron, "neuron", ("ComplementaryLIFNode",)):
+                if _fires_by_mode(kind) or derives(neuron, "neuron", ("ComplementaryLIFNode",)):
                     stack.enter_context(patched(neuron, "training", True))
             yield
 
@@ -149,14 +150,14 @@ class SpikingJellyAdapter(Adapter):
             raise ModelError(
                 f"{type(neuron).__name__} holds layers of its own ({', '.join(layers)}), so its channels stay."
             )
-        if _derives(neuron, "neuron", _PARALLEL):  # their weights are of timesteps
+        if derives(neuron, "neuron", _PARALLEL):  # their weights are of timesteps
             return
-        if _derives(neuron, "neuron", ("GatedLIFNode",)):  # [C] or [T, C]; or one for all, and then [T]
+        if derives(neuron, "neuron", ("GatedLIFNode",)):  # [C] or [T, C]; or one for all, and then [T]
             if cast(Tensor, neuron.alpha).numel() > 1:
                 remove_along(neuron, indices, width=width, axis=-1)
             return
         held: dict[str, Any] = vars(neuron).get("_memories_rv", {})
-        if not _derives(neuron, "neuron", ("BaseNode", "SimpleBaseNode")):
+        if not derives(neuron, "neuron", ("BaseNode", "SimpleBaseNode")):
             own = [*neuron.parameters(), *neuron.buffers(), *(m for m in held.values() if isinstance(m, Tensor))]
             if any(width in tensor.shape for tensor in own):
                 raise ModelError(f"which tensors of a {type(neuron).__name__} belong to its channels isn't known")
@@ -191,7 +192,7 @@ class SpikingJellyAdapter(Adapter):
     def single_step(self, model: nn.Module, x: Tensor, timesteps: int | None) -> Tensor:
         """Step mode "s" everywhere; containers that loop over time become plain nn.Sequential."""
         modules: list[Any] = list(model.modules())
-        first = x[0] if timesteps is None and any(_is_multi_step(module) for module in modules) else x
+        first = x[0] if timesteps is None and any(is_multi_step(module) for module in modules) else x
         for module in modules:
             if _is_container(module):
                 vars(module)["forward"] = partial(nn.Sequential.forward, module)
@@ -217,104 +218,16 @@ class SpikingJellyAdapter(Adapter):
         vars(neuron).get("_memories", {}).update(states)
 
     def dynamics(self, neuron: nn.Module) -> Dynamics:
-        """IFNode, LIFNode and ParametricLIFNode: v + (v_reset - v)/τ + x, or x/τ with ``decay_input``."""
-        node: Any = neuron
-        grid: StateGrid | None = getattr(node, "state_grid", None)
-        leak = _leak(node, torch.float64).detach()
-        threshold = torch.as_tensor(node.v_threshold, dtype=torch.float64)
-        if grid is not None:
-            leak, threshold = grid.leak(leak), grid.threshold(threshold).double()
-        gain = leak if getattr(node, "decay_input", False) else torch.ones_like(leak)
-        return Dynamics(leak, gain, threshold, node.v_reset or 0.0, node.v_reset, inclusive=True)
+        """Of IFNode, LIFNode and ParametricLIFNode (:mod:`snncompress_spikingjelly.equations`)."""
+        return equations.dynamics(neuron)
 
     def make_fast(self, neuron: nn.Module, emitted: Callable[[Tensor], Emission]) -> None:
         """IFNode, LIFNode and ParametricLIFNode with their step in as few passes over memory as torch allows."""
-        d, node = self.dynamics(neuron), cast(Any, neuron)
-        _check_plain(node)
-        if hasattr(node, "state_grid"):
-            raise ModelError("it computes in fixed point")
-        leak, gain, threshold = float(d.leak), float(d.gain), float(d.threshold)
-        vars(node)["forward"] = partial(_fast, node, emitted, _Step(leak, gain, leak * d.rest, threshold, d.reset))
+        equations.make_fast(neuron, emitted)
 
     def step_on(self, neuron: nn.Module, grid: StateGrid) -> None:
         """IFNode, LIFNode and ParametricLIFNode."""
-        node: Any = neuron
-        _leak(node, torch.float32)
-        _check_plain(node)
-        node.state_grid = grid
-        vars(node)["forward"] = partial(_in_fixed_point, node)
-
-
-def _leak(node: Any, dtype: torch.dtype) -> Tensor:
-    """1/τ, with its gradient; raises ModelError for a neuron of another equation."""
-    kind = type(node).__name__ if _lives_in(type(node), "neuron") else ""
-    if kind == "ParametricLIFNode":
-        return cast(Tensor, node.w.to(dtype).sigmoid())
-    if kind not in ("IFNode", "LIFNode"):
-        raise ModelError("of SpikingJelly's neurons IFNode, LIFNode and ParametricLIFNode are known by equation")
-    return torch.tensor(1 / node.tau if kind == "LIFNode" else 0.0, dtype=dtype)
-
-
-def _check_plain(node: Any) -> None:
-    if node.store_v_seq or node._neuron_precision is not None:
-        raise ModelError("it stores its potentials, or computes in a precision of its own")
-
-
-def _in_fixed_point(node: Any, x: Tensor) -> Tensor:
-    """A neuron's call, its potentials on its grid."""
-    grid: StateGrid = node.state_grid
-    leak = grid.leak(_leak(node, torch.float32))
-    gain = leak if getattr(node, "decay_input", False) else 1.0
-    multi, v, made = _is_multi_step(node), node.v, []
-    for current in x if multi else (x,):
-        v = grid.charge(v, current, leak, gain, node.v_reset or 0.0)
-        spikes = grid.fire(v, node.v_threshold, node.surrogate_function)
-        made.append(spikes)
-        fired = spikes.detach() if node.detach_reset else spikes
-        lost = grid.threshold(node.v_threshold) if node.v_reset is None else v - grid.reset_value(node.v_reset)
-        v = v - fired * lost
-    node.v = v
-    return torch.stack(made) if multi else made[0]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """v ← (1 - leak) · v + gain · x + drift; it fires where v ≥ threshold, and is reset to ``reset``, else by θ."""
-
-    leak: float
-    gain: float
-    drift: float
-    threshold: float
-    reset: float | None
-
-    def __call__(self, v: Tensor | float, x: Tensor, fired: Tensor, *, out: Tensor | None) -> Tensor:
-        """The next v, in ``out`` where that is given."""
-        if not isinstance(v, Tensor):
-            v = torch.add(x * self.gain, (1 - self.leak) * v) if v else x * self.gain
-        elif self.gain == self.leak:
-            v = torch.lerp(v, x, self.leak, out=out)
-        else:
-            v = torch.add(x if self.gain == 1 else x * self.gain, v, alpha=1 - self.leak, out=out)
-        if self.drift:
-            v += self.drift
-        torch.ge(v, self.threshold, out=fired)
-        if self.reset is None:
-            return v.sub_(fired, alpha=self.threshold)
-        v.addcmul_(v, fired, value=-1)  # faster than masked_fill_
-        return v.add_(fired, alpha=self.reset) if self.reset else v
-
-
-def _fast(node: Any, emitted: Callable[[Tensor], Emission], step: _Step, x: Tensor) -> Tensor:
-    observed = not _lives_in(type(node.surrogate_function), "surrogate")
-    if observed or node.training or (torch.is_grad_enabled() and x.requires_grad):
-        return cast(Tensor, type(node).forward(node, x))
-    multi = _is_multi_step(node)
-    emission = emitted(x if multi else x.unsqueeze(0))
-    v, out = node.v, None
-    for current, fired in emission.steps():
-        v = out = step(v, current, fired, out=out)  # in place from the second step on, as the first v may be kept
-    node.v = v
-    return emission.spikes if multi else emission.spikes[0]
+        equations.step_on(neuron, grid)
 
 
 class _AtLeastZero(nn.Module):
@@ -340,7 +253,7 @@ class _Tap(nn.Module):
         return spikes
 
     def hand_over(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        output = output.detach() if _is_multi_step(module) else output.detach().unsqueeze(0)
+        output = output.detach() if is_multi_step(module) else output.detach().unsqueeze(0)
         seen, self.seen = self.seen, []
         if not seen or len(output) % len(seen):
             raise _unreadable(module)
@@ -372,15 +285,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _threshold(neuron: Any) -> Callable[[], Any]:
     """θ as it stands when the surrogate function is called; raises ModelError where Ũ can't be read there."""
-    if _derives(neuron, "neuron", ("ILIFNode",)):  # whole numbers of spikes, of a surrogate function of its own
+    if derives(neuron, "neuron", ("ILIFNode",)):  # whole numbers of spikes, of a surrogate function of its own
         raise _unreadable(neuron)
-    if _derives(neuron, "neuron", ("BaseNode", "SimpleBaseNode")):
+    if derives(neuron, "neuron", ("BaseNode", "SimpleBaseNode")):
         return lambda: neuron.v_threshold
-    if _derives(neuron, "neuron", ("GatedLIFNode",)):
+    if derives(neuron, "neuron", ("GatedLIFNode",)):
         return lambda: neuron.v_threshold.detach().view(1, -1, 1, 1).sigmoid()
-    if _derives(neuron, "neuron", ("MaskedPSN",)) and not _is_multi_step(neuron):
+    if derives(neuron, "neuron", ("MaskedPSN",)) and not is_multi_step(neuron):
         return lambda: -neuron.bias.detach()[int(neuron.time_step)]
-    if _derives(neuron, "neuron", _PARALLEL):
+    if derives(neuron, "neuron", _PARALLEL):
         return lambda: -neuron.bias.detach()
     raise _unreadable(neuron)
 
@@ -390,33 +303,6 @@ def _unreadable(neuron: nn.Module) -> ModelError:
         f"The membrane potential of a {type(neuron).__name__} can't be read. Take a criterion that needs spikes or "
         f"gradients, such as 'svs', 'firing_rate' or 'taylor'."
     )
-
-
-def _family(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    """Names and places of SpikingJelly's classes in the ancestry.
-
-    By name, so that SpikingJelly isn't imported for a model of another framework.
-    """
-    cls: Any = type(module)
-    return _ancestors(cls)
-
-
-@lru_cache(maxsize=1024)  # it is asked of every module, often
-def _ancestors(cls: type) -> tuple[tuple[str, str], ...]:
-    return tuple((c.__name__, c.__module__) for c in cls.__mro__ if c.__module__.startswith(_HOME))
-
-
-def _below(place: str, where: str) -> bool:
-    """0.0.0.0.14 has a file where 2.0 has a folder."""
-    return f"{place}.".startswith(f"{_HOME}.{where}.")
-
-
-def _lives_in(cls: type, where: str) -> bool:
-    return _below(cls.__module__, where)
-
-
-def _derives(module: nn.Module, where: str, names: tuple[str, ...]) -> bool:
-    return any(name in names and _below(place, where) for name, place in _family(module))
 
 
 @lru_cache(maxsize=1024)
@@ -430,7 +316,7 @@ def _is_old(cls: type) -> bool:
 
 
 def _is_cell(module: nn.Module) -> bool:
-    return _derives(module, "rnn", ("SpikingRNNCellBase",))
+    return derives(module, "rnn", ("SpikingRNNCellBase",))
 
 
 def _surrogates(cell: nn.Module) -> list[str]:
@@ -442,16 +328,11 @@ def _wire(x: Tensor) -> Tensor:
 
 
 def _is_memory(module: nn.Module) -> bool:
-    return any(name == "MemoryModule" or "NonSpiking" in name for name, _ in _family(module))
+    return any(name == "MemoryModule" or "NonSpiking" in name for name, _ in family(module))
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and _derives(module, "layer", _CONTAINERS)
-
-
-def _is_multi_step(module: nn.Module) -> bool:
-    supported = getattr(module, "supported_step_mode", None)
-    return supported is not None and ("s" not in supported() or getattr(module, "step_mode", "s") == "m")
+    return isinstance(module, nn.Sequential) and derives(module, "layer", _CONTAINERS)
 
 
 def _firing(neuron: nn.Module, stand_in: StandIn) -> Callable[..., Tensor]:
@@ -462,7 +343,7 @@ def _in_single_step(module: nn.Module) -> Callable[..., Any]:
     forward = module.forward
 
     def run(*args: Any, **named: Any) -> Any:
-        if not _is_multi_step(module):
+        if not is_multi_step(module):
             return forward(*args, **named)
         with patched(module, "_step_mode", "s"):
             return forward(*args, **named)
