@@ -260,8 +260,8 @@ class LayerFit:
     def _rounded(self, theta: Tensor, kept: Tensor | None) -> Iterator[Tensor]:
         """Weights to store whose values on the grid have each other's rounding errors passed on.
 
-        Either those values themselves, or what is nearest to θ and rounded to them: which of the two leaves the grid
-        where it is depends on how the quantizer finds it.
+        Either what is nearest to θ and rounded to those values, or they themselves: which of the two leaves the grid
+        where it is depends on how the quantizer finds it. Where both do, the first is the better start for training.
         """
         layer, compression = self.layer, compression_of(self.layer)
         self._put(self._weights(theta))
@@ -280,11 +280,11 @@ class LayerFit:
         values = (numbers - grid.zero_point) * scale
         exists = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
         exists = exists & weights.any(2, keepdim=True)  # rows of zeros stay so
-        yield values.where(exists, 0.0)
         inside = 0.499 * scale
         low = torch.where(numbers > 0, values - inside, -torch.inf)
         high = torch.where(numbers < 2.0**grid.bits - 1, values + inside, torch.inf)
         yield weights.clamp(low, high).where(exists, 0.0)
+        yield values.where(exists, 0.0)
 
     def _theta(self, weights: Tensor, offset: Tensor) -> Tensor:
         return torch.cat([weights, offset.unsqueeze(2)], 2) if self._offset else weights

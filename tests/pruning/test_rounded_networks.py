@@ -88,6 +88,15 @@ def test_less_is_lost_than_to_the_nearest(quantizer: Quantizer) -> None:
     assert lost["gptq"] < 0.7 * lost["nearest"]
 
 
+def test_what_is_stored_still_knows_what_was_rounded_off() -> None:
+    """Training starts from it: weights on the grid itself would all be half a step from moving."""
+    for module in quantized(4, quantizer=Uniform()).modules():
+        if hasattr(module, "parametrizations"):
+            stored, value = module.parametrizations.weight.original, module.weight
+            assert (stored != value).float().mean() > 0.9
+            assert (stored - value)[value.abs() < 1].abs().max() < 1 / 15  # half a step of 2/15
+
+
 def test_what_is_pruned_later_is_scored_by_weights_of_its_own() -> None:
     # At one bit every rounded weight is ±γ: of equal magnitudes the first would go, row by row.
     small = quantized(1, criterion="weight_magnitude", ratio=0.5)
