@@ -25,8 +25,9 @@ from .trial import Removal, Trial, Unsteady
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
     """Drop every group whose removal differs from silencing its neurons; ``network.skipped`` says so.
 
-    ``model`` is a copy for this purpose: its parameters are overwritten. Of every group a random half is tried, then
-    another random share than of other groups, and its complement: code that names a channel loses it in one of these.
+    ``model`` is a copy for this purpose: its parameters are overwritten. Of every group another random share than of
+    other groups is tried, and its complement: code that names a channel loses it in one of them. Where that fails, a
+    half of each tells which groups are at fault.
     """
     if not network.groups:
         return
@@ -45,13 +46,15 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
             refused[id(group)] = why
         else:
             chosen.append(group)
-    kept, network.tied, broken = list[ChannelGroup](), list[list[ChannelGroup]](), dict[int, str]()
+    kept, network.tied, broken = chosen, list[list[ChannelGroup]](), dict[int, str]()
     try:
-        mending = Mending(chosen, model, trial, halves)
-        kept = sorted([*mending.kept, *mending.mended], key=lambda group: network.layers.index(group.names("out")[0]))
-        rounds = _Rounds(kept, model, trial, halves, mending)
-        kept, broken = rounds.kept, mending.broken
-        network.tied = [groups for groups in rounds.tied if len(groups) > 1]
+        if Proportions(chosen, model, trial, halves.generator).flaw is not None:
+            mending = Mending(chosen, model, trial, halves)
+            kept = [*mending.kept, *mending.mended]
+            kept.sort(key=lambda group: network.layers.index(group.names("out")[0]))
+            rounds = _Rounds(kept, model, trial, halves, mending)
+            kept, broken = rounds.kept, mending.broken
+            network.tied = [groups for groups in rounds.tied if len(groups) > 1]
     except Unsteady as unsteady:
         kept, refused = [], dict.fromkeys(map(id, network.groups), str(unsteady))
     for group in network.groups:
@@ -116,17 +119,15 @@ def _kind(neuron: nn.Module, call: Call, member: Member) -> Hashable:
 
 
 class _Rounds:
-    """All trials but the first, until the same groups stand each: one that is refused may have hidden others' flaws."""
+    """All trials behind the first halves, until the same groups stand each: one that is refused may have hidden others' flaws."""
 
     def __init__(
         self, groups: list[ChannelGroup], model: nn.Module, trial: Trial, halves: Halves, mending: Mending
     ) -> None:
         self.kept, self._trial, self._refuse = groups, trial, mending.refuse
-        proportions = Proportions(groups, model, trial, halves.generator)
-        if proportions.flaw is not None:  # maybe not for its share, but of a channel that forward names
-            self._try([(group, halves.of(group)[1]) for group in groups])
-            proportions = Proportions(self.kept, model, trial, halves.generator)
+        self._try([(group, halves.of(group)[1]) for group in groups])
         while True:
+            proportions = Proportions(self.kept, model, trial, halves.generator)
             proportions.mend()
             before, self.tied = len(self.kept), proportions.tied
             self._take(proportions.groups)
@@ -137,7 +138,6 @@ class _Rounds:
                 return
             for number in (0, 1):
                 self._try([(group, halves.of(group)[number]) for group in self.kept])
-            proportions = Proportions(self.kept, model, trial, halves.generator)
 
     def _take(self, groups: list[ChannelGroup]) -> None:
         """These, some of which lose several channels at a time now, in the order of before."""
