@@ -119,7 +119,7 @@ def _kind(neuron: nn.Module, call: Call, member: Member) -> Hashable:
 
 
 class _Rounds:
-    """All trials behind the first halves, until the same groups stand each: one that is refused may have hidden others' flaws."""
+    """Trials, until the same groups stand each: one that is refused may have hidden the flaws of others."""
 
     def __init__(
         self, groups: list[ChannelGroup], model: nn.Module, trial: Trial, halves: Halves, mending: Mending
