@@ -32,14 +32,21 @@ class Batch:
     def samples(self) -> int | None:
         """How many samples the labels say there are: one entry each. None where they can't tell.
 
-        Labels of more dimensions may be [N, ...] or [T, N, ...].
+        Labels of more dimensions may be [N, ...] or [T, N, ...]; tensors of one length may be several targets.
 
         >>> [Batch(None, y, None).samples for y in (torch.zeros(3), [[1, 2], []], torch.zeros(3, 4), None)]
         [3, 2, None, None]
+        >>> Batch(torch.zeros(5, 4), (torch.zeros(5), torch.zeros(5, 2)), None).samples is None
+        True
         """
         if isinstance(self.y, Tensor):
             return len(self.y) if self.y.dim() == 1 else None
-        return len(self.y) if isinstance(self.y, (list, tuple)) else None
+        return len(self.y) if isinstance(self.y, (list, tuple)) and not self._several_targets() else None
+
+    def _several_targets(self) -> bool:
+        """May the labels be as many tensors, each with an entry for every sample of the input?"""
+        lengths = {len(y) if isinstance(y, Tensor) and y.dim() else None for y in self.y}
+        return isinstance(self.x, Tensor) and len(lengths) == 1 and bool(lengths & {*self.x.shape[:2]} - {len(self.y)})
 
 
 def split(raw: Any) -> tuple[Any, Any]:

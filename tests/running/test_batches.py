@@ -78,6 +78,12 @@ def test_a_tuple_is_a_pair_whatever_its_labels(y: Any) -> None:
     assert (batch.y is y) or torch.equal(batch.y, torch.from_numpy(y))
 
 
+def test_several_targets_are_not_as_many_samples() -> None:
+    for y in ((torch.rand(4), torch.rand(4, 2)), [torch.rand(4), torch.rand(4), torch.rand(4)]):
+        for data in ((X.transpose(0, 1), y), [[X.transpose(0, 1), y]]):  # [T, N, C]
+            assert snncompress.profile(Net(), data).n_samples == 4
+
+
 def test_what_goes_on_being_several_batches() -> None:
     for data, number in (([X, X], 2), ([X, torch.rand(2, 3, 8)], 2), ([X, BOXES], 1), ([X, torch.rand(4)], 1)):
         assert len(list(Feed(find_adapter(Net()), data))) == number
