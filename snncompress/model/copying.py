@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -63,19 +64,33 @@ def refuse_compiled(model: nn.Module) -> None:
         raise ModelError(f"{what} was compiled by torch.compile. {place}, and compile what comes of it.")
 
 
-def refuse_broken(model: nn.Module) -> None:
-    """Raise ModelError for a parameter that is NaN or infinite, or a buffer that is NaN."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta or not tensor.is_floating_point():
-            continue
-        if bool(torch.isfinite(tensor.sum())):  # so all are; ten times as fast as looking at each
-            continue
-        bad = torch.isnan(tensor) if not isinstance(tensor, nn.Parameter) else ~torch.isfinite(tensor)
-        if bool(bad.any()):
-            raise ModelError(
-                f"{name} of this {type(model).__name__} holds {int(bad.sum())} NaN or infinite values of "
-                f"{tensor.numel()}. Likely cause: its training diverged. Go back to a checkpoint from before."
-            )
+def refuse_broken(model: nn.Module, adapter: Adapter | None = None) -> None:
+    """Raise ModelError for a parameter or a norm's statistic that isn't finite, or a buffer that is NaN.
+
+    Other buffers may be infinite: masks of an attention, thresholds of neurons that never fire. With an adapter, a
+    number that a neuron holds, such as its threshold, mustn't be NaN either.
+    """
+    neurons = {} if adapter is None else adapter.neurons(model)
+    for owner, module in model.named_modules():
+        where = f"{owner}." if owner else ""
+        for name, value in vars(module).items() if owner in neurons else ():
+            if isinstance(value, float) and math.isnan(value):
+                raise ModelError(
+                    f"{where}{name} of this {type(model).__name__} is NaN. Likely cause: it was computed from numbers "
+                    f"that are."
+                )
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_meta or not tensor.is_floating_point():
+                continue
+            if bool(torch.isfinite(tensor.sum())):  # so all are; ten times as fast as looking at each
+                continue
+            finite = isinstance(tensor, nn.Parameter) or name in ("running_mean", "running_var")
+            bad = ~torch.isfinite(tensor) if finite else torch.isnan(tensor)
+            if bool(bad.any()):
+                raise ModelError(
+                    f"{where}{name} of this {type(model).__name__} holds {int(bad.sum())} NaN or infinite values of "
+                    f"{tensor.numel()}. Likely cause: its training diverged. Go back to a checkpoint from before."
+                )
 
 
 def same_everywhere(model: nn.Module) -> None:

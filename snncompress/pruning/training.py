@@ -18,7 +18,7 @@ from snncompress.interfaces import Adapter, Forward, Loss
 from snncompress.measuring.evaluation import accuracy, classified
 from snncompress.model.chance import held, undisturbed
 from snncompress.model.computed_once import evaluating
-from snncompress.model.copying import private_copy, refuse_wrapped
+from snncompress.model.copying import private_copy, refuse_broken, refuse_wrapped
 from snncompress.model.modules import in_mode
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.running.data import Feed
@@ -127,6 +127,7 @@ def finetune(
     refuse_wrapped(model)
     with together():
         found = find_adapter(model, named_neurons(adapter, neurons, time_dim), plain=True)
+        refuse_broken(model, found)
         feed = Feed(found, data, timesteps, forward, loss, on=model)
         tested = None if validation is None else Feed(found, validation, timesteps, forward, on=model)
     with held(feed.generators()):

@@ -95,7 +95,7 @@ def bench(
     with together():
         found = find_adapter(model, adapter, plain=plain)
         refuse_compiled(model)
-        refuse_broken(model)
+        refuse_broken(model, found)
     with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         with together():
             given = None if data is None and noise else Feed(found, data, timesteps, forward, loss, on=model)

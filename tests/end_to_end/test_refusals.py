@@ -52,14 +52,26 @@ def test_broken_parameters(name: str, value: float) -> None:
 
 
 def test_broken_buffers() -> None:
-    """NaN is never meant; infinity may be, as in a mask of an attention."""
-    model = net()
-    model[1].running_var[0] = float("nan")
-    with pytest.raises(ModelError, match=r"1\.running_var"):
-        apply(model)
+    """NaN is never meant, statistics are finite; infinity may be meant, as in a mask of an attention."""
+    for value in (float("nan"), float("inf")):
+        model = net()
+        model[1].running_var[0] = value
+        with pytest.raises(ModelError, match=r"1\.running_var"):
+            apply(model)
     model = net()
     model.register_buffer("mask", torch.full((2, 2), -float("inf")))
     apply(model)
+
+
+def test_broken_thresholds() -> None:
+    """A number, not a tensor: nothing fires. An infinite one is meant, as of a readout."""
+    model = net()
+    model[2].v_threshold = float("nan")
+    for call in (apply, lambda m: snncompress.finetune(m, (X, torch.arange(len(X))), epochs=1, timesteps=2)):
+        with pytest.raises(ModelError, match=r"2\.v_threshold of this Sequential is NaN"):
+            call(model)
+    model[2].v_threshold = float("inf")
+    snncompress.profile(model, X, timesteps=2)
 
 
 # -- plugins --
