@@ -56,7 +56,8 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         self._reshapings = dict(find_reshapings(nodes.values(), self._axes))
         for node in nodes.values():
             if node.type == ops.OPTYPE.CONCAT:
-                node.module.concat_sizes = concatenated(node, self._axes)
+                node.spans = concatenated(node, self._axes)
+                node.enable_index_mapping &= node.spans is None
             elif node.type == ops.OPTYPE.RESHAPE and self._flattens(node) and (reshaping := flatten(node, self._axes)):
                 self._reshapings[node] = reshaping
             if node in self._reshapings or node.type == ops.OPTYPE.RESHAPE:
@@ -67,7 +68,7 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         """With what this graph knows of reshapes and concatenations put in."""
         super().build_dependency(*args, **kwargs)
         for node in self.module2node.values():
-            if node.type == ops.OPTYPE.CONCAT and node.module.offsets is None:
+            if node.type == ops.OPTYPE.CONCAT and (node.spans is not None or node.module.offsets is None):
                 offset(self, node)
         for node, reshaping in self._reshapings.items():
             reshaping.attach(node)

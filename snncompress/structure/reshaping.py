@@ -151,29 +151,39 @@ def find_reshapings(nodes: Iterable[Any], axes: Axes) -> Iterator[tuple[Any, Res
 
 def offset(graph: Any, node: Any) -> None:
     """Index offsets of a concatenation that torch-pruning passed over: in [T, N, C, …], before a flatten or a split."""
-    sizes = node.module.concat_sizes or [shape_infer.infer_channels_between(graph, n, node) for n in node.inputs]
-    if None in sizes or sum(sizes) not in node.grad_fn._input_metadata[0].shape:
-        return
-    ends = list(itertools.accumulate(sizes, initial=0))
-    node.module.concat_sizes, node.module.offsets = sizes, ends
-    for i, source in enumerate(node.inputs):
+    spans: list[tuple[int, int]] | None = getattr(node, "spans", None)
+    if spans is None:
+        sizes = [shape_infer.infer_channels_between(graph, n, node) for n in node.inputs]
+        if None in sizes or sum(sizes) not in node.grad_fn._input_metadata[0].shape:
+            return
+        spans = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+    node.module.concat_sizes, node.module.offsets = [end - start for start, end in spans], [start for start, _ in spans]
+    for span, source in zip(spans, node.inputs, strict=True):
         for one, other, reverse in ((node, source, True), (source, node, False)):
             link = next((d for d in one.dependencies if d.target is other and d.index_mapping[1] is None), None)
             if link is not None:
-                link.index_mapping[1] = _ConcatIndexMapping(ends[i : i + 2], reverse=reverse)
+                link.index_mapping[1] = _ConcatIndexMapping(list(span), reverse=reverse)
 
 
-def concatenated(node: Any, axes: Axes) -> list[int] | None:
-    """Sizes of what a concatenation along the channels takes in; None for one along another axis."""
+def concatenated(node: Any, axes: Axes) -> list[tuple[int, int]] | None:
+    """Where a concatenation along the channels puts what it takes in; None for one along another axis.
+
+    Of what comes from no layer, as the network's own input, autograd has no size: several take equal parts of the rest.
+    """
     sources = node.grad_fn.next_functions
-    if len(sources) != len(node.inputs) or any(f is None for f, _ in sources):
+    traced = [(f, number) for f, number in sources if f is not None]
+    if len(traced) != len(node.inputs):
         return None
     shape = node.grad_fn._input_metadata[0].shape
     dim = signed(node.grad_fn._saved_dim) % len(shape)
     known = axes.of(node.grad_fn)
     if dim != (_axis_in(node, axes, len(shape)) if known is None else known % len(shape)):
         return None
-    return [int(f._input_metadata[number].shape[dim]) for f, number in sources]
+    taken = [0 if f is None else int(f._input_metadata[number].shape[dim]) for f, number in sources]
+    rest = (shape[dim] - sum(taken)) // max(1, len(sources) - len(traced))
+    sizes = [rest if f is None else size for (f, _), size in zip(sources, taken, strict=True)]
+    spans = itertools.pairwise(itertools.accumulate(sizes, initial=0))
+    return [span for span, (f, _) in zip(spans, sources, strict=True) if f is not None]
 
 
 def _name(node: Any) -> str:

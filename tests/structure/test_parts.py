@@ -300,3 +300,23 @@ def test_where_the_input_is_multiplied_each_keeps_as_many() -> None:
     model = nn.Sequential(conv(3, 12, groups=3), fire(), conv(12, 5, 1), fire(), layer.Flatten(), layer.Linear(320, 3))
     gone = cut(model)["0.0"]
     assert [[channel // 4 for channel in gone].count(n) for n in range(3)] == [2, 2, 2]
+
+
+class Beside(nn.Module):
+    """Spikes stand between the image, or what else comes from no layer, once or on both sides."""
+
+    def __init__(self, places: str) -> None:
+        super().__init__()
+        self.one, self.fire1, self.two = conv(3, 8), fire(), conv(8 + 3 * places.count("x"), 6)
+        self.fire2, self.head, self.places = fire(), layer.Linear(6, 4), places
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = {"x": x, "s": self.fire1(self.one(x))}
+        joined = torch.cat([parts[place] for place in self.places], 2)
+        return self.head(self.fire2(self.two(joined)).mean((-2, -1)))
+
+
+@pytest.mark.parametrize("places", ["xs", "sx", "xsx"])
+def test_spikes_beside_what_comes_from_no_layer(places: str) -> None:
+    gone = cut(Beside(places), ratio=0.5)
+    assert [len(indices) for indices in gone.values()] == [4, 3]
