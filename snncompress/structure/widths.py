@@ -13,6 +13,7 @@ from math import lcm
 import torch
 from torch import nn
 
+from snncompress.model.modules import numbers_in
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS, ChannelGroup, Member
 
 Name = tuple[str, str]
@@ -69,7 +70,7 @@ def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, i
         within = f"{name}." if name and not _only_reshapes(module) else name[: name.rfind(".") + 1]
         if not any(member.module.startswith(within) for member in group.members):
             continue
-        for attribute, value in _numbers(module):
+        for attribute, value in numbers_in(module):
             if value < 1:
                 continue
             if value % group.size == 0 or value * group.runs == group.size:
@@ -80,15 +81,6 @@ def _only_reshapes(module: nn.Module) -> bool:
     """It holds no tensors, and no modules."""
     held = (module.children(), module.parameters(), module.buffers())
     return all(next(iter(part), None) is None for part in held)
-
-
-def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Whole numbers among the attributes, and in lists and tuples of whole numbers."""
-    for attribute, value in vars(module).items():
-        if type(value) is int:
-            yield attribute, value
-        elif type(value) in (list, tuple) and all(type(number) is int for number in value):
-            yield from ((f"{attribute}[{place}]", number) for place, number in enumerate(value))
 
 
 def merged(groups: list[ChannelGroup]) -> ChannelGroup | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from snncompress_schedules import Iterative
@@ -134,6 +137,46 @@ def test_widths_that_forward_reads(read: Callable[[Reads, Tensor], int], set_: d
     assert small.a.out_channels == 4
     assert {name: value for name, value in vars(small).items() if type(value) is int} == before | set_
     assert {name: value for name, value in vars(net).items() if type(value) is int} == before
+
+
+@dataclass(frozen=True)
+class Settings:
+    hidden: int = 8
+
+
+class Shared(Reads):
+    width = 8
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "read"),
+    [
+        ("settings[model][hidden]", {"model": {"hidden": 8}}, lambda held: held["model"]["hidden"]),
+        ("settings.hidden", Settings(), lambda held: held.hidden),
+        ("settings[1][0]", ((3,), [8]), lambda held: held[1][0]),
+        ("settings", np.int64(8), int),
+        ("settings[0]", torch.Size((8, 4)), lambda held: held[0]),
+    ],
+)
+def test_widths_in_settings(name: str, held: Any, read: Callable[[Any], int]) -> None:
+    def build() -> Reads:
+        net = Reads(lambda net, x: read(net.settings))
+        net.settings, net.hidden, net.flat, net.head_dim = held, 0, 0, 0
+        return net
+
+    net = build()
+    small = prune(net, torch.rand(3, 2, 3, 4, 4))
+    plan = snncompress.Plan.from_json(snncompress.plan_of(small).to_json())
+    assert [(new.attribute, new.after) for new in plan.edits[0].widths] == [(name, 4)]
+    assert (read(net.settings), read(small.settings), read(plan.apply(build()).settings)) == (8, 4, 4)
+    assert type(small.settings) is type(held)
+
+
+def test_a_width_of_the_class() -> None:
+    net = Shared(lambda net, x: net.width)
+    net.hidden = 0
+    assert prune(net, torch.rand(3, 2, 3, 4, 4)).width == 4
+    assert (Shared.width, net.width) == (8, 8)
 
 
 def test_a_width_goes_with_the_plan_step_by_step() -> None:

@@ -28,7 +28,8 @@ from .slices import Slice, slice_from_dict
 class Width:
     """A whole number ``attribute`` of ``module`` ("" is the model itself), from which forward reads a width.
 
-    Of a list or tuple, as of the sizes of a split, it is one: ``sizes[0]``.
+    Of a list or tuple, as of the sizes of a split, it is one: ``sizes[0]``; ``sizes[hidden]`` of a mapping,
+    ``config.hidden`` of an object that holds settings.
     """
 
     module: str
