@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd, lcm
@@ -280,14 +281,17 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
         return
     pruner = _pruner(module)
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    prune = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+    prune: Callable[[Any, list[int]], Any] = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+    if isinstance(module, _ConvTransposeNd) and 1 < module.groups < max(module.in_channels, module.out_channels):
+        prune = partial(_without_of_groups, side)
 
     inputs = multiplier(module) if side == "out" and made_of_one(module, torch.tensor(sorted(indices))) else 0
 
     def resize(layer: nn.Module) -> None:
         if side == "out":
             _remove_beside(layer, indices)
-        prune(layer, indices)
+        with _with_a_bias(layer):
+            prune(layer, indices)
         if inputs:
             cast(_ConvNd, layer).in_channels -= len(indices) // inputs
             cast(_ConvNd, layer).groups -= len(indices) // inputs
@@ -296,6 +300,34 @@ def remove_from_layer(module: nn.Module, side: Side, indices: list[int]) -> None
         resize_weight(module, resize)
     for name, parameter in module.named_parameters():  # torch-pruning makes every new parameter trainable
         parameter.requires_grad_(name not in frozen)
+
+
+def _without_of_groups(side: Side, layer: Any, indices: list[int]) -> None:
+    """Of a transposed convolution in groups, with a weight [in, out/groups, …], as many from each group."""
+    old, groups = layer.weight.detach(), layer.groups
+    count, axis = (layer.out_channels, 2) if side == "out" else (layer.in_channels, 1)
+    kept = without_entries(torch.arange(count), indices, 0)
+    places = kept.view(groups, -1) % (count // groups)
+    parts = old.view(groups, len(old) // groups, *old.shape[1:])
+    cut = [part.index_select(axis - 1, place.to(old.device)) for part, place in zip(parts, places, strict=True)]
+    layer.weight = nn.Parameter(torch.cat(cut))
+    if side == "in":
+        layer.in_channels = len(kept)
+        return
+    layer.out_channels = len(kept)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(without_entries(layer.bias.detach(), indices, 0))
+
+
+@contextmanager
+def _with_a_bias(layer: Any) -> Iterator[None]:
+    """Inside, a norm that scales and doesn't shift, as snnTorch's BNTT, has the bias that torch-pruning expects."""
+    lacks = isinstance(layer, NORMS) and layer.affine and layer.bias is None
+    if lacks:
+        layer.bias = nn.Parameter(torch.zeros_like(layer.weight))
+    yield
+    if lacks:
+        layer.bias = None
 
 
 def _remove_beside(module: nn.Module, indices: list[int]) -> None:

@@ -120,16 +120,14 @@ def test_time_aware_batch_norms() -> None:
     assert set(compress(model).removed_channels()) == {"0", "1", "3", "4"}
 
 
-def test_batch_norm_through_time_is_left_whole() -> None:
-    """One batch norm per timestep without a shift: torch-pruning can't shrink it."""
+def test_batch_norms_through_time_without_a_shift() -> None:
     model = nn.Sequential(
         layer.Conv2d(1, 8, 3, padding=1), layer.BatchNormThroughTime2d(3, 8), neuron.LIFNode(),
         layer.Conv2d(8, 6, 3, padding=1), neuron.LIFNode(), layer.Flatten(), layer.Linear(384, 10),
     )  # fmt: skip
     functional.set_step_mode(model, "m")
     plan = snncompress.plan_of(prune(Case(model.double(), X, 3), "magnitude"))
-    assert set(plan.removed_channels()) == {"3"}
-    assert "can't be removed safely" in plan.skipped["0"]
+    assert {"0", "3"} < set(plan.removed_channels())
 
 
 def test_recurrent_containers() -> None:

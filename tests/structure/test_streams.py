@@ -100,6 +100,30 @@ def test_depthwise_transposed_convolutions(criterion: str) -> None:
     assert largest_difference(model, small, Feed(find_adapter(model), x, 3)) < 1e-9
 
 
+@pytest.mark.parametrize(("after", "groups", "left"), [(8, 2, [4, 4]), (12, 4, [4, 4]), (16, 8, [8, 8])])
+def test_transposed_convolutions_in_groups(after: int, groups: int, left: list[int]) -> None:
+    """Of each group as many go; where each takes in a single channel, that stays."""
+    model = nn.Sequential(
+        layer.Conv2d(1, 8, 3, padding=1), fire(), layer.ConvTranspose2d(8, after, 2, stride=2, groups=groups), fire(),
+        layer.Conv2d(after, 5, 1),
+    ).double()  # fmt: skip
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    small = snncompress.apply(model, "firing_rate", 0.5, None, data=x, timesteps=3, skip=[], repair=None)
+    assert [small[0].out_channels, small[2].out_channels] == left
+    assert small[2].weight.shape == (left[0], left[1] // groups, 2, 2)
+    assert largest_difference(model, small, Feed(find_adapter(model), x, 3)) < 1e-9
+
+
+def test_norms_without_a_bias() -> None:
+    """As snnTorch's BNTT has one for each timestep."""
+    model = nn.Sequential(layer.Conv2d(1, 8, 3), layer.BatchNorm2d(8), fire(), layer.Conv2d(8, 5, 1)).double().eval()
+    model[1].bias = None
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    small = snncompress.apply(model, "firing_rate", 0.5, None, data=x, timesteps=3, skip=[], repair=None)
+    assert (small[0].out_channels, len(small[1].weight), small[1].bias) == (4, 4, None)
+    assert largest_difference(model, small, Feed(find_adapter(model), x, 3)) < 1e-9
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_outputs_first_and_back(groups: int) -> None:
     convolution = nn.ConvTranspose1d(8, 12, 3, groups=groups)
