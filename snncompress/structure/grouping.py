@@ -302,7 +302,7 @@ def _group(graph: Graph, module: nn.Module, names: dict[nn.Module, str], neurons
 
     def touched(channels: list[int]) -> Touched:
         group = graph.get_pruning_group(module, pruner.prune_out_channels, channels)
-        return _touched(graph, group, names, neurons)
+        return _touched(graph, group, names, neurons, size)
 
     own: Key = (names[module], "out")
     try:
@@ -331,10 +331,12 @@ def _group(graph: Graph, module: nn.Module, names: dict[nn.Module, str], neurons
     return ChannelGroup(tuple(members), len(members[0].index), in_all)
 
 
-def _touched(graph: Graph, group: Any, names: dict[nn.Module, str], neurons: Iterable[str]) -> Touched:
+def _touched(graph: Graph, group: Any, names: dict[nn.Module, str], neurons: Iterable[str], size: int) -> Touched:
     found: Touched = {}
     for item in group:
         target, handler = item.dep.target.module, item.dep.handler
+        if isinstance(target, nn.Parameter) and all(length % size for length in target.shape):
+            continue  # one number for all channels, or for each timestep
         if isinstance(target, nn.Parameter):
             raise UnfitError("a parameter that belongs to no layer depends on its channels")
         name = names.get(target)

@@ -200,6 +200,25 @@ class _Unlimited:
         pass
 
 
+def test_a_number_for_each_timestep_is_of_no_channel() -> None:
+    """As in temporal effective batch normalization."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.p = (
+                layer.Conv2d(3, 8, 1, step_mode="m"),
+                fire(),
+                nn.Parameter(torch.rand(3, 1, 1, 1, 1)),
+            )
+            self.b = nn.Linear(8 * 16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.n(self.a(x) * self.p).flatten(2))
+
+    assert prune(Net(), torch.rand(3, 2, 3, 4, 4)).a.out_channels == 4
+
+
 class Tied(nn.Module):
     """The second layer's output is shaped by the width of its input: both must be as wide, whatever they hold."""
 
