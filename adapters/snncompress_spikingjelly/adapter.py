@@ -24,7 +24,6 @@ from snncompress.extend import (
     remove_along,
     stacked,
     through,
-    without,
 )
 
 from . import equations
@@ -145,7 +144,7 @@ class SpikingJellyAdapter(Adapter):
 
     def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
         """Parameters and memories along the channel axis; those that hold layers can't be shrunk."""
-        layers = [name for name, child in neuron.named_children() if next(child.parameters(), None) is not None]
+        layers = [name for name, child in neuron.named_children() if any(p.dim() > 1 for p in child.parameters())]
         if layers:
             raise ModelError(
                 f"{type(neuron).__name__} holds layers of its own ({', '.join(layers)}), so its channels stay."
@@ -156,15 +155,12 @@ class SpikingJellyAdapter(Adapter):
             if cast(Tensor, neuron.alpha).numel() > 1:
                 remove_along(neuron, indices, width=width, axis=-1)
             return
-        held: dict[str, Any] = vars(neuron).get("_memories_rv", {})
         if not derives(neuron, "neuron", ("BaseNode", "SimpleBaseNode")):
+            held: dict[str, Any] = vars(neuron).get("_memories_rv", {})
             own = [*neuron.parameters(), *neuron.buffers(), *(m for m in held.values() if isinstance(m, Tensor))]
             if any(width in tensor.shape for tensor in own):
                 raise ModelError(f"which tensors of a {type(neuron).__name__} belong to its channels isn't known")
-        remove_along(neuron, indices, width=width, axis=axis)
-        for name, value in held.items():
-            if isinstance(value, Tensor) and value.dim() >= -axis and value.shape[axis] == width:
-                held[name] = without(value, indices, axis)
+        remove_along(neuron, indices, width=width, axis=axis, anywhere=True)
         if _is_memory(neuron):
             cast(Any, neuron).reset()
 

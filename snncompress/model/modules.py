@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 _MISSING = object()
 _LIMIT = "_snncompress_timesteps"
@@ -42,24 +43,58 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
-    """Remove ``indices`` along ``axis`` < 0 from the module's own parameters and persistent buffers, in place.
+def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int, anywhere: bool = False) -> None:
+    """Remove ``indices`` along ``axis`` < 0 from what a module holds for each channel, in place.
 
-    Plain tensors among its attributes shrink too. Only tensors with ``width`` entries on that axis hold one per
-    channel; others (fewer dimensions, another size) are left. The channel axis of an input [N, C, H, W] is -3: a
-    threshold [C, 1, 1] shrinks, one of shape [W] doesn't.
+    That is in parameters, buffers and plain tensors, in lists and mappings of these, its own and those of norms and the
+    like within it; layers within it are left. The channel axis of an input [N, C, H, W] is -3: of ``width`` channels a
+    threshold [C, 1, 1] shrinks, one of shape [H, W] doesn't. With ``anywhere``, of a class that may do with them
+    whatever it likes, [C] does, too, and [C, C] on both axes, a matrix by which spikes come back.
+
+    >>> neuron = nn.BatchNorm2d(3)
+    >>> neuron.thresholds, neuron.recurrent, neuron.times = [torch.ones(3, 1, 1)], torch.ones(3, 3), torch.ones(4)
+    >>> remove_along(neuron, [0], width=3, axis=-3, anywhere=True)
+    >>> len(neuron.weight), neuron.thresholds[0].shape, neuron.recurrent.shape, neuron.times.shape
+    (2, torch.Size([2, 1, 1]), torch.Size([2, 2]), torch.Size([4]))
     """
-    persistent = {n for n, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
-    plain = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
-    for name in [n for n, _ in module.named_parameters(recurse=False)] + sorted(persistent) + plain:
-        home: Any = next(h for h in (module._parameters, module._buffers, vars(module)) if name in h)
-        tensor = cast(Tensor, home[name])  # an attribute of that name may be something else
-        if tensor.dim() < -axis or tensor.shape[axis] != width:
-            continue
-        kept = without(tensor.detach(), indices, axis)
-        if isinstance(tensor, nn.Parameter):
-            kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
-        home[name] = kept
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return _without_channels(value, indices, width, axis, anywhere=anywhere)
+        if type(value) is dict:
+            return {key: cut(part) for key, part in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(cut, value))
+        return value
+
+    for part in _without_layers(module):
+        for home in (part._parameters, part._buffers, vars(part)):
+            for name, value in list(home.items()):
+                if (home is not vars(part) or name not in _OF_TORCH) and any(True for _ in tensors_in(value)):
+                    home[name] = cut(value)
+        if getattr(part, "num_features", None) == width:
+            setattr(part, "num_features", width - len(indices))  # noqa: B010 - of norms
+
+
+def _without_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those within it, but for layers, and what they hold."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, (nn.Linear, _ConvNd, nn.RNNBase, nn.RNNCellBase)):
+            yield from _without_layers(child)
+
+
+def _without_channels(tensor: Tensor, indices: list[int], width: int, axis: int, *, anywhere: bool) -> Tensor:
+    kept = tensor.detach()
+    if anywhere and tensor.shape == (width, width):
+        kept = without(without(kept, indices, 0), indices, 1)
+    elif tensor.dim() >= -axis and tensor.shape[axis] == width:
+        kept = without(kept, indices, axis)
+    elif anywhere and tensor.shape == (width,):
+        kept = without(kept, indices, 0)
+    else:
+        return tensor
+    return nn.Parameter(kept, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
 
 
 def without(tensor: Tensor, indices: list[int], axis: int) -> Tensor:

@@ -15,6 +15,8 @@ from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter, Dynamics, Observer, StandIn, StateGrid
 
 from .modules import patched, remove_along, stacked
+from .network import WEIGHT_LAYERS, remove_from_layer
+from .network import width as module_width
 from .one_step import all_steps, first_step, through
 from .potentials import watch_potential
 
@@ -27,10 +29,12 @@ class OwnNeurons(Adapter):
 
     A neuron takes currents and returns spikes of the same shape, alone or first in a tuple. Where it takes all
     timesteps at once, ``time_dim`` is the axis of time in its input: 1 in [N, T, C, ...], 0 in [T, N, C, ...]. None: it
-    takes one timestep, or all of them folded into the batch. Parameters, persistent buffers and plain tensors with an
-    entry for each channel shrink with the channels. State that it keeps from call to call is put back by its method
-    ``reset()`` (or ``reset_state``, ``reset_mem`` ...), if it has one without arguments. Its membrane potential is what
-    it compares, in each timestep, with a threshold, or with 0 after the threshold was subtracted.
+    takes one timestep, or all of them folded into the batch. Parameters, buffers and plain tensors with an entry for
+    each channel shrink with the channels, those of norms within it too, and so does a layer, or a matrix, from all
+    channels to all, by which spikes come back; with other layers it stays whole. State that it keeps from call to call
+    is put back by its method ``reset()`` (or ``reset_state``, ``reset_mem`` ...), if it has one without arguments. Its
+    membrane potential is what it compares, in each timestep, with a threshold, or with 0 after the threshold was
+    subtracted.
 
     Everything else follows the framework that the rest of the model is of, if any: layers of SpikingJelly in multi-step
     mode, say.
@@ -142,10 +146,14 @@ class OwnNeurons(Adapter):
         """What has an entry for each channel."""
         if not self.is_own(neuron):
             self.base.remove_channels(neuron, indices, width=width, axis=axis)
-        elif any(width in t.shape for t in _inside(neuron)):
-            raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
-        else:
-            remove_along(neuron, indices, width=width, axis=axis)
+            return
+        for layer in _layers(neuron):
+            if _feeds_back(layer) and module_width(layer, "out") == width:
+                remove_from_layer(layer, "out", indices)
+                remove_from_layer(layer, "in", indices)
+            elif any(width in p.shape for p in layer.parameters()):
+                raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
+        remove_along(neuron, indices, width=width, axis=axis, anywhere=True)
 
     # What only the framework can do, for what is its own.
 
@@ -208,7 +216,7 @@ class OwnNeurons(Adapter):
         def call(*args: Any, **named: Any) -> Any:
             x: Tensor = next(iter((*args, *named.values())))
             steps = 1 if self.time_dim is None else x.shape[self.time_dim]
-            if any(not {1, steps}.issuperset(t.shape) for t in _inside(neuron)):
+            if not all(_apart(layer, x, steps) for layer in _layers(neuron)):
                 return through(forward)(*args, **named)
             with torch.no_grad():
                 form = forward(*args, **named)
@@ -240,9 +248,26 @@ def named_neurons(adapter: Adapter | str | None, neurons: Neurons | None, time_d
     return OwnNeurons(neurons, time_dim)
 
 
-def _inside(neuron: nn.Module) -> list[Tensor]:
-    """What the modules hold that a neuron holds: where it isn't single numbers, an entry for each channel or step."""
-    return [t for child in neuron.children() for t in (*child.parameters(), *child.buffers()) if t.numel() > 1]
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules within a neuron that connect channels, or timesteps, with one another."""
+    for child in module.children():
+        held = (*child.parameters(recurse=False), *child.buffers(recurse=False))
+        if isinstance(child, WEIGHT_LAYERS) or any(tensor.squeeze().dim() > 1 for tensor in held):
+            yield child
+        else:
+            yield from _layers(child)
+
+
+def _feeds_back(layer: nn.Module) -> bool:
+    """Has it as many outputs as inputs, and any from any?"""
+    square = isinstance(layer, WEIGHT_LAYERS) and module_width(layer, "in") == module_width(layer, "out")
+    return square and getattr(layer, "groups", 1) == 1
+
+
+def _apart(layer: nn.Module, x: Tensor, steps: int) -> bool:
+    """Is it of timesteps, or does it feed spikes back? A trial of the neuron alone shows whether it does."""
+    of_time = all({1, steps}.issuperset(t.shape) for t in (*layer.parameters(), *layer.buffers()))
+    return of_time or (_feeds_back(layer) and module_width(layer, "in") in x.shape)
 
 
 def _wants_more(method: Callable[..., Any]) -> bool:

@@ -27,6 +27,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments."""
 _SCALES = (1.0, 16.0)  # of currents: thresholds are mostly about 1
 _STEPS = 3
+_FAR = 1e4
 _FLIPS = 0.001  # share of values that rounding may change: a spike at the threshold
 
 
@@ -62,20 +63,24 @@ def uncuttable(neuron: nn.Module, adapter: Adapter, call: Call, member: Member, 
     except Exception:  # a plugin's adapter may raise anything
         return f"its channels can't be removed safely: {what} can't be cut"
     coupled = any(True for child in neuron.children() for _ in child.parameters())  # recurrent weights mix channels
+    coupled |= any(p.shape == (member.width, member.width) for p in neuron.parameters(recurse=False))
     generator = torch.Generator().manual_seed(0)
     for scale in _SCALES:
         args = _random(call, member, scale, generator, states=not coupled)
-        steps = 1 if coupled else _STEPS
+        silent = _silent(args, member, gone) if coupled else args
         try:
-            wanted = list(_results(whole, adapter, args, steps))
+            wanted = list(_results(whole, adapter, silent, _STEPS))
         except Exception:  # it doesn't run by itself, so nothing is learned
-            return None
+            return f"its channels can't be removed safely: {what} can't be tried by itself" if coupled else None
         try:
-            got = list(_results(cut, adapter, _map(args, lambda t: _part(t, member, kept)), steps))
+            got = list(_results(cut, adapter, _map(args, lambda t: _part(t, member, kept)), _STEPS))
         except Exception:  # whatever it is, it wouldn't run in the network
             got = []
         if not _agree([_part(t, member, kept) for t in wanted], got):
-            return f"its channels can't be removed safely: {what} holds values for each that aren't cut along"
+            return (
+                f"its channels can't be removed safely: {what} holds values for each that aren't cut along, or they "
+                f"depend on one another"
+            )
     return None
 
 
@@ -117,6 +122,19 @@ def _random(call: Call, member: Member, scale: float, generator: torch.Generator
         return (scale * torch.randn(tensor.shape, generator=generator)).to(tensor)
 
     changed: Call = _map(call, drawn)
+    return changed
+
+
+def _silent(call: Call, member: Member, gone: Tensor) -> Call:
+    """The same with currents far below any threshold for channels ``gone``, so that they send nothing to others."""
+    first = next(tensors_in(call), None)
+
+    def silenced(tensor: Tensor) -> Tensor:
+        if tensor is not first or not _per_channel(tensor, member):
+            return tensor
+        return tensor.index_fill(member.axis, gone.to(tensor.device), -_FAR)
+
+    changed: Call = _map(call, silenced)
     return changed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -215,45 +215,6 @@ def test_a_potential_that_cannot_be_read() -> None:
 def test_they_make_an_adapter_that_keeps_the_contract(name: str) -> None:
     case = CASES[name]
     check_adapter(case.adapter, case.build(), case.x)
-
-
-def test_a_neuron_that_holds_layers_stays_whole() -> None:
-    class Normed(Surrogate):
-        def __init__(self, channels: int) -> None:
-            super().__init__(channels)
-            self.norm = nn.BatchNorm1d(channels)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(self.norm(x.flatten(0, 1)).view(x.shape))
-
-    model = Line(Normed).eval()
-    model.b = Surrogate(12)
-    small = snncompress.apply(
-        model, "magnitude", 0.5, None, data=CASES["[T, N, C]"].x, neurons=Surrogate, time_dim=0, skip=[]
-    )
-    assert [len(small.get_submodule(n).weight) for n in ("f1", "f2")] == [16, 6]
-    run(small, CASES["[T, N, C]"])
-
-
-def test_a_neuron_that_holds_a_layer_over_time_is_cut() -> None:
-    class Parallel(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(6, 6)
-            nn.init.constant_(self.fc.bias, -0.2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return cast(Tensor, Step.apply(self.fc(x.movedim(0, -1)))).movedim(-1, 0)
-
-    case = Case(lambda: Line(lambda c: Parallel()), Parallel, 0, torch.rand(6, 5, 8))
-    model = case.build().eval()
-    small = snncompress.apply(model, "firing_rate", 0.5, None, data=case.x, skip=[], repair=None, **case.named)
-    assert [len(small.get_submodule(n).weight) for n in ("f1", "f2", "a.fc")] == [8, 6, 6]
-    gone = snncompress.plan_of(small).removed_channels()
-    with torch.no_grad():
-        model.f2.weight[:, gone["f1"]] = 0
-        model.f3.weight[:, gone["f2"]] = 0
-    assert torch.allclose(run(small, case), run(model, case), atol=1e-5)
 
 
 class Mixed(nn.Module):
