@@ -40,7 +40,8 @@ class OwnNeurons(Adapter):
     mode, say.
 
     Raises:
-        OptionError: ``neurons`` holds anything but classes of modules, or ``time_dim`` isn't a whole number.
+        OptionError: ``neurons`` holds anything but classes of modules, or ``time_dim`` isn't a whole number, or no axis
+            of what they return.
 
     Example:
         >>> import snncompress
@@ -137,10 +138,25 @@ class OwnNeurons(Adapter):
             return stack.close
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            spikes: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+            spikes = self._spikes(module, output)
             observer(spikes.unsqueeze(0) if self.time_dim is None else spikes.movedim(self.time_dim, 0), None)
 
         return neuron.register_forward_hook(hook).remove
+
+    def _spikes(self, neuron: nn.Module, output: Any) -> Tensor:
+        found = output[0] if isinstance(output, (tuple, list)) and output else output
+        what = type(neuron).__name__
+        if not isinstance(found, Tensor):
+            raise ModelError(
+                f"{what} returned a {type(output).__name__}. What neurons= names returns spikes, as a tensor or first "
+                f"in a tuple. Let its forward do so, and what else it returns come behind."
+            )
+        if self.time_dim is not None and not -found.dim() <= self.time_dim < found.dim():
+            raise OptionError(
+                f"time_dim={self.time_dim} is no axis of what {what} returned, {list(found.shape)}. It is the axis of "
+                f"time there, or None where the neuron takes one timestep."
+            )
+        return found
 
     def remove_channels(self, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
         """What has an entry for each channel."""

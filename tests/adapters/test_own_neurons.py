@@ -13,7 +13,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import snncompress
-from snncompress import ModelError, OptionError, OwnNeurons, UnknownNeuronsWarning
+from snncompress import ModelError, OptionError, OwnNeurons, SNNCompressError, UnknownNeuronsWarning
 from snncompress.testing import check_adapter
 from tests.equivalence import same as unchanged
 from tests.equivalence import snapshot
@@ -209,6 +209,22 @@ def test_a_potential_that_cannot_be_read() -> None:
         snncompress.apply(
             model, "sca", 0.5, None, data=CASES["[T, N, C]"].x, neurons=Odd, time_dim=0, skip=[], repair=None
         )
+
+
+class Named(Direct):
+    """Spikes by name."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"spikes": super().forward(x)}
+
+
+@pytest.mark.parametrize(
+    ("own", "axis", "why"),
+    [(Named, 1, "Named returned a dict. What neurons= names"), (Direct, 3, r"time_dim=3 is no axis of .*\[5, 6, 16\]")],
+)
+def test_what_neurons_return_is_told_at_the_door(own: type[nn.Module], axis: int, why: str) -> None:
+    with pytest.raises(SNNCompressError, match=why):
+        snncompress.profile(Line(lambda c: own()), torch.rand(5, 6, 8), neurons=own, time_dim=axis)
 
 
 @pytest.mark.parametrize("name", ["[T, N, C]", "stepwise"])
