@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ def set_seed(seed: int, devices: list[int]) -> None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, anything may be drawn; afterwards torch's, numpy's and Python's generators are where they were.
 
+    So are those that the model, or its class, holds.
+
     >>> model = nn.Linear(1, 1)
     >>> before = torch.get_rng_state()
     >>> with undisturbed(model):
@@ -41,7 +44,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     True
     """
     python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(cuda_devices(model)):
+    with torch.random.fork_rng(cuda_devices(model)), held(_generators(model)):
         try:
             yield
         finally:
@@ -50,14 +53,35 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def held(generators: Iterable[torch.Generator]) -> Iterator[None]:
-    """The same for generators of the user's own."""
-    before = [(generator, generator.get_state()) for generator in generators]
+def held(generators: Iterable[Any]) -> Iterator[None]:
+    """The same for generators of the user's own, of torch, numpy or Python."""
+    before = [(generator, copy.deepcopy(_state(generator))) for generator in generators]
     try:
         yield
     finally:
         for generator, state in before:
-            generator.set_state(state)
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            elif isinstance(generator, random.Random):
+                generator.setstate(state)
+            else:
+                generator.set_state(state)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _generators(model: nn.Module) -> list[Any]:
+    """Random generators among the attributes of modules and of their classes; not those that draw from the system."""
+    holders = [vars(holder) for module in model.modules() for holder in (module, *type(module).__mro__)]
+    found = {id(value): value for held in holders for value in held.values() if isinstance(value, _KINDS)}
+    return [value for value in found.values() if not isinstance(value, random.SystemRandom)]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import snncompress
 from snncompress import DataError, ModelError
 from snncompress.contract.detection import find_adapter
-from snncompress.model.chance import seeded
+from snncompress.model.chance import _state, seeded
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
 from snncompress.running.sameness import all_same, same, wired_outputs
@@ -163,6 +163,32 @@ def test_a_random_model_is_pruned_frozen_and_analysed() -> None:
     small = snncompress.apply(model, "magnitude", 0.5, None, data=torch.rand(4, 6), timesteps=3, skip=[])
     assert (small.one.out_features, small.two.out_features) == (4, 4)
     assert snncompress.collapse(small, torch.rand(4, 6), timesteps=3).one.out_features == 4
+
+
+@pytest.mark.parametrize(
+    ("generator", "shared"),
+    [
+        (torch.Generator(), True), (np.random.default_rng(0), False), (np.random.RandomState(0), False),
+        (random.Random(0), False),
+    ],
+)  # fmt: skip
+def test_generators_of_the_model_or_its_class_are_where_they_were(generator: Any, shared: bool) -> None:
+    class Drawing(Noisy):
+        """Draws an encoding of its own."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            own: Any = self.own
+            given = {"generator": own} if isinstance(own, torch.Generator) else {}
+            draws = torch.rand(6, **given) if given else torch.tensor([own.random() for _ in range(6)]).to(x)
+            return super().forward((draws < x).to(x))
+
+    model = Drawing()
+    holder: Any = Drawing if shared else model
+    holder.own = generator
+    before = repr(_state(generator))
+    small = snncompress.apply(model, "magnitude", 0.5, None, data=torch.rand(4, 6), timesteps=3, skip=[], repair=None)
+    assert small.one.out_features == 4
+    assert repr(_state(generator)) == before
 
 
 @pytest.mark.parametrize(
