@@ -249,6 +249,7 @@ def _fill(model: nn.Module, file: Container, adapter: Adapter) -> None:
     aliases = {name: str(other) for name, other in part(file, "aliases").items()}
     moments = _moments(model, adapter)  # an adapter that didn't name them may have written the file
     left = {name: t for name, t in file.tensors.items() if not name.startswith(MASK) and name not in moments}
+    _wake(model, left)
     for name, target in _state(model, adapter).items():
         if "bits" not in packed.get(name, {}) and (compression := _compression(model, name)) is not None:
             build_quantizer(compression, target.device)
@@ -282,6 +283,16 @@ def _fill(model: nn.Module, file: Container, adapter: Adapter) -> None:
             continue
         if not bool(torch.isfinite(cast(Tensor, layer.weight)).all()):
             raise StorageError(f"The weight of a {type(layer).__name__} comes out infinite, or as NaN.")
+
+
+def _wake(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let modules name parameters in their state_dict that they leave out until these have a value, as Brevitas' do."""
+    named = model.state_dict().keys()
+    unnamed = {name: p for name, p in model.named_parameters() if name not in named}
+    for name, parameter in unnamed.items():
+        if name in tensors and tensors[name].shape == parameter.shape:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).load_state_dict({leaf: tensors[name]}, strict=False)
 
 
 def _unpacked(

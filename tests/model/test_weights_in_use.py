@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import brevitas.nn as qnn
@@ -296,10 +297,13 @@ SCALES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("kind", [qnn.QuantConv2d, QuantConv])
-def test_brevitas_layers_are_pruned_in_channels(kind: type[nn.Conv2d], scales: dict[str, Any]) -> None:
-    model = net(kind(8, 8, 3, padding=1, bias=True, weight_bit_width=4, **scales)).eval()
-    if kind is QuantConv:
-        functional.set_step_mode(model, "m")
+def test_brevitas_layers_are_pruned_in_channels(kind: type[nn.Conv2d], scales: dict[str, Any], tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        made = net(kind(8, 8, 3, padding=1, bias=True, weight_bit_width=4, **scales)).eval()
+        functional.set_step_mode(made, "m" if kind is QuantConv else "s")
+        return made
+
+    model = build()
     x = X.expand(3, *X.shape) if kind is QuantConv else X
     with torch.no_grad():
         model(x)
@@ -325,6 +329,9 @@ def test_brevitas_layers_are_pruned_in_channels(kind: type[nn.Conv2d], scales: d
         with torch.no_grad():
             for a, b in ((model, small),) * 3:
                 assert torch.allclose(a(x), b(x), atol=1e-5)
+    snncompress.save(small, tmp_path / "small.safetensors")
+    loaded = snncompress.load(tmp_path / "small.safetensors", build())  # on a network that has learned no scale yet
+    assert torch.equal(loaded[2].quant_weight().value, small[2].quant_weight().value)
     snncompress.finetune(small, (X, Y), timesteps=3)
 
 
