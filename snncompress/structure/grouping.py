@@ -172,7 +172,7 @@ def add_groups(
             ):
                 raise UnfitError(LOST)
         except UnfitError as error:
-            network.skipped[layer] = str(error)
+            network.skipped[layer] = skipped.get(layer, str(error))
             continue
         except Exception:  # here too; each way means: don't touch this layer
             network.skipped[layer] = LOST

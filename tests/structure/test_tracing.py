@@ -63,3 +63,25 @@ def test_numbers_are_written_again_and_again_in_any_layout() -> None:
     one = torch.empty(())
     trial._fill(one, torch.full((1,), 7.0))
     assert one == 7
+
+
+class Counted(nn.Module):
+    """How often it fired beside what it says, as a loss would have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.b, self.m = nn.Linear(6, 8), neuron.IFNode(), nn.Linear(8, 7), neuron.IFNode()
+        self.c = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.n(self.a(x))
+        second = self.m(self.b(first))
+        return self.c(second), first.sum() + second.sum()
+
+
+def test_what_counts_spikes_is_told_as_such() -> None:
+    model = Counted()
+    adapter = find_adapter(model)
+    found = tracing.trace(model, adapter, Feed(adapter, torch.rand(2, 6)).example())
+    for name in "ab":
+        assert found.skipped[name] == f"the channels of {name} are part of the model's output"
