@@ -74,14 +74,15 @@ def _state(generator: Any) -> Any:
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_KINDS = {torch.Generator, np.random.Generator, np.random.RandomState, random.Random}
 
 
 def _generators(model: nn.Module) -> list[Any]:
-    """Random generators among the attributes of modules and of their classes; not those that draw from the system."""
-    holders = [vars(holder) for module in model.modules() for holder in (module, *type(module).__mro__)]
-    found = {id(value): value for held in holders for value in held.values() if isinstance(value, _KINDS)}
-    return [value for value in found.values() if not isinstance(value, random.SystemRandom)]
+    """Random generators among the attributes of modules, and of their classes."""
+    modules = list(model.modules())
+    classes = {cls for kind in {type(module) for module in modules} for cls in kind.__mro__}
+    found = {id(v): v for holder in (*modules, *classes) for v in vars(holder).values() if type(v) in _KINDS}
+    return list(found.values())
 
 
 @contextmanager
