@@ -22,7 +22,7 @@ from .trial import Flaw, Removal, Trial
 
 
 class Proportions:
-    """Finds out which of the groups are ``tied``, by a trial in which each loses another share, and its complement.
+    """Finds out which of the groups are ``tied``, by a trial in which each loses another share.
 
     What a share leaves has no divisor in common with the whole, so that no number in forward fits it by chance. Where
     that fails, those at fault lose a multiple of a number that the code that failed can read, or are tied to what they
@@ -32,28 +32,25 @@ class Proportions:
     """
 
     def __init__(self, groups: list[ChannelGroup], model: nn.Module, trial: Trial, generator: torch.Generator) -> None:
-        self._groups, self._model, self._trial, self._generator = groups, model, trial, generator
+        self._model, self._generator = model, generator
         self.tied = [[group] for group in groups]
-        self.flaw = self._tried()
-
-    def mend(self) -> None:
-        """Find what those at fault may lose; ``flaw`` stays where nothing helps."""
-        while self.flaw is not None and (self._in_steps(self.flaw) or self._tie(self.flaw)):
-            self.flaw = self._tried()
+        self.flaw = self._tried(trial)
+        while self.flaw is not None and (self._in_steps(self.flaw, trial) or self._tie(self.flaw)):
+            self.flaw = self._tried(trial)
         if self.flaw is not None:
-            self._in_halves()
+            self._in_halves(groups, trial)
 
     @property
     def groups(self) -> list[ChannelGroup]:
         """All of them, some in steps now."""
         return [group for tied in self.tied for group in tied]
 
-    def _tried(self) -> Flaw | None:
+    def _tried(self, trial: Trial) -> Flaw | None:
         self._draw()
         if not self.some:
             return None
-        flaw = self._trial.difference(self.some)
-        return self._trial.difference(self.others) if flaw is None else flaw
+        flaw = trial.difference(self.some)
+        return trial.difference(self.others) if flaw is None else flaw
 
     def _draw(self) -> None:
         removals = list[tuple[ChannelGroup, Tensor, Tensor]]()
@@ -75,7 +72,7 @@ class Proportions:
         kind = type(self._model.get_submodule(code))
         return code, [f"{name}." for name, module in self._model.named_modules() if type(module) is kind]
 
-    def _in_steps(self, flaw: Flaw) -> bool:
+    def _in_steps(self, flaw: Flaw, trial: Trial) -> bool:
         """Let groups in the code that failed lose multiples of a number there, if it doesn't fail then."""
         code, wheres = self._code(flaw)
         if code is None:
@@ -86,33 +83,32 @@ class Proportions:
             self.tied = [[_stepped(group, step, wheres) for group in tied] for tied in before]
             if all(a is b for old, new in zip(before, self.tied, strict=True) for a, b in zip(old, new, strict=True)):
                 continue
-            after = self._tried()
+            after = self._tried(trial)
             if after is None or self._code(after)[0] != code:
                 return True
         self.tied, (self.some, self.others) = before, tried
         return False
 
-    def _in_halves(self) -> None:
+    def _in_halves(self, groups: list[ChannelGroup], trial: Trial) -> None:
         """Let some of the untied groups lose a half or nothing, and the others any share, if nothing fails then."""
-        before = self.tied, self.some, self.others, self.flaw
-        self.tied = [[_in_half(group)] for group in self._groups]
+        before, self.tied = (self.tied, self.some, self.others, self.flaw), [[_in_half(group)] for group in groups]
         halved = {id(group.members) for group in self.groups if group.step > 1}
-        self.flaw = self._tried() if halved else before[3]
+        self.flaw = self._tried(trial) if halved else before[3]
         if self.flaw is not None:
             self.tied, self.some, self.others, self.flaw = before
             return
         halves = {id(removal[0].members): removal for removal in self.some}
-        self.tied = [[group] for group in self._groups]
+        self.tied = [[group] for group in groups]
 
         def difference(uneven: list[Removal]) -> Flaw | None:
             ids = {id(group.members) for group, _ in uneven}
-            return self._trial.difference([*uneven, *(half for one, half in halves.items() if one not in ids)])
+            return trial.difference([*uneven, *(half for one, half in halves.items() if one not in ids)])
 
         self._draw()
         coarse = set[int]()
         sound_together(self.some, difference, lambda group, _: coarse.add(id(group.members)))
-        self.tied = [[_in_half(group) if id(group.members) in coarse else group] for group in self._groups]
-        self.flaw = self._tried()
+        self.tied = [[_in_half(group) if id(group.members) in coarse else group] for group in groups]
+        self.flaw = self._tried(trial)
 
     def _tie(self, flaw: Flaw) -> bool:
         """Tie groups that were not so before, if there are any: those at fault and what they are made of, or more."""

@@ -25,9 +25,9 @@ from .trial import Removal, Trial, Unsteady
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
     """Drop every group whose removal differs from silencing its neurons; ``network.skipped`` says so.
 
-    ``model`` is a copy for this purpose: its parameters are overwritten. Of every group another random share than of
-    other groups is tried, and its complement: code that names a channel loses it in one of them. Where that fails, a
-    half of each tells which groups are at fault.
+    ``model`` is a copy for this purpose: its parameters are overwritten. Of every group a random half, another random
+    share than of other groups, and their complements are tried: code that names a channel loses it in one of them, and
+    what only some channels bring about, as where a sum crosses a threshold, shows in one trial or another.
     """
     if not network.groups:
         return
@@ -46,15 +46,13 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
             refused[id(group)] = why
         else:
             chosen.append(group)
-    kept, network.tied, broken = chosen, list[list[ChannelGroup]](), dict[int, str]()
+    kept, network.tied, broken = list[ChannelGroup](), list[list[ChannelGroup]](), dict[int, str]()
     try:
-        if Proportions(chosen, model, trial, halves.generator).flaw is not None:
-            mending = Mending(chosen, model, trial, halves)
-            kept = [*mending.kept, *mending.mended]
-            kept.sort(key=lambda group: network.layers.index(group.names("out")[0]))
-            rounds = _Rounds(kept, model, trial, halves, mending)
-            kept, broken = rounds.kept, mending.broken
-            network.tied = [groups for groups in rounds.tied if len(groups) > 1]
+        mending = Mending(chosen, model, trial, halves)
+        kept = sorted([*mending.kept, *mending.mended], key=lambda group: network.layers.index(group.names("out")[0]))
+        rounds = _Rounds(kept, model, trial, halves, mending)
+        kept, broken = rounds.kept, mending.broken
+        network.tied = [groups for groups in rounds.tied if len(groups) > 1]
     except Unsteady as unsteady:
         kept, refused = [], dict.fromkeys(map(id, network.groups), str(unsteady))
     for group in network.groups:
@@ -119,7 +117,7 @@ def _kind(neuron: nn.Module, call: Call, member: Member) -> Hashable:
 
 
 class _Rounds:
-    """Trials, until the same groups stand each: one that is refused may have hidden the flaws of others."""
+    """All trials but the first, until the same groups stand each: one that is refused may have hidden others' flaws."""
 
     def __init__(
         self, groups: list[ChannelGroup], model: nn.Module, trial: Trial, halves: Halves, mending: Mending
@@ -128,7 +126,6 @@ class _Rounds:
         self._try([(group, halves.of(group)[1]) for group in groups])
         while True:
             proportions = Proportions(self.kept, model, trial, halves.generator)
-            proportions.mend()
             before, self.tied = len(self.kept), proportions.tied
             self._take(proportions.groups)
             if proportions.flaw is not None:
