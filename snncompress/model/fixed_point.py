@@ -132,10 +132,10 @@ def state_grid(neuron: nn.Module) -> FixedPoint | None:
 
 
 def remove_channels(adapter: Adapter, neuron: nn.Module, indices: list[int], *, width: int, axis: int) -> None:
-    """As the adapter does it; a grid loses the channels' steps."""
+    """As the adapter does it; a grid loses the channels' steps, if the adapter left them."""
     adapter.remove_channels(neuron, indices, width=width, axis=axis)
     grid = state_grid(neuron)
-    if grid is not None and grid.step.dim():
+    if grid is not None and grid.step.dim() and grid.step.shape[axis] == width:
         grid.step = without(grid.step, indices, axis)
 
 
