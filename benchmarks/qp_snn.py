@@ -326,6 +326,8 @@ def report(budget: Budget, tables: Tables, parts: Sequence[str], where: Sequence
         "order": "Order (Table 3)",
         "gamma": "γ (Figure 5a), quantized alone",
     }
+    count = len(tables.seeds)
+    spread_over = "of one seed" if count == 1 else f"mean ± half the range over {count} seeds"
     yield "# QP-SNN's ablation, orders and γ"
     yield ""
     yield (
@@ -333,7 +335,7 @@ def report(budget: Budget, tables: Tables, parts: Sequence[str], where: Sequence
         f"{budget.dense.epochs} epochs dense, {budget.quantize.epochs} after quantization, {budget.prune.epochs} after "
         f"pruning (SGD, learning rates {budget.dense.lr:g}, {budget.quantize.lr:g}, {budget.prune.lr:g}, cosine). "
         f"Accuracy in % on {budget.test:,} test images straight after the last step → **after the training behind "
-        f"it**, {'of one seed' if len(tables.seeds) == 1 else f'mean ± half the range over {len(tables.seeds)} seeds'}. "
+        f"it**, {spread_over}. "
         + ("" if budget == BUDGETS["full"] else "It shows directions, not the paper's accuracies. ")
         + "The paper's figures are those of ResNet20 on CIFAR-100. Written by benchmarks/qp_snn.py."
     )
