@@ -6,6 +6,7 @@ made of one image. Nothing is kept but the first call's input, and that only as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -45,10 +46,10 @@ class Repetition:
         self.holds = True
         self._first: Tensor | None = None
         self._calls, self._alike = 0, True
-        self._shapes: list[tuple[Sequence[int], int, bool]] = []
+        self._shapes: list[tuple[Sequence[int], int, int, bool]] = []
 
     def add(self, x: Tensor, sums: Tensor | None = None) -> None:
-        """One call with ``x`` [N, ...], [T, N, ...], [T·N, ...] or [N, T, ...].
+        """One call with ``x`` [N, ...], [T, N, ...], [T·N, ...], [N, T, ...] or [N·T, ...].
 
         Of spikes, which cost additions at every step, their ``sums`` per position are compared instead: they matter
         only where another batch of the same layer isn't spikes.
@@ -56,7 +57,8 @@ class Repetition:
         if not self.holds:
             return
         self._calls += 1
-        self._shapes.append((x.shape, _period(x), x.dim() > 2 and _same_along_second(x[:1]) and _same_along_second(x)))
+        along_second = x.dim() > 2 and _same_along_second(x[:1]) and _same_along_second(x)
+        self._shapes.append((x.shape, _period(x), _run(x), along_second))
         seen = x if sums is None else sums
         if self._first is None:
             self._first = seen.clone()
@@ -80,11 +82,13 @@ class Repetition:
         return 1  # called once for the whole batch, before time begins, or otherwise than time goes
 
 
-def _constant(shape: Sequence[int], period: int, along_second: bool, clock: Clock) -> bool | None:
+def _constant(shape: Sequence[int], period: int, run: int, along_second: bool, clock: Clock) -> bool | None:
     """Whether a call that holds all timesteps is constant over them; None if it doesn't hold them."""
     lead = tuple(shape[:2])
-    if lead == (clock.steps, clock.samples) or shape[0] == clock.steps * clock.samples:
+    if lead == (clock.steps, clock.samples):
         return shape[0] // clock.steps % period == 0
+    if shape[0] == clock.steps * clock.samples:  # time first, or samples first
+        return clock.samples % period == 0 or run % clock.steps == 0
     return along_second if lead == (clock.samples, clock.steps) else None
 
 
@@ -102,6 +106,20 @@ def _period(x: Tensor) -> int:
     ahead = x.reshape(rows, -1)[:, :64]
     again = ahead.eq(ahead[:1]).all(1).nonzero().flatten().tolist()[1:]  # few enough to be tried
     return next((p for p in again if rows % p == 0 and torch.equal(x[p:], x[:-p])), max(rows, 1))
+
+
+def _run(x: Tensor) -> int:
+    """The largest r for which x consists of runs of r rows that are alike.
+
+    >>> _run(torch.tensor([1.0, 1, 2, 2, 2, 2])), _run(torch.ones(3, 2)), _run(torch.tensor([1.0, 2, 1]))
+    (2, 3, 1)
+    """
+    rows = x.reshape(len(x), -1)
+    for part in rows[:, :64], rows:  # a few numbers tell, as a rule
+        changes = part[1:].ne(part[:-1]).any(1).nonzero().flatten() + 1
+        if (run := math.gcd(len(x), *changes.tolist())) == 1:
+            break
+    return run
 
 
 def clock_of(neurons: Collection[Sequence[tuple[int, int]]], timesteps: int | None) -> Clock:

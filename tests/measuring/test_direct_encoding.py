@@ -65,6 +65,11 @@ def batch_first(net: Net, x: Tensor) -> Tensor:
     return net.rest(net.stem(x[:, None].repeat(1, net.steps, 1)).transpose(0, 1))
 
 
+def samples_first(net: Net, x: Tensor) -> Tensor:
+    """[N·T, ...], as layers of [N, T, ...] are wrapped."""
+    return net.rest(net.stem(x.repeat_interleave(net.steps, 0)).view(len(x), net.steps, -1).transpose(0, 1))
+
+
 def stem_once(net: Net, x: Tensor) -> Tensor:
     current = net.stem(x)
     return torch.stack([net.rest(current) for _ in range(net.steps)])
@@ -99,7 +104,7 @@ def test_constant_current_is_multiplied_once(mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("run", "mode"),
-    [(own_loop, "s"), (own_repeat, "m"), (flattened, "m"), (batch_first, "m")],
+    [(own_loop, "s"), (own_repeat, "m"), (flattened, "m"), (batch_first, "m"), (samples_first, "m")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.parametrize("samples", [N, 1])
