@@ -117,10 +117,10 @@ def scores_and_labels(output: Any, y: Any, *, batch_first: bool = False) -> tupl
         raise DataError(f"The labels are on {y.device}, the model on {scores.device}. Move one.")
     classes = scores.shape[1]
     if y.is_floating_point():
-        if y.shape != scores.shape:
+        if y.shape != scores.shape or not _probabilities(y):
             raise DataError(
-                f"Labels {list(y.shape)} in {y.dtype} must be class indices [N] or probabilities [N, {classes}]; for "
-                f"targets of another kind pass loss=lambda output, y: …"
+                f"Labels {list(y.shape)} in {y.dtype} must be class indices [N] or probabilities [N, {classes}], which "
+                f"add up to 1; for targets of another kind pass loss=lambda output, y: …"
             )
         return scores, y.to(scores.dtype)
     if y.dim() != 1:
@@ -129,6 +129,11 @@ def scores_and_labels(output: Any, y: Any, *, batch_first: bool = False) -> tupl
     if low < 0 or high >= classes:
         raise DataError(f"Labels range from {low} to {high}, but the model has {classes} classes (0 … {classes - 1}).")
     return scores, y.long()
+
+
+def _probabilities(y: Tensor) -> bool:
+    """Is every row a distribution over classes, up to what half precision rounds? Targets of a regression are not."""
+    return bool((y >= 0).all()) and bool(((y.sum(1, dtype=torch.float64) - 1).abs() < 0.01).all())
 
 
 def _tensor(y: Any, output: Any) -> Tensor:

@@ -163,12 +163,14 @@ def test_what_an_epoch_tells(framework: str) -> None:
     assert texts[:2] == ["fine-tuning, epoch 1/5", so_far]
 
 
-def test_labels_that_are_no_classes() -> None:
+@pytest.mark.parametrize("target", [torch.zeros(12, 1), X[:, :4]], ids=["of another shape", "of the scores' shape"])
+def test_labels_that_are_no_classes(target: Tensor) -> None:
     history: list[Epoch] = []
-    target = torch.zeros(12, 1)
     trained(plain(), (X, target), loss=lambda output, y: (output.mean() - y).square().mean(), on_epoch=history.extend)
     assert history[0].accuracy is None
     assert history[0].loss > 0
+    with pytest.raises(DataError, match="add up to 1"):
+        trained(plain(), (X, target))
 
 
 def test_validation_keeps_the_best_epoch_and_leaves_training_alone() -> None:
