@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from snncompress.base.display import ENERGY, SIZE, unit
+from snncompress.base.distributed import gathered
 from snncompress.base.files import writable, write_whole
 from snncompress.base.tables import Column, Shown, Table, plain
 from snncompress.contract.registry import registry
@@ -129,33 +130,30 @@ def _network(
     model: nn.Module, data: Any, timesteps: int | None, forward: Forward | None, adapter: Adapter | str | None,
     energy: EnergyModel, rules: Conventions,
 ) -> _Network:  # fmt: skip
-    right: list[int] = []
-    unclear = False
+    right: list[int | None] = []
 
     def watch(output: Any, batch: Batch) -> None:
-        nonlocal unclear
-        if batch.y is None or unclear:
-            return
         try:
             predicted, labels = classified(output, batch.y, batch_first=table.feed.batch_first)
-        except DataError:  # labels of another kind than classes
-            unclear = True
+        except DataError:  # no labels, or of another kind than classes
+            right.append(None)
         else:
             right.append(int((predicted == labels).sum()))
 
     with bench(model, data, timesteps, forward, adapter=adapter, plain=True, unknown=True) as table:
         found = measure(table.model, table.feed, energy, rules, watch)
         framework = table.adapter.framework
-        own = table.adapter.described() if isinstance(table.adapter, OwnNeurons) else ""
-    known = right and not unclear
+        named = table.adapter.described() if isinstance(table.adapter, OwnNeurons) else ""
+    rights = [part for own in gathered(right) for part in own]
+    known = [part for part in rights if part is not None]
     return _Network(
         type(model),
         found,
-        sum(right) / found.n_samples if known else None,
+        sum(known) / found.n_samples if len(known) == len(rights) else None,
         plan_of(model) if has_plan(model) else None,
         {name: width(layer_at(model, name), "out") for name in weight_layers(model)},
         framework,
-        own,
+        named,
     )
 
 

@@ -61,6 +61,7 @@ def test_what_is_measured_is_what_one_process_measures(found: tuple[Found, ...])
     one, first, second = found
     assert first["profile"] == second["profile"] == one["profile"]
     assert one["profile"].n_samples == 24
+    assert first["accuracy"] == second["accuracy"] == one["accuracy"] is not None
     for name in ("kl", "energy_pj", "accuracy", "t_star"):
         values = [torch.tensor(getattr(part["temporal"], name), dtype=torch.float64) for part in found]
         assert torch.equal(values[1], values[2])

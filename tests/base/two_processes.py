@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import snncompress
 from snncompress.extend import Criterion
+from snncompress.reports.reporting import Measured
 
 T = 3
 Batch = tuple[Tensor, Tensor]
@@ -109,6 +110,7 @@ def results(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
         "cqp": kept(small(network(), "cqp", 0.5, None, data=data, repair=None)),
         "energy": kept(small(network(), "taylor", None, None, data=data, skip=[], budget={"energy": 0.6})),
         "profile": snncompress.profile(network(), data),
+        "accuracy": Measured.of({"net": network()}, data).networks["net"].accuracy,
         "temporal": snncompress.temporal_analysis(network(), data),
         "refresh": snncompress.refresh(network(), data).state_dict(),
         "flow": snncompress.gradient_flow(network(), data).norms,
