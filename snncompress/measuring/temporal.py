@@ -280,7 +280,7 @@ class _Outputs:
 
     def accuracy(self) -> tuple[float, ...] | None:
         """Share of right answers after t steps; None unless every batch has labels."""
-        return tuple((self._correct / self.n_samples).tolist()) if self._labelled else None
+        return tuple((self._correct.double() / self.n_samples).tolist()) if self._labelled else None
 
 
 def _distribution(values: Tensor, spiking: bool) -> Tensor:
