@@ -146,10 +146,14 @@ class _Seen:
 
     @property
     def whole(self) -> bool:
-        """Spikes, or whole numbers that aren't all 0, as those may be chance."""
-        return bool(self.inputs) and all(
-            isinstance(x, Spikes) or (counts_of(x) is not None and bool(x.any())) for x in self.inputs
-        )
+        """Spikes, or whole numbers that aren't 0 at every call, as those may be chance.
+
+        >>> _Seen([torch.zeros(2), torch.ones(2)]).whole, _Seen([torch.zeros(2)] * 2).whole
+        (True, False)
+        """
+        spikes = [isinstance(x, Spikes) for x in self.inputs]
+        whole = all(known or counts_of(x) is not None for known, x in zip(spikes, self.inputs, strict=True))
+        return whole and (any(spikes) or any(bool(x.any()) for x in self.inputs))
 
     def constant(self, layer: nn.Module) -> bool:
         """The same in every timestep, and not just silent in the example."""

@@ -190,6 +190,8 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
 
     if isinstance(args[0], (tuple, list)) and not all(isinstance(v, Spikes) for v in args[0]):
         return NotImplemented
+    if func is Tensor.view:  # spikes may lie otherwise in memory than those that the network was written for
+        func = Tensor.reshape
     made = func(*map(bare, args), **{key: bare(value) for key, value in kwargs.items()})
     most = bounds[0] if len(bounds) == 1 else [max(bound[0] for bound in bounds)]
     return _wrapped(made, most)

@@ -169,7 +169,7 @@ def test_snntorch_can_be_stored() -> None:
 
 
 class Residual(nn.Module):
-    """Sums of spikes, a layer that is used twice, a neuron without an equation, averages, a transposed convolution."""
+    """Sums and views of spikes, a layer used twice, neurons without an equation, averages, a transposed convolution."""
 
     def __init__(self, *, write: bool = False) -> None:
         super().__init__()
@@ -181,6 +181,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fire[0](self.conv1(x))
+        x = x.view(len(x), -1).view(x.shape)  # whatever the layout in memory
         x = x + self.fire[1](self.conv2(x))
         if self.write:
             x[:] = x * 2
