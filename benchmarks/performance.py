@@ -452,8 +452,8 @@ def main() -> None:
         "# Performance",
         "",
         f"VGG-16 (13 convolutions) for 3×32×32, T = {T}, SpikingJelly multi-step, {options.batches} batches of "
-        f"{options.batch_size}; firing rates {min(fire):.3f} – {max(fire):.3f}; seed 0; {options.threads} threads of "
-        f"{os.cpu_count()} ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{options.batch_size}; firing rates {min(fire):.3f} – {max(fire):.3f}; seed 0; {options.threads} of "
+        f"{os.cpu_count()} threads ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}, "
         f"{datetime.date.today()}.",
         "",
         "| what | median | range | aim |",
