@@ -453,8 +453,8 @@ def main() -> None:
         "",
         f"VGG-16 (13 convolutions) for 3×32×32, T = {T}, SpikingJelly multi-step, {options.batches} batches of "
         f"{options.batch_size}; firing rates {min(fire):.3f} – {max(fire):.3f}; seed 0; {options.threads} of "
-        f"{os.cpu_count()} threads ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{datetime.date.today()}.",
+        f"{os.cpu_count()} threads ({platform.machine()}), Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {datetime.date.today()}.",
         "",
         "| what | median | range | aim |",
         "|---|---|---|---|",
