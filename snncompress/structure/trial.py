@@ -27,7 +27,6 @@ from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import in_mode, patched, tensors_in
 from snncompress.model.network import (
-    NORMS,
     WEIGHT_LAYERS,
     ChannelGroup,
     Side,
@@ -36,9 +35,10 @@ from snncompress.model.network import (
     silent_members,
     without,
 )
-from snncompress.model.parametrizations import computed_weight
 from snncompress.running.data import Run, memory_ran_out
 from snncompress.running.sameness import same
+
+from .random_parameters import randomize
 
 Removal = tuple[ChannelGroup, Tensor]
 """A group, and the positions that it loses."""
@@ -68,7 +68,7 @@ class Flaw:
     code: str | None = None
 
 
-class Unsteady(Exception):  # noqa: N818
+class UnsteadyError(Exception):
     """The network computes something else each time that it is run."""
 
 
@@ -86,7 +86,7 @@ class Trial:
         generator: torch.Generator, modes: Sequence[bool] = (), *, shared: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.model, self.adapter, self.run, self._direct, self._shared = model, adapter, run, direct, shared
-        _randomize(model, adapter, generator)
+        randomize(model, adapter, generator)
         self.modes = list(modes)
         """In evaluation (False), and in training where that is another way; found here if not given."""
         self.flaw = ""
@@ -117,12 +117,12 @@ class Trial:
     def difference(self, removals: Sequence[Removal]) -> Flaw | None:
         """Where removing isn't the same as silencing; None where it is.
 
-        Raises Unsteady where it differs, but from run to run, so that no trial tells anything.
+        Raises UnsteadyError where it differs, but from run to run, so that no trial tells anything.
         """
         flaw = self._difference(removals)
         if flaw is not None and not self._steady:
             if why := self._again(self.model, self._noted(self.model)):
-                raise Unsteady(why)
+                raise UnsteadyError(why)
             self._steady = True
         return flaw
 
@@ -214,7 +214,7 @@ def _add(gone: _Gone, name: str, indices: Tensor, axis: int) -> None:
     gone[name] = torch.cat([*before, indices]), axis
 
 
-class _Decided(Exception):  # noqa: N818
+class _DecidedError(Exception):
     """The trial is decided."""
 
 
@@ -326,7 +326,7 @@ class _Notes:
 
     def _stop(self, name: str, why: str) -> None:
         self.problem = Flaw(why, name)
-        raise _Decided
+        raise _DecidedError
 
 
 def _not_the_same(what: str) -> str:
@@ -363,45 +363,3 @@ def _left(x: Tensor, gone: tuple[Tensor, int] | None) -> Tensor:
     keep = torch.ones(x.shape[axis], dtype=torch.bool)
     keep[indices] = False
     return x.index_select(axis, keep.nonzero().flatten().to(x.device))
-
-
-_NUMBERS = 1_000_003  # drawn for a tensor, and then repeated: a prime, so no two of its rows begin with the same
-
-
-def _randomize(model: nn.Module, adapter: Adapter, generator: torch.Generator) -> None:
-    """Other parameters, so that none is 0 by chance or by its initialization; what neurons hold stays."""
-
-    def between(low: float, high: float, like: Tensor) -> Tensor:
-        return torch.empty(min(like.numel(), _NUMBERS)).uniform_(low, high, generator=generator)
-
-    def all_between(low: float, high: float, like: Tensor) -> Tensor:
-        made = torch.empty_like(like)
-        _fill(made, between(low, high, like))
-        return made
-
-    done = {p for neuron in adapter.neurons(model).values() for p in neuron.parameters()}
-    for module in model.modules():
-        if isinstance(module, WEIGHT_LAYERS) and not computed_weight(module):
-            bounds = {"weight": (3 / module.weight[0].numel()) ** 0.5, "bias": 0.1}
-            new = {n: between(-b, b, t) for n, b in bounds.items() if (t := getattr(module, n)) is not None}
-        elif isinstance(module, (*NORMS, nn.LayerNorm)):
-            offsets = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
-            new = {n: between(o, o + 0.3, t) for n, o in offsets.items() if (t := getattr(module, n, None)) is not None}
-        else:
-            own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-            new = {n: p * all_between(1, 1.3, p) + all_between(0, 0.03, p) for n, p in own.items()}
-        for name, values in new.items():
-            tensor = getattr(module, name)
-            if tensor not in done:
-                _fill(tensor.data, values)
-                done.add(tensor)
-
-
-def _fill(tensor: Tensor, numbers: Tensor) -> None:
-    """Write the numbers into the tensor, in order and again and again."""
-    flat = tensor.view(-1) if tensor.is_contiguous() else torch.empty(tensor.numel(), dtype=tensor.dtype)
-    numbers = numbers.detach().flatten()
-    for part in torch.split(flat, max(1, len(numbers))):
-        part.copy_(numbers[: len(part)])
-    if not tensor.is_contiguous():
-        tensor.copy_(flat.view(tensor.shape))

@@ -19,7 +19,7 @@ from .elimination import sound_together
 from .mending import Mending
 from .neuron_trial import Call, first_calls, held, uncuttable
 from .proportions import Halves, Proportions
-from .trial import Removal, Trial, Unsteady
+from .trial import Removal, Trial, UnsteadyError
 
 
 def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, run: Run) -> None:
@@ -53,7 +53,7 @@ def leave_out_what_breaks(network: Network, model: nn.Module, adapter: Adapter, 
         rounds = _Rounds(kept, model, trial, halves, mending)
         kept, broken = rounds.kept, mending.broken
         network.tied = [groups for groups in rounds.tied if len(groups) > 1]
-    except Unsteady as unsteady:
+    except UnsteadyError as unsteady:
         kept, refused = [], dict.fromkeys(map(id, network.groups), str(unsteady))
     for group in network.groups:
         why = refused.get(id(group)) or _computed(group, model) or broken.get(id(group.members)) or _TIED

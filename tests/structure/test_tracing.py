@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from snncompress.contract.detection import find_adapter
 from snncompress.model.copying import plain_copy
 from snncompress.running.data import Feed
-from snncompress.structure import tracing, trial
+from snncompress.structure import random_parameters, tracing, trial
 
 
 def network() -> nn.Sequential:
@@ -58,10 +58,10 @@ def _with_a_graph() -> int:
 def test_numbers_are_written_again_and_again_in_any_layout() -> None:
     numbers = torch.arange(5.0)
     for tensor in (torch.empty(3, 4), torch.empty(4, 3).T, torch.empty(3, 4, dtype=torch.float64)):
-        trial._fill(tensor, numbers)
+        random_parameters._fill(tensor, numbers)
         assert tensor.tolist() == [[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1]]
     one = torch.empty(())
-    trial._fill(one, torch.full((1,), 7.0))
+    random_parameters._fill(one, torch.full((1,), 7.0))
     assert one == 7
 
 
