@@ -333,5 +333,9 @@ def _firing(neuron: nn.Module, forward: Callable[..., Any], stand_in: StandIn) -
 
 
 def _like(form: Any, y: Tensor) -> Any:
-    """``y`` wherever a neuron returned something."""
-    return tuple(_like(part, y) for part in form) if isinstance(form, tuple) else y
+    """``y`` for the spikes; states behind them don't fall silent with them."""
+    return (y, *(_state(part, y) for part in form[1:])) if isinstance(form, tuple) else y
+
+
+def _state(form: Any, y: Tensor) -> Any:
+    return tuple(_state(part, y) for part in form) if isinstance(form, tuple) else y + 1

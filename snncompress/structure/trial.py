@@ -332,7 +332,7 @@ class _Notes:
 def _not_the_same(what: str) -> str:
     return (
         f"removing its channels is not the same as silencing its neurons: {what} would change (something adds to "
-        f"silent channels, or forward names single ones)"
+        f"silent channels, or forward reads membrane potentials or names single ones)"
     )
 
 

@@ -91,9 +91,9 @@ def test_one_to_one_recurrent_weights(learn: bool) -> None:
 class Tutorial(nn.Module):
     """As in snnTorch's tutorials: explicit membranes, a loop over num_steps, stacked records."""
 
-    def __init__(self, steps: int = 5, hidden_records: bool = False) -> None:
+    def __init__(self, steps: int = 5, hidden_records: bool = False, potentials: bool = False) -> None:
         super().__init__()
-        self.steps, self.hidden_records = steps, hidden_records
+        self.steps, self.hidden_records, self.potentials = steps, hidden_records, potentials
         self.fc1, self.lif1 = nn.Linear(64, 30), snn.Leaky(beta=0.9)
         self.fc2, self.lif2 = nn.Linear(30, 24), snn.Synaptic(alpha=0.5, beta=0.9)
         self.fc3, self.lif3 = nn.Linear(24, 10), snn.Leaky(beta=0.9)
@@ -104,7 +104,7 @@ class Tutorial(nn.Module):
         hidden, spikes, membranes = [], [], []
         for _ in range(self.steps):
             spk1, mem1 = self.lif1(self.fc1(x.flatten(1)), mem1)
-            spk2, syn2, mem2 = self.lif2(self.fc2(spk1), syn2, mem2)
+            spk2, syn2, mem2 = self.lif2(self.fc2(mem1 if self.potentials else spk1), syn2, mem2)
             spk3, mem3 = self.lif3(self.fc3(spk2), mem3)
             hidden.append(spk1)
             spikes.append(spk3)
@@ -124,6 +124,14 @@ def test_channels_that_the_output_shows_stay() -> None:
     plan = snncompress.plan_of(compressed)
     assert set(plan.removed_channels()) == {"fc2"}
     assert plan.skipped["fc1"] == "the channels of fc1 are part of the model's output"
+
+
+def test_channels_whose_membrane_potential_is_read_stay() -> None:
+    """A neuron whose spikes are 0 has a potential all the same, so without it fc2 would get another current."""
+    compressed = compress(Tutorial(potentials=True), timesteps=None)
+    plan = snncompress.plan_of(compressed)
+    assert set(plan.removed_channels()) == {"fc2"}
+    assert "forward reads membrane potentials" in plan.skipped["fc1"]
 
 
 class ExplicitRecurrence(nn.Module):
