@@ -13,7 +13,7 @@ from .branches import owner
 from .elimination import Doubt, resolved, set_aside, sound_together
 from .proportions import Halves
 from .trial import Flaw, Removal, Trial
-from .widths import fewest, merged, widened, widths_of_classes
+from .widths import fewest, likely, merged, widened, widths_of_classes
 
 
 class Mending:
@@ -41,15 +41,21 @@ class Mending:
 
     def _settle(self, doubts: list[Doubt]) -> None:
         """Try with attributes first what surely needs mending, then all others as they are, then these so too."""
-        wide = {id(d.removal[0]): next(widened(d.removal[0], self.model), None) for d in doubts}
-
-        def widen(some: list[Doubt]) -> list[Doubt]:
-            self._keep_sound([w for d in some if (w := wide[id(d.removal[0])]) is not None])
-            return [d for d in some if not any(wide[id(d.removal[0])] is group for group in self.mended)]
-
-        left = [*widen([d for d in doubts if d.sure]), *(d for d in doubts if not d.sure)]
+        left = [*self._widen([d for d in doubts if d.sure]), *(d for d in doubts if not d.sure)]
         self._kept += resolved(self._settled(), left, self.trial.difference, self.refuse)
-        widen([d for d in left if not d.sure and id(d.removal[0].members) in self.broken])
+        self._widen([d for d in left if not d.sure and id(d.removal[0].members) in self.broken])
+
+    def _widen(self, doubts: list[Doubt]) -> list[Doubt]:
+        """Try them with attributes that are likely, the same choice for all that have one; those that are left."""
+        choices = {id(d.removal[0]): likely(d.removal[0], self.model) for d in doubts}
+        for number in range(max(map(len, choices.values()), default=0)):
+            some = [choices[id(d.removal[0])] for d in doubts]
+            if not any(len(sets) > number for sets in some):
+                break
+            self._keep_sound([sets[number if number < len(sets) else 0] for sets in some if sets])
+            mended = {id(group.members) for group in self.mended}
+            doubts = [d for d in doubts if id(d.removal[0].members) not in mended]
+        return doubts
 
     def _merge(self, broken: list[ChannelGroup]) -> None:
         """Try groups that meet in a module's code together, and attributes one by one."""
@@ -61,7 +67,7 @@ class Mending:
                     self._keep_merged(alike)
         for group in left:
             if id(group.members) in self.broken and not self._is_mended(group):
-                any(self._keep_sound([wide]) for wide in islice(widened(group, self.model), 1, None))
+                any(self._keep_sound([wide]) for wide in islice(widened(group, self.model, singly=True), 1, None))
 
     def _is_mended(self, group: ChannelGroup) -> bool:
         """Do its channels go with a group that is?"""
@@ -83,7 +89,7 @@ class Mending:
         together = merged(groups) if len(groups) > 1 else None
         if together is None:
             return False
-        return any(self._keep_sound([group]) for group in (together, *islice(widened(together, self.model), 2)))
+        return any(self._keep_sound([group]) for group in (together, *widened(together, self.model)))
 
     def _meeting(self, groups: list[ChannelGroup]) -> list[list[ChannelGroup]]:
         """Groups whose channels go through the forward of one module, or of a row of modules."""

@@ -6,7 +6,7 @@ where the trial passes with them and doesn't without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from math import lcm
 
@@ -22,28 +22,38 @@ Fits = Callable[[ChannelGroup], bool]
 """Does the group pass the trial?"""
 
 
-def widened(group: ChannelGroup, model: nn.Module) -> Iterator[ChannelGroup]:
-    """The group with sets of attributes to try: all of its width, all in proportion to it, each by itself."""
+def widened(group: ChannelGroup, model: nn.Module, *, singly: bool = False) -> Iterator[ChannelGroup]:
+    """The group with sets of attributes to try: the likely ones, all in proportion to it, or each by itself."""
     values = dict(_attributes(group, model))
-    equal = tuple(name for name, value in values.items() if value == group.size)
-    seen = set()
-    for names in (equal, tuple(values), *((name,) for name in values)):
-        if names and names not in seen:
-            seen.add(names)
-            yield replace(group, widths=names)
+    single = [(name,) for name in values] if singly else []
+    yield from _with(group, [*_likely(group, values), tuple(values), *single])
+
+
+def likely(group: ChannelGroup, model: nn.Module) -> list[ChannelGroup]:
+    """The group with all attributes of its width, or with one kind of these; in proportion to it, if there are none."""
+    values = dict(_attributes(group, model))
+    return list(_with(group, _likely(group, values) or [tuple(values)]))
+
+
+def _likely(group: ChannelGroup, values: dict[Name, int]) -> list[tuple[Name, ...]]:
+    equal = [name for name, value in values.items() if value == group.size]
+    kinds = {kind: tuple(name for name in equal if name[1] == kind) for _, kind in equal}
+    return [tuple(equal), *kinds.values()] if equal else []  # a kind: as many heads as channels in each, say
+
+
+def _with(group: ChannelGroup, sets: Iterable[tuple[Name, ...]]) -> Iterator[ChannelGroup]:
+    yield from (replace(group, widths=names) for names in dict.fromkeys(sets) if names)
 
 
 def widths_of_classes(group: ChannelGroup, model: nn.Module) -> tuple[tuple[type, str], ...] | None:
-    """The attributes that :func:`widened` tries first, by the class that has them; None where there are none.
+    """The attributes that are tried first, by the class that has them; None where there are none.
 
     What one module's forward reads, that of another of the same class does.
     """
-    first = next(widened(group, model), None)
-    return (
-        None
-        if first is None
-        else tuple((type(model.get_submodule(name)), attribute) for name, attribute in first.widths)
-    )
+    first = next(iter(likely(group, model)), None)
+    if first is None:
+        return None
+    return tuple((type(model.get_submodule(name)), attribute) for name, attribute in first.widths)
 
 
 def fewest(group: ChannelGroup, fits: Fits) -> ChannelGroup:
