@@ -28,10 +28,12 @@ Space = tuple[str, Side]
 
 def coupled(root: str, model: nn.Module, neurons: dict[str, nn.Module], found: Segments) -> list[ChannelGroup]:
     """The groups of a layer's output channels; raises UnfitError where they don't map evenly onto what follows."""
-    try:
-        return _Walk(root, model, neurons, found, torch.arange(found.widths[root])).groups()
-    except _TogetherError as error:
-        return _Walk(root, model, neurons, found, error.colours).groups()
+    start = torch.arange(found.widths[root])
+    while True:
+        try:
+            return _Walk(root, model, neurons, found, start).groups()
+        except _TogetherError as error:
+            start = error.colours
 
 
 class _TogetherError(UnfitError):
@@ -124,12 +126,28 @@ class _Walk:
         if before is None:
             merged = colours
         else:
-            if len(before) != len(colours) or bool(((before != colours) & (before >= 0) & (colours >= 0)).any()):
-                raise UnfitError("its channels are tied to one another")
+            if len(before) != len(colours):
+                raise UnfitError(f"{space[0]} is used at several widths")
+            self._together(before, colours)
             merged = torch.maximum(before, colours)
         if bool((merged >= 0).any()) and (before is None or not torch.equal(before, merged)):
             self.colours[space] = merged
             self._todo.append(space)
+
+    def _together(self, one: Tensor, other: Tensor) -> None:
+        """Start anew where channels in the same place have different colours: the root's go together then."""
+        differ = (one != other) & (one >= 0) & (other >= 0)
+        if not bool(differ.any()):
+            return
+        a, b = one[differ], other[differ]
+        least, before = torch.arange(self.size), None
+        while before is None or not torch.equal(least, before):
+            before, low = least, torch.minimum(least[a], least[b])
+            least = least.scatter_reduce(0, a, low, "amin").scatter_reduce(0, b, low, "amin")
+            least = least[least]
+        if not bool(least.any()):
+            raise UnfitError("its channels are all tied to one another")
+        raise _TogetherError(torch.unique(least[self.start], return_inverse=True)[1])
 
     def _pass(self, space: Space) -> None:
         """Through a convolution that makes each channel by itself into several, which go with it."""
@@ -142,11 +160,9 @@ class _Walk:
             self._colour((name, "out"), mine.repeat_interleave(times))
             return
         each = mine.view(-1, times)
-        if not torch.equal(each, each[:, :1].expand_as(each)):
-            least = torch.arange(self.size)
-            least[each[each >= 0]] = each.amin(1, keepdim=True).clamp_min(0).expand_as(each)[each >= 0]
-            raise _TogetherError(torch.unique(least[self.start], return_inverse=True)[1])
-        self._colour((name, "in"), each[:, 0])
+        most = each.amax(1, keepdim=True)
+        self._together(each, most.expand_as(each))
+        self._colour((name, "in"), most[:, 0])
 
     def _follow(self, space: Space, target: str, link: Link) -> None:
         if link.onto is not None:
@@ -158,8 +174,8 @@ class _Walk:
                 raise UnfitError(f"{space[0]} is used at several widths")
             if link.parts > 1:
                 self._in_heads(link.heads)
-                if not torch.equal(mine, mine.view(link.parts, -1)[0].repeat(link.parts)):
-                    raise _TogetherError(torch.arange(len(self.start) // link.parts).repeat(link.parts))
+                parts = mine.view(link.parts, -1)
+                self._together(parts, parts.amax(0).expand_as(parts))
             self._colour(self._into(target), torch.where(link.made >= 0, mine[link.made.clamp_min(0)], -1))
             return
         self._in_heads(link.heads)
@@ -180,19 +196,17 @@ class _Walk:
         mine = self.colours[space]
         if len(mine) != len(onto):
             raise UnfitError(f"{space[0]} is used at several widths")
-        made = torch.full((int(onto.max()) + 1,), -1)
-        made[onto] = mine
-        if not torch.equal(made[onto], mine):
-            colours = self.start.clone()
-            colours[mine[mine >= 0]] = onto[mine >= 0]
-            raise _TogetherError(colours)
+        made, reached = torch.full((int(onto.max()) + 1,), -1), onto >= 0
+        made.scatter_reduce_(0, onto[reached], mine[reached], "amax")
+        self._together(mine[reached], made[onto[reached]])
         self._colour(self._into(target), made)
 
     def _back(self, space: Space, link: Link) -> None:
         if link.onto is not None:
             if int(link.onto.max()) >= len(self.colours[space]):
                 raise UnfitError(f"{space[0]} is used at several widths")
-            self._colour(self._out(link.source), self.colours[space][link.onto])
+            colours = self.colours[space][link.onto.clamp_min(0)]
+            self._colour(self._out(link.source), torch.where(link.onto >= 0, colours, -1))
             return
         if link.made is None:
             self._in_heads(link.heads)
@@ -204,12 +218,9 @@ class _Walk:
         if self._broadcast(link.made, count):  # one number for all channels of a head, as of which tokens pass
             self._in_heads(count)
             return
-        source = torch.full((count,), -1)
-        for place, channel in enumerate(link.made.tolist()):
-            if channel >= 0 and mine[place] >= 0:
-                if source[channel] not in (-1, mine[place]):
-                    raise UnfitError("its channels are tied to one another")
-                source[channel] = mine[place]
+        source, reached = torch.full((count,), -1), link.made >= 0
+        source.scatter_reduce_(0, link.made[reached], mine[reached], "amax")
+        self._together(mine[reached], source[link.made[reached]])
         if link.parts > 1:
             self._in_heads(link.heads)
             source = source.view(link.parts, -1).amax(0).repeat(link.parts)

@@ -37,7 +37,8 @@ class Link:
     channels are mixed, it is None, and they are so within ``heads`` equal parts of both. Where a source is split in
     ``parts``, as into q, k and v, or into heads that a neuron doesn't tell apart, ``made`` names a channel of one of
     them, and the others' channels in its place make the same or are mixed. Where each of the module's channels is made
-    of several, side by side, as behind an unflattening, ``onto`` names it for each of the source's channels instead.
+    of several, side by side, as behind an unflattening, ``onto`` names it for each of the source's channels instead, -1
+    for those that make none.
     Where only some of the source's channels are mixed in heads, ``read`` names them.
     """
 
@@ -182,8 +183,8 @@ class _Cut:
     @staticmethod
     def _side_by_side(x: Tensor, axis: int, labels: Tensor, source: tuple[str, Tensor, int]) -> bool:
         """Is each channel made of as many of the source's, each by itself and none of them summed with another?"""
-        n = x.shape[axis]
-        if not 1 < n < len(labels) or bool((labels < 0).any()) or len(set(torch.bincount(labels).tolist())) > 1:
+        n, counts = x.shape[axis], torch.bincount(labels[labels >= 0])
+        if not 1 < n == len(counts) < len(labels) or bool((labels == -2).any()) or not 1 < counts.min() == counts.max():
             return False
         one = torch.zeros_like(x)
         one[(0,) * x.dim()] = 1.0

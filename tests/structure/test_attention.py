@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import layer, neuron
+from spikingjelly.activation_based.layer.attention import ChannelQKAttention, SpikeDrivenSelfAttention
 from torch import Tensor, nn
 
 import snncompress
@@ -319,5 +320,42 @@ def test_what_gates_a_whole_head_stays_where_some_of_its_channels_go(number: int
     assert "attn_lif" not in plan.removed_channels("neuron")
     per_head = WIDTH // number
     assert all(len([i for i in gone["layers.k"] if i // per_head == h]) == per_head // 2 for h in range(number))
+    assert largest_difference(model, small, feed) < 1e-9
+    assert not torch.allclose(outputs(model, feed)[0], outputs(small, feed)[0])
+
+
+class Attended(nn.Module):
+    """One of SpikingJelly's attentions, which reads how many heads there are, and may how wide they are."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.lif = layer.Conv2d(2, WIDTH, 1, step_mode="m"), fire()
+        self.attention, self.last, self.head = attention, fire(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lif(self.embed(x))
+        y = self.attention(x if isinstance(self.attention, SpikeDrivenSelfAttention) else x.flatten(3))
+        return self.head(self.last(y).flatten(3).mean(3))
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda: ChannelQKAttention(WIDTH, 1),  # q and k, halves of one layer, meet again
+        lambda: ChannelQKAttention(WIDTH, 2),
+        lambda: SpikeDrivenSelfAttention(WIDTH, 4),  # as many heads as channels in each
+    ],
+)
+def test_attentions_of_spikingjelly(attention: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Attended(attention()).double().eval()
+    for node in find_adapter(model).neurons(model).values():
+        node.v_threshold = 0.05
+    x = torch.rand(3, 2, 2, 3, 3, dtype=torch.float64)
+    small = snncompress.apply(model, "random", 0.5, None, data=x, skip=[], repair=None)
+    assert set(snncompress.plan_of(small).skipped) == {"head"}
+    layers = {name: m.out_channels for name, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))}
+    assert {name: small.get_submodule(name).out_channels for name in layers} == {n: w // 2 for n, w in layers.items()}
+    feed = Feed(find_adapter(model), x)
     assert largest_difference(model, small, feed) < 1e-9
     assert not torch.allclose(outputs(model, feed)[0], outputs(small, feed)[0])
