@@ -39,8 +39,8 @@ from .interfaces import (
 )
 from .model.computed_once import Remembered
 from .model.modules import patched, remove_along, stacked, without
-from .model.network import remove_from_layer
 from .model.one_step import all_steps, first_step, through
+from .model.resizing import remove_from_layer
 
 __all__ = [
     "Adapter",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 _MISSING = object()
 _LIMIT = "_snncompress_timesteps"
+OF_TORCH = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int
     for part in _without_layers(module):
         for home in (part._parameters, part._buffers, vars(part)):
             for name, value in list(home.items()):
-                if (home is not vars(part) or name not in _OF_TORCH) and any(True for _ in tensors_in(value)):
+                if (home is not vars(part) or name not in OF_TORCH) and any(True for _ in tensors_in(value)):
                     home[name] = cut(value)
         if getattr(part, "num_features", None) == width:
             setattr(part, "num_features", width - len(indices))  # noqa: B010 - of norms
@@ -136,102 +136,6 @@ def stacked(outputs: list[Any]) -> Any:
         parts = [stacked(list(parts)) for parts in zip(*outputs, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return first
-
-
-_OF_TORCH = set(vars(nn.Module()))
-_STEP = re.compile(r"\.([^.\[\]]+)|\[([^.\[\]]+)\]")
-_DEPTH = 3  # a setting of settings of settings; beyond it there are graphs of objects
-
-
-def numbers_in(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Whole numbers among a module's attributes, those of its class and those in lists, mappings and plain objects.
-
-    >>> pool = nn.MaxPool2d((2, 3))
-    >>> pool.settings = {"widths": [5]}
-    >>> [(name, number) for name, number in numbers_in(pool) if number > 1]
-    [('kernel_size[0]', 2), ('kernel_size[1]', 3), ('stride[0]', 2), ('stride[1]', 3), ('settings[widths][0]', 5)]
-    """
-    seen: set[int] = set()
-
-    def within(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
-        if _is_number(value):
-            yield path, int(value)
-        elif depth and id(value) not in seen:
-            if not isinstance(value, tuple):  # those are set one by one
-                seen.add(id(value))
-            for step, part in _parts(value):
-                yield from within(path + step, part, depth - 1)
-
-    own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-    for name, value in {**_of_class(module), **own}.items():
-        yield from within(name, value, _DEPTH)
-
-
-def number_at(module: nn.Module, attribute: str) -> Any:
-    """An attribute, or with ``name[place]``, ``name[key]``, ``name.field`` a part of it; None where there isn't one.
-
-    >>> pool = nn.MaxPool2d((2, 3))
-    >>> number_at(pool, "kernel_size[1]"), number_at(pool, "kernel_size[2]"), number_at(pool, "padding")
-    (3, None, 0)
-    """
-    name, steps = _taken_apart(attribute)
-    value: Any = vars(module).get(name, _of_class(module).get(name))
-    for step in steps:
-        value = dict(_parts(value)).get(step)
-    return int(value) if _is_number(value) else value
-
-
-def set_number(module: nn.Module, attribute: str, number: int) -> None:
-    """Set what :func:`number_at` gives, in a container of the module's own."""
-    name, steps = _taken_apart(attribute)
-    setattr(module, name, _changed(vars(module).get(name, _of_class(module).get(name)), steps, number))
-
-
-def _changed(value: Any, steps: list[str], number: int) -> Any:
-    """The value with a number in it replaced; tuples are made anew."""
-    if not steps:
-        return type(value)(number)
-    new = _changed(dict(_parts(value))[steps[0]], steps[1:], number)
-    if isinstance(value, tuple):
-        parts = [new if step == steps[0] else part for step, part in _parts(value)]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if isinstance(value, list):
-        value[int(steps[0][1:-1])] = new
-    else:
-        held = value if isinstance(value, dict) else vars(value)  # as the class of a frozen record doesn't let one
-        held[next(key for key in held if _step(value, key) == steps[0])] = new
-    return value
-
-
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a list, a tuple, a mapping or an object without behaviour holds, by the step that leads there."""
-    if isinstance(value, (list, tuple)):
-        yield from ((f"[{place}]", part) for place, part in enumerate(value))
-    elif not (isinstance(value, (Tensor, np.ndarray)) or callable(value)):
-        held = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-        steps = ((_step(value, key), part) for key, part in held.items())
-        yield from ((step, part) for step, part in steps if _STEP.fullmatch(step))
-
-
-def _step(value: Any, key: Any) -> str:
-    return f"[{key}]" if isinstance(value, dict) else f".{key}"
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is int or isinstance(value, np.integer)
-
-
-def _of_class(module: nn.Module) -> dict[str, Any]:
-    """Numbers that all objects of the user's class share."""
-    own = [cls for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
-    return {name: value for cls in reversed(own) for name, value in vars(cls).items() if type(value) is int}
-
-
-def _taken_apart(attribute: str) -> tuple[str, list[str]]:
-    """The attribute's own name, and the steps from there."""
-    name = re.split(r"[.\[]", attribute, maxsplit=1)[0]
-    steps = [found[0] for found in _STEP.finditer(attribute, len(name))]
-    return (name, steps) if name + "".join(steps) == attribute else (attribute, [])
 
 
 def limit_timesteps(model: nn.Module, timesteps: int) -> None:

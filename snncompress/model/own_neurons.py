@@ -15,10 +15,11 @@ from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter, Dynamics, Observer, StandIn, StateGrid
 
 from .modules import patched, remove_along, stacked
-from .network import WEIGHT_LAYERS, remove_from_layer
+from .network import WEIGHT_LAYERS
 from .network import width as module_width
 from .one_step import all_steps, first_step, through
 from .potentials import watch_potential
+from .resizing import remove_from_layer
 
 Neurons = type[nn.Module] | Iterable[type[nn.Module]]
 _RESETS = ("reset", "reset_state", "reset_states", "reset_mem", "reset_membrane", "reset_hidden", "init_state")

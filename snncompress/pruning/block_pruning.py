@@ -17,8 +17,9 @@ from snncompress.errors import DataError, ModelError, PlanError, PluginError
 from snncompress.interfaces import Adapter, BlockCriterion
 from snncompress.model.computed_once import evaluating
 from snncompress.model.edits import Edit, RemoveBlock, Resized
-from snncompress.model.network import WEIGHT_LAYERS, Network, resize_inputs, width
+from snncompress.model.network import WEIGHT_LAYERS, Network, width
 from snncompress.model.parametrizations import separate_classes
+from snncompress.model.resizing import resize_inputs
 from snncompress.running.data import Feed
 from snncompress.running.scores import loss_of
 from snncompress.structure.blocks import Block, find_blocks

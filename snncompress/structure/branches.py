@@ -8,7 +8,8 @@ from types import CodeType, FunctionType
 from torch import nn
 
 from snncompress.model.cells import layer_at
-from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, channel_axis, prunable_type, width
+from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, channel_axis, width
+from snncompress.model.resizing import prunable_type
 
 
 def waiting(model: nn.Module, called: Collection[str], neurons: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from snncompress.model.cells import layer_at
-from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Side, multiplier, prunable_type, width
+from snncompress.model.network import WEIGHT_LAYERS, ChannelGroup, Member, Side, multiplier, width
+from snncompress.model.resizing import prunable_type
 
 from .reshaping import UnfitError
 from .segments import Link, Segments

@@ -23,9 +23,9 @@ from snncompress.model.network import (
     Network,
     Side,
     multiplier,
-    prunable_type,
     width,
 )
+from snncompress.model.resizing import prunable_type
 from snncompress.running.data import Run
 
 from .axes import Axes

@@ -13,8 +13,8 @@ from math import lcm
 import torch
 from torch import nn
 
-from snncompress.model.modules import numbers_in
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS, ChannelGroup, Member
+from snncompress.model.settings import numbers_in
 
 Name = tuple[str, str]
 """A module's name and an attribute's."""

@@ -9,8 +9,9 @@ from torch import nn
 
 from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
-from snncompress.model.network import WEIGHT_LAYERS, resize_inputs, width
+from snncompress.model.network import WEIGHT_LAYERS, width
 from snncompress.model.parametrizations import stored_weight, weight_mask
+from snncompress.model.resizing import resize_inputs
 
 from .base import Edit, find, integers
 

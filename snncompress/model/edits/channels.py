@@ -15,8 +15,9 @@ from snncompress.errors import PlanError
 from snncompress.interfaces import Adapter
 from snncompress.model.cells import layer_at
 from snncompress.model.fixed_point import remove_channels
-from snncompress.model.modules import number_at, set_number
-from snncompress.model.network import ChannelGroup, prunable_type, remove_from_layer, width
+from snncompress.model.network import ChannelGroup, width
+from snncompress.model.resizing import prunable_type, remove_from_layer
+from snncompress.model.settings import number_at, set_number
 
 from .base import Budget, Edit, find, integers
 from .shifts import Shift, shifts

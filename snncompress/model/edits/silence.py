@@ -18,10 +18,10 @@ from snncompress.model.network import (
     Side,
     channel_axis,
     multiplier,
-    prunable_type,
     silent_members,
     width,
 )
+from snncompress.model.resizing import prunable_type
 from snncompress.model.silencing import end_gradients, give_voice, silence_inputs, silence_spikes
 
 from .base import Edit, find
