@@ -106,6 +106,8 @@ class SpikingJellyAdapter(Adapter):
                     single = None
                 if single is not None:
                     forward = _collapsed(module, single) if is_multi_step(module) else single
+                    if derives(module, "neuron", ("BaseNode", "SimpleBaseNode")):
+                        forward = _potential(module, forward)
                     stack.enter_context(patched(module, "forward", forward))
             yield
         self.reset(model)
@@ -333,6 +335,19 @@ def _is_container(module: nn.Module) -> bool:
 
 def _firing(neuron: nn.Module, stand_in: StandIn) -> Callable[..., Tensor]:
     return lambda *args, **named: stand_in(neuron, next(iter((*args, *named.values()))))
+
+
+def _potential(neuron: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same; the membrane potential, which the model may read, doesn't fall silent with the spikes."""
+
+    def call(*args: Any, **named: Any) -> Tensor:
+        y = forward(*args, **named)
+        neuron.v = (y[-1] if is_multi_step(neuron) else y) + 1
+        if is_multi_step(neuron) and getattr(neuron, "store_v_seq", False):
+            neuron.v_seq = y + 1
+        return y
+
+    return call
 
 
 def _in_single_step(module: nn.Module) -> Callable[..., Any]:

@@ -125,6 +125,7 @@ class OwnNeurons(Adapter):
         """One timestep stands for all; a neuron that holds layers, other than over time, computes as it does."""
         with self.base.identities(model, stand_in), ExitStack() as stack:
             for neuron in self._own(model).values():
+                stack.callback(_detach, neuron)
                 stack.enter_context(patched(neuron, "forward", self._firing(neuron, stand_in)))
             yield
         self.reset(model)
@@ -241,9 +242,23 @@ class OwnNeurons(Adapter):
                 y = stand_in(neuron, x)
             else:
                 y = all_steps(stand_in(neuron, first_step(x, self.time_dim)), x.shape[self.time_dim], self.time_dim)
+            _remember(neuron, y, form[0] if isinstance(form, tuple) else form)
             return (y, *form[1:]) if isinstance(form, tuple) else y
 
         return call
+
+
+def _remember(neuron: nn.Module, y: Tensor, spikes: Any) -> None:
+    """Put ``y`` where the neuron keeps its spikes, and something that doesn't fall silent with it for a potential."""
+    for home in (vars(neuron), neuron._buffers):
+        for name, held in home.items():
+            if isinstance(held, Tensor) and held.shape == y.shape and held.is_floating_point():
+                home[name] = y if isinstance(spikes, Tensor) and torch.equal(held, spikes) else y + 1
+
+
+def _detach(neuron: nn.Module) -> None:
+    for home in (vars(neuron), neuron._buffers):
+        home.update({name: held.detach() for name, held in home.items() if isinstance(held, Tensor) and held.grad_fn})
 
 
 def _unreadable(neuron: nn.Module) -> ModelError:
