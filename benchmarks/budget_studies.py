@@ -34,10 +34,15 @@ UNTRAINED: dict[str, Callable[[], nn.Module]] = {
 EXPONENTS = (0.0, 0.25, 0.5, 1.0)
 LRS = {"cifar": 1e-4}
 SEEDED = {"mnist-spikingjelly": True, "mnist-snntorch": True, "nmnist": True, "cifar": False}
-"""Trained networks, and whether there is one for every seed."""
+"""Trained networks, and whether there is one for every seed; of the other, seeds are of calibration and tuning."""
 WIDTHS = (2, 3, 4, 6)
 SIZES = (0.05, 0.025)
 """Shares of the original's size at which one width, and channels, are compared with bits per layer, and channels."""
+
+
+def of_seed(task: Task, seed: int) -> int:
+    """The seed of the trained network."""
+    return seed if SEEDED[task.name] else 0
 
 
 def firing(net: nn.Module, data: Any, steps: int) -> nn.Module:
@@ -108,7 +113,7 @@ def cost(task: Task, net: nn.Module, seed: int, kind: str) -> float:
 
 def equal(task: Task, seed: int, kind: str, share: float) -> dict[str, float]:
     """Accuracies in %, straight after and after an epoch, and what of the original's cost is left."""
-    net = task.dense(seed)
+    net = task.dense(of_seed(task, seed))
     dense = cost(task, net, seed, kind)
     allocated = compressed(task, net, seed, budget={kind: share})
     left = cost(task, allocated, seed, kind)
@@ -182,7 +187,7 @@ def jobs(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Job, Call
                     yield ("exponent", "cifar", kind, str(share), str(weight)), lambda a=args: exponent(*a)
     if "equal" in parts:
         for seed in seeds:
-            for name in (name for name, every in SEEDED.items() if every or seed == 0):
+            for name in SEEDED:
                 for kind in ("energy", "params"):
                     for share in (0.5, 0.3, 0.2):
                         args = (TASKS[name], seed, kind, share)

@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as for its scripts
 import budgets  # noqa: E402
 import qp_snn_sizes  # noqa: E402
-from budget_studies import jobs  # noqa: E402
+from budget_studies import TASKS, jobs, of_seed  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
 
@@ -39,8 +39,9 @@ def test_networks_of_several_seeds_are_measured_with_each() -> None:
     found = [job for job, _ in jobs(["equal", "bits"], [0, 1])]
     assert len(found) == len(set(found))
     seeds = {(part, name): {job[4] for job in found if job[:2] == (part, name)} for part, name, *_ in found}
-    assert seeds["equal", "nmnist"] == seeds["bits", "mnist-snntorch"] == {"0", "1"}
-    assert seeds["equal", "cifar"] == seeds["bits", "cifar"] == {"0"}
+    assert seeds["equal", "nmnist"] == seeds["equal", "cifar"] == seeds["bits", "mnist-snntorch"] == {"0", "1"}
+    assert seeds["bits", "cifar"] == {"0"}
+    assert [of_seed(TASKS[name], 1) for name in ("nmnist", "cifar")] == [1, 0]  # of which there is one network
 
 
 def test_sizes_of_two_seeds() -> None:
