@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import copy
 import datetime
 import importlib.util
 import json
@@ -54,6 +53,7 @@ from snncompress.contract.detection import find_adapter
 from snncompress.interfaces import Adapter
 from snncompress.model.brevitas_layers import without_quantization
 from snncompress.model.cells import layer_at
+from snncompress.model.copying import private_copy
 from snncompress.model.edits import RemoveChannels
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import WEIGHT_LAYERS, Network, channel_axis, weight_layers
@@ -210,7 +210,7 @@ def tried(network: Mapping[str, Any], checkout: Path, prepare: Callable[[Path], 
         feed = Feed(adapter, x, **running, on=model)
         warm(model, feed)
         model.eval()
-        shape = trace(copy.deepcopy(model), adapter, feed.example(), timesteps=feed.timesteps, groups=False)
+        shape = trace(private_copy(model, adapter), adapter, feed.example(), timesteps=feed.timesteps, groups=False)
         found["least"] = least(model, shape)
     except Exception as error:
         traceback.print_exc()
@@ -308,7 +308,7 @@ def outputs(model: nn.Module, feed: Feed, dtype: torch.dtype, gain: float) -> li
         return x.to(dtype) * gain if isinstance(x, Tensor) and x.is_floating_point() else x
 
     with torch.no_grad():
-        model = copy.deepcopy(model).to(dtype).eval()
+        model = private_copy(model, feed.adapter).to(dtype).eval()
         without_quantization(model)  # Brevitas' scales are of the weights that are left
         x = tree_map(larger, feed.first().raw)
         feed = Feed(feed.adapter, [x], feed.timesteps, feed.forward)
@@ -330,7 +330,7 @@ def apart(a: list[Tensor], b: list[Tensor]) -> float:
 
 def silenced(model: nn.Module, plan: snncompress.Plan, adapter: Adapter) -> nn.Module:
     """A copy whose neurons put out 0, and whose layers take in 0, where the plan removes a channel."""
-    result = copy.deepcopy(model)
+    result = private_copy(model, adapter)
     removals = [edit for edit in plan.edits if isinstance(edit, RemoveChannels)]
     axes = {piece.module: piece.axis for edit in removals for piece in edit.slices}
     shifted = {shift.reader for edit in removals for shift in edit.shifts}  # batch norms make something of 0
