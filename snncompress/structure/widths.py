@@ -20,6 +20,7 @@ Name = tuple[str, str]
 """A module's name and an attribute's."""
 Fits = Callable[[ChannelGroup], bool]
 """Does the group pass the trial?"""
+_KINDS = 6  # of attributes that are tried apart: each takes trials
 
 
 def widened(group: ChannelGroup, model: nn.Module, *, singly: bool = False) -> Iterator[ChannelGroup]:
@@ -38,7 +39,8 @@ def likely(group: ChannelGroup, model: nn.Module) -> list[ChannelGroup]:
 def _likely(group: ChannelGroup, values: dict[Name, int]) -> list[tuple[Name, ...]]:
     equal = [name for name, value in values.items() if value == group.size]
     kinds = {kind: tuple(name for name in equal if name[1] == kind) for _, kind in equal}
-    return [tuple(equal), *kinds.values()] if equal else []  # a kind: as many heads as channels in each, say
+    few = kinds.values() if len(kinds) <= _KINDS else ()  # as many heads as channels in each, say
+    return [tuple(equal), *few] if equal else []
 
 
 def _with(group: ChannelGroup, sets: Iterable[tuple[Name, ...]]) -> Iterator[ChannelGroup]:
