@@ -15,16 +15,15 @@ from snncompress.interfaces import Adapter
 from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.fixed_point import state_grid
-from snncompress.model.modules import tensors_in
 from snncompress.model.network import WEIGHT_LAYERS
 from snncompress.model.patches import weight_dims
-from snncompress.model.spikes import counts_of, in_float
+from snncompress.model.spikes import Spikes, counts_of, in_float
 from snncompress.running.data import Run
 from snncompress.structure.tracing import trace
 
 from .integer_layers import Codes, SumLayer, make_exact, make_integer, make_sums
 from .integer_neurons import IntegerGrid, as_spikes
-from .quickening import made_constant, noted
+from .quickening import Seen, inputs_of, made_constant, noted
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,10 +40,10 @@ def integer_network(model: M, adapter: Adapter, run: Run, codes: Mapping[str, Co
     why: dict[str, str] = {}
     analog: set[str] = set()
     for name in network.layers:
-        layer, seen, drives = model.get_submodule(name), inputs.get(name, []), network.drives.get(name)
+        layer, seen, drives = model.get_submodule(name), inputs.get(name, Seen()), network.drives.get(name)
         first = not network.producers.get(name)
         reason = _codes_reason(codes.get(name))
-        if not reason and not _whole(seen):
+        if not reason and not seen.whole:
             reason = "its input isn't spikes: averages of them, for one, are fractions"
         if not reason:
             reason = (make_sums if drives else make_integer)(layer, cast(Codes, codes[name]))
@@ -54,7 +53,7 @@ def integer_network(model: M, adapter: Adapter, run: Run, codes: Mapping[str, Co
             if first and drives:
                 analog.add(name)
                 reason = make_exact(layer)
-                made_constant(layer, seen)
+                made_constant(layer, seen.inputs)
         if reason:
             why[name] = reason
     for name, neuron in adapter.neurons(model).items():
@@ -115,25 +114,23 @@ def heard(model: nn.Module, adapter: Adapter, run: Run) -> dict[str, Tensor]:
     return {name: torch.cat(spikes) for name, spikes in found.items()}
 
 
-def _inputs(model: nn.Module, adapter: Adapter, run: Run) -> dict[str, list[Tensor]]:
-    """What each weight layer reads in an example."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def note(name: str, module: nn.Module, args: Any, named: Any) -> None:
-        seen.setdefault(name, []).extend(x.clone() for x in list(tensors_in([args, named]))[:1])
-
+def _inputs(model: nn.Module, adapter: Adapter, run: Run) -> dict[str, Seen]:
+    """What each weight layer reads in an example: what comes from neurons is known as spikes, also where none comes."""
     with torch.no_grad(), seeded(model), ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, WEIGHT_LAYERS):
-                hook = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
-                stack.callback(hook.remove)
-        run(model)
+        for neuron in adapter.neurons(model).values():
+            stack.callback(neuron.register_forward_hook(_known).remove)
+        seen = inputs_of(model, run)
     adapter.reset(model)
     return seen
 
 
-def _whole(inputs: list[Tensor]) -> bool:
-    return bool(inputs) and any(bool(x.any()) for x in inputs) and all(counts_of(x) is not None for x in inputs)
+def _known(neuron: nn.Module, args: Any, output: Any) -> Any:
+    """A hook: a neuron's spikes as Spikes."""
+    first = output[0] if isinstance(output, tuple) else output
+    counts = counts_of(first)
+    if counts is None:
+        return output
+    return (Spikes(counts), *output[1:]) if isinstance(output, tuple) else Spikes(counts)
 
 
 def _codes_reason(code: Codes | str | None) -> str:

@@ -139,7 +139,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What a weight layer was called with in an example."""
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -148,7 +148,7 @@ class _Seen:
     def whole(self) -> bool:
         """Spikes, or whole numbers that aren't 0 at every call, as those may be chance.
 
-        >>> _Seen([torch.zeros(2), torch.ones(2)]).whole, _Seen([torch.zeros(2)] * 2).whole
+        >>> Seen([torch.zeros(2), torch.ones(2)]).whole, Seen([torch.zeros(2)] * 2).whole
         (True, False)
         """
         spikes = [isinstance(x, Spikes) for x in self.inputs]
@@ -178,7 +178,7 @@ def quicken(
     why = dict.fromkeys(layers, "integer=False")
     already = any(isinstance(layer, IntegerLayer) for layer in layers.values())
     wanted = bool(integer) and (already or any(isinstance(code, Codes) for code in found.values()))
-    seen: dict[str, _Seen] | None = None
+    seen: dict[str, Seen] | None = None
     if integer:
         why = {name: _reason(found.get(name)) for name in layers}
     if wanted and (seen := _tried(model, adapter, run, EmittedBytes, last=True)) is not None:
@@ -209,7 +209,7 @@ def quicken(
 
 def made_constant(layer: nn.Module, inputs: list[Tensor]) -> None:
     """Compute a layer once whose inputs are the same in every timestep."""
-    if _Seen(inputs).constant(layer):
+    if Seen(inputs).constant(layer):
         vars(layer).update(_read=None, _made=None)
         layer.__class__ = mixed(ConstantInput, cast(Any, type(layer)))
 
@@ -222,7 +222,7 @@ def slowed(layer: nn.Module) -> None:
         layer.__class__ = cast(Any, without(ConstantInput, type(layer)))
 
 
-def _made_sparse(layer: nn.Module, seen: _Seen, share: int) -> None:
+def _made_sparse(layer: nn.Module, seen: Seen, share: int) -> None:
     """Hold what is left of a linear layer's weight alone, if that is as good and pays for so many samples."""
     if not seen.inputs or not isinstance(layer, nn.Linear):
         return
@@ -247,7 +247,7 @@ def _reason(code: Codes | str | None) -> str:
 
 def _tried(
     model: nn.Module, adapter: Adapter, run: Run, emitted: type[Emitted], *, last: bool
-) -> dict[str, _Seen] | None:
+) -> dict[str, Seen] | None:
     """Fast neurons, and with ``last`` channels last; what the layers then read in an example, or None if it fails."""
     for neuron in adapter.neurons(model).values():
         try:
@@ -259,24 +259,29 @@ def _tried(
             flat = isinstance(module, nn.Conv2d)
             order = torch.channels_last if flat else torch.channels_last_3d
             module.weight.data = module.weight.data.contiguous(memory_format=order if last else torch.contiguous_format)
-    seen: dict[str, _Seen] = {}
+    try:
+        return inputs_of(model, run)
+    except SNNCompressError:  # such as of a view of what isn't contiguous
+        return None
 
-    def taken(kept: _Seen, module: nn.Module, args: Any, named: Any) -> None:
+
+def inputs_of(model: nn.Module, run: Run) -> dict[str, Seen]:
+    """What each weight layer is called with in an example."""
+    seen: dict[str, Seen] = {}
+
+    def taken(kept: Seen, module: nn.Module, args: Any, named: Any) -> None:
         kept.inputs += [x if isinstance(x, Spikes) else x.clone() for x in list(tensors_in([args, named]))[:1]]
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, WEIGHT_LAYERS):
-                hook = partial(taken, seen.setdefault(name, _Seen()))
+                hook = partial(taken, seen.setdefault(name, Seen()))
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        try:
-            run(model)
-        except SNNCompressError:  # such as of a view of what isn't contiguous
-            return None
+        run(model)
     return seen
 
 
-def _made_integer(layer: nn.Module, code: Codes | str | None, seen: _Seen, *, lightly: bool) -> str:
+def _made_integer(layer: nn.Module, code: Codes | str | None, seen: Seen, *, lightly: bool) -> str:
     """Make a layer one of integers, or say why not."""
     if isinstance(layer, IntegerLayer):
         return ""

@@ -169,6 +169,15 @@ def test_spikes_are_those_of_floats_and_of_both_files(make: Any, tmp_path: Path)
     assert torch.allclose(find_adapter(whole).run(whole, X, T)[-1].double(), torch.tensor(output).double(), atol=1e-5)
 
 
+def test_neurons_that_are_silent_in_the_example_put_out_spikes_all_the_same() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 6, bias=False), neuron.IFNode(v_threshold=0.1), nn.Linear(6, 6))
+    model = small(net.extend([neuron.IFNode(v_threshold=0.1), nn.Linear(6, 2)]), 4)
+    whole = snncompress.freeze(model, torch.zeros(1, 2, 8, 8), timesteps=T, integer="full")
+    assert [row.name for row in snncompress.frozen_layers(whole).layers if row.integer] == ["3"]
+    wanted, found = spikes(model), spikes(whole)
+    assert all(s.any() and torch.equal(found[name], s) for name, s in wanted.items())
+
+
 def test_the_numbers_of_a_network_by_hand(tmp_path: Path) -> None:
     """Weights ±1/2 and ±3/2 of s = 0.5 are odd quarters; with δ = 0.125 one in a sum is 2 δ, and with a gain of 1/2
     (τ = 2, the input leaks too) 1 δ: M = 2^24. A bias of 0.3 is 0.3 · 0.5 / 0.125 = 1.2 δ, A = 2^11, and θ = 8 δ.
