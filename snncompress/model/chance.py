@@ -43,45 +43,56 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     >>> torch.equal(torch.get_rng_state(), before)
     True
     """
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(cuda_devices(model)), held(_generators(model)):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
+    with torch.random.fork_rng(cuda_devices(model)), held([*PLAIN, *generators_in(model)]):
+        yield
 
 
 @contextmanager
 def held(generators: Iterable[Any]) -> Iterator[None]:
     """The same for generators of the user's own, of torch, numpy or Python."""
-    before = [(generator, copy.deepcopy(_state(generator))) for generator in generators]
+    before = [(generator, copy.deepcopy(state_of(generator))) for generator in generators]
     try:
         yield
     finally:
         for generator, state in before:
-            if isinstance(generator, np.random.Generator):
-                generator.bit_generator.state = state
-            elif isinstance(generator, random.Random):
-                generator.setstate(state)
-            else:
-                generator.set_state(state)
+            set_state(generator, state)
 
 
-def _state(generator: Any) -> Any:
+def state_of(generator: Any) -> Any:
+    """Where a generator stands: of torch a tensor, of numpy a dict, of Python a tuple."""
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
+def set_state(generator: Any, state: Any) -> None:
+    """Let a generator stand where :func:`state_of` has it; lists will do for arrays, and for tuples."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        version, numbers, spare = state
+        generator.setstate((version, tuple(numbers), spare))
+    else:
+        generator.set_state(state)
+
+
+PLAIN: tuple[Any, ...] = (random.getstate.__self__, np.random.get_state.__self__)  # type: ignore[attr-defined]
+"""The generators behind Python's and numpy's own functions."""
 _KINDS = {torch.Generator, np.random.Generator, np.random.RandomState, random.Random}
 
 
-def _generators(model: nn.Module) -> list[Any]:
+def generators_in(model: nn.Module) -> list[Any]:
     """Random generators among the attributes of modules, and of their classes."""
     modules = list(model.modules())
     classes = {cls for kind in {type(module) for module in modules} for cls in kind.__mro__}
-    found = {id(v): v for holder in (*modules, *classes) for v in vars(holder).values() if type(v) in _KINDS}
+    return among(*modules, *classes)
+
+
+def among(*holders: Any) -> list[Any]:
+    """Random generators among the attributes of these objects."""
+    found = {id(v): v for holder in holders for v in getattr(holder, "__dict__", {}).values() if type(v) in _KINDS}
     return list(found.values())
 
 

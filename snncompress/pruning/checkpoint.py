@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snncompress.base.distributed import gathered, processes, rank, shared, together
 from snncompress.base.files import refuse_special, write_whole
 from snncompress.errors import OptionError, StorageError
-from snncompress.model.chance import cuda_devices
+from snncompress.model.chance import PLAIN, cuda_devices, generators_in, set_state, state_of
 from snncompress.model.edits import Edit, edit_from_dict
 from snncompress.model.modules import tensors_in
 from snncompress.running.data import Feed
 
-FORMAT = 2
+FORMAT = 3
 _FILE = "checkpoint.pt"
 
 
@@ -90,13 +90,13 @@ class Checkpoint:
         if len(drawn_from) != len(generators):
             raise OptionError(
                 f"{self.path} is of a run with {len(generators)} random generators, this one has {len(drawn_from)}: "
-                f"the data loader, or the devices, are others. Give the same to resume it, or another folder."
+                f"the data, the model or the devices are others. Give the same to resume it, or another folder."
             )
         for edit in edits:
             redo(edit)
         model.load_state_dict(state)
         for generator, saved in zip(drawn_from, generators, strict=True):
-            generator.set_state(saved)
+            set_state(generator, json.loads(saved) if isinstance(saved, str) else saved)
         return step, edits, repaired, left
 
     def save(
@@ -106,7 +106,7 @@ class Checkpoint:
 
         ``repaired`` are layers; ``left`` those that stay so far, with the reason.
         """
-        generators, *others = gathered([generator.get_state() for generator in _generators(model, feed)])
+        generators, *others = gathered([_kept(state_of(generator)) for generator in _generators(model, feed)])
         kept = {
             "format": FORMAT,
             "run": json.dumps(self._run),
@@ -123,10 +123,15 @@ class Checkpoint:
                 write_whole(self.path, lambda file: torch.save(kept, file))
 
 
-def _generators(model: nn.Module, feed: Feed) -> list[torch.Generator]:
-    """What fine-tuning draws from: torch's own generators, and those of the user's data loader."""
+def _generators(model: nn.Module, feed: Feed) -> list[Any]:
+    """What a run draws from: torch's, Python's and numpy's own generators, the model's and the data's."""
     devices = (torch.cuda.default_generators[device] for device in cuda_devices(model))
-    return [torch.default_generator, *devices, *feed.generators()]
+    return [torch.default_generator, *devices, *PLAIN, *generators_in(model), *feed.generators()]
+
+
+def _kept(state: Any) -> Any:
+    """A state as it is read without code: a tensor, or JSON."""
+    return state if isinstance(state, Tensor) else json.dumps(state, default=lambda array: array.tolist())
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from snncompress.base.distributed import shared, together
 from snncompress.errors import DataError, SNNCompressError
 from snncompress.interfaces import Adapter, Forward, Loss
+from snncompress.model.chance import among
 from snncompress.model.computed_once import computed_once
 from snncompress.model.modules import timestep_limit
 
@@ -182,10 +183,10 @@ class Feed:
         unnamed = batch.y is None and self.forward is not None and self.loss is not None
         return batch.raw if unnamed and not isinstance(batch.raw, Tensor) else batch.y
 
-    def generators(self) -> list[torch.Generator]:
-        """The random generators of the user's own data loader, which decide on the order of its batches."""
-        found = (getattr(holder, "generator", None) for holder in self._samplers())
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    def generators(self) -> list[Any]:
+        """The random generators of the user's data: those that decide on the order of batches, and a Dataset's own."""
+        whole = getattr(self._data, "dataset", None)
+        return among(*self._samplers(), whole, getattr(whole, "dataset", None))  # of a Subset all of it
 
     @contextmanager
     def in_epoch(self, number: int) -> Iterator[None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,18 +128,32 @@ def test_the_order_of_keys_matters_since_the_last_match_counts(tmp_path: Path) -
         with_checkpoint(tmp_path, ratio={"*": 0.2, "0": 0.5})
 
 
-@pytest.mark.parametrize("seeded", ["sampler", "batch_sampler"])
-def test_the_loaders_own_generator_finds_its_place(tmp_path: Path, seeded: str) -> None:
+class Augmented(TensorDataset):
+    """Draws from Python's generator, numpy's, and its own."""
+
+    rng: np.random.Generator
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return x * (0.5 + random.random()) + np.random.rand() + float(self.rng.random()), y
+
+
+@pytest.mark.parametrize("seeded", ["sampler", "batch_sampler", "dataset"])
+def test_the_datas_own_generators_find_their_places(tmp_path: Path, seeded: str) -> None:
     class StopError(Exception):
         pass
 
     def apply(folder: Path | None, stop: bool = False) -> nn.Module:
         x, y = torch.rand(48, 16, generator=torch.Generator().manual_seed(1)), torch.arange(48) % 4
-        samples, order = TensorDataset(x, y), torch.Generator().manual_seed(2)
+        samples: TensorDataset = TensorDataset(x, y)
+        order = torch.Generator().manual_seed(2)
+        if seeded == "dataset":
+            samples = Augmented(x, y)
+            samples.rng = np.random.default_rng(3)
         sampler = RandomSampler(samples, generator=order)
         data = (
             DataLoader(samples, 16, sampler=sampler)
-            if seeded == "sampler"
+            if seeded != "batch_sampler"
             else DataLoader(samples, batch_sampler=BatchSampler(sampler, 16, False))
         )
 
@@ -163,7 +179,7 @@ def test_another_number_of_generators_is_named(tmp_path: Path) -> None:
         )
 
     apply(torch.Generator())
-    with pytest.raises(OptionError, match="2 random generators, this one has 1"):
+    with pytest.raises(OptionError, match="4 random generators, this one has 3"):
         apply(None)
 
 

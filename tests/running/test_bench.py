@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import snncompress
 from snncompress import DataError, ModelError
 from snncompress.contract.detection import find_adapter
-from snncompress.model.chance import _state, seeded
+from snncompress.model.chance import seeded, state_of
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
 from snncompress.running.sameness import all_same, same, wired_outputs
@@ -185,10 +185,10 @@ def test_generators_of_the_model_or_its_class_are_where_they_were(generator: Any
     model = Drawing()
     holder: Any = Drawing if shared else model
     holder.own = generator
-    before = repr(_state(generator))
+    before = repr(state_of(generator))
     small = snncompress.apply(model, "magnitude", 0.5, None, data=torch.rand(4, 6), timesteps=3, skip=[], repair=None)
     assert small.one.out_features == 4
-    assert repr(_state(generator)) == before
+    assert repr(state_of(generator)) == before
 
 
 @pytest.mark.parametrize(
