@@ -71,5 +71,9 @@ class UnknownNeuronsWarning(UserWarning):
     """Modules put out spikes that no adapter knows as neurons, so they aren't counted or pruned as such."""
 
 
+class NonlinearWarning(UserWarning):
+    """A CNN has something between its activations that firing rates can't stand for, such as a clamp or a product."""
+
+
 class KeptStateWarning(UserWarning):
     """A model keeps state of its own from batch to batch, so what is measured depends on their order."""

@@ -77,7 +77,7 @@ def separate(model: nn.Module, *, pools: bool = False) -> tuple[list[str], list[
     for name in graphs:
         _rewrite(model, name, clones[name], graphs[name], kinds, seen)
     known = set(names.values())
-    used = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and (calls[n] or n not in known)}
+    used = {n: m for n, m in model.named_modules() if _is(m, kinds) and (calls[n] or n not in known)}
     activations = [n for n, m in used.items() if isinstance(m, _KINDS)]
     if not activations:
         raise ModelError(
@@ -86,7 +86,7 @@ def separate(model: nn.Module, *, pools: bool = False) -> tuple[list[str], list[
         )
     for name, count in calls.items():
         module = model.get_submodule(name)
-        if count > 1 and not isinstance(module, kinds) and any(isinstance(m, kinds) for m in module.modules()):
+        if count > 1 and not _is(module, kinds) and any(_is(m, kinds) for m in module.modules()):
             raise ModelError(
                 f"{called(model, name)} runs {count} times in one pass, and has an activation or a max-pooling inside: "
                 f"as a neuron that would mix what it gets each time. Give each use a module of its own."
@@ -101,10 +101,15 @@ def _unshare(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
     seen: set[int] = set()
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
-            if isinstance(child, kinds):
+            if _is(child, kinds):
                 if id(child) in seen:
                     parent._modules[key] = child = copy.deepcopy(child)
                 seen.add(id(child))
+
+
+def _is(module: nn.Module | None, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Is it of one of these kinds, and computes what they do? A subclass may have a forward of its own."""
+    return isinstance(module, kinds) and not _has_forward_of_its_own(module)
 
 
 def _has_forward_of_its_own(module: nn.Module) -> bool:
@@ -122,6 +127,11 @@ def _is_other(module: nn.Module, *, at_output: bool = False) -> bool:
 
 def _check_opaque(model: nn.Module, name: str, error: Exception) -> None:
     module = model.get_submodule(name)
+    if isinstance(module, (*_KINDS, *_POOLS)):
+        raise ModelError(
+            f"{called(model, name)} has a forward of its own, and torch.fx can't trace it: {type(error).__name__}: "
+            f"{error}. Keep Python decisions that depend on the input out of this forward."
+        ) from error
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     for used in code.co_names if code is not None else ():
         if used.strip("_") in {*_ACTIVATIONS, *_OTHERS} and not hasattr(module, used):
@@ -192,7 +202,7 @@ def _uses(
     found: list[tuple[fx.Node, nn.Module | None]] = []
     for node in graph.nodes:
         if node.op == "call_module":
-            if isinstance(child := module.get_submodule(node.target), kinds):
+            if _is(child := module.get_submodule(node.target), kinds):
                 found.append((node, child))
         elif {**_ACTIVATIONS, **_MAX_POOLS}.get(operation(node)) in kinds and len(node.all_input_nodes) == 1:
             found.append((node, None))

@@ -46,7 +46,8 @@ def convert(
     ``timesteps`` = T adds 1/(2T) to the normalized current, which rounds instead of cutting off. Max-pooling
     becomes max-pooling of rates (:class:`snncompress.conversion.rate_coding.RateMaxPool`), since the maximum of spikes
     isn't that of their rates. Compare in eval mode, on the time average of the output. Not kept is the function of
-    layers that aren't linear over time: group or layer normalization, products of activations.
+    layers that aren't linear over time: group or layer normalization, products of activations, a clamp. A
+    NonlinearWarning names what reads the first of these.
 
     The result is run step by step: ``timesteps=T`` of :func:`snncompress.apply`, ``profile`` and ``finetune``.
 
@@ -98,7 +99,7 @@ def _convert(cnn: M, adapter: Adapter, neuron: Any, data: Any, timesteps: int | 
     if data is not None:
         feed = Feed(adapter, data, on=cnn)
         with held(feed.generators()):
-            levels, scales = calibrate(model, private_copy(cnn, adapter), names, feed, percentile)
+            levels, scales = calibrate(model, private_copy(cnn, adapter), names, pools, feed, percentile)
     for name in pools:
         _replace(model, name, RateMaxPool(model.get_submodule(name)))
     probe = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0)).detach().new_zeros(1, 1)

@@ -22,6 +22,8 @@ from snncompress.running.data import Feed
 from snncompress.running.sameness import all_same
 from snncompress.structure.fx_graphs import called, operation, trace_forward
 
+from .averaging import warn_of_nonlinear
+
 # Functions that pass a factor on: f(λ·x) = λ·f(x).
 _HOMOGENEOUS = {
     "chunk", "contiguous", "flatten", "getitem", "mean", "permute", "reshape", "split", "squeeze", "transpose",
@@ -86,13 +88,13 @@ class RateMaxPool(nn.Module, Memory):
 
 
 def calibrate(
-    model: nn.Module, original: nn.Module, names: list[str], feed: Feed, percentile: float
+    model: nn.Module, original: nn.Module, names: list[str], pools: list[str], feed: Feed, percentile: float
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What each activation's spikes stand for (λ), and the factor that stays behind its neuron: λ or 1.
 
-    ``model`` computes what ``original`` does, with an activation module for each of ``names``. λ is the percentile of
-    its values, averaged over batches; 1 where it is never positive. Where the factor doesn't stay, the next layer's
-    weights are multiplied by λ, in place.
+    ``model`` computes what ``original`` does, with an activation module for each of ``names``, and max-poolings
+    ``pools``. λ is the percentile of an activation's values, averaged over batches; 1 where it is never positive.
+    Where the factor doesn't stay, the next layer's weights are multiplied by λ, in place.
     """
     unlike = [n for n in names if not isinstance(model.get_submodule(n), (nn.ReLU, nn.ReLU6))]
     if unlike:
@@ -112,6 +114,7 @@ def calibrate(
                     f"their own. Likely cause: an in-place ReLU whose input is used again, or a forward that torch.fx "
                     f"traces wrongly. Write its activations as nn.ReLU modules, not in place."
                 )
+            warn_of_nonlinear(model, [*names, *pools], lambda: _run(model, x))
             return _fold(model, levels, lambda: _agree(_run(model, x), expected))
     finally:
         for module, mode in modes.items():

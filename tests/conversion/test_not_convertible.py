@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -68,6 +69,18 @@ class OnlyInTraining(nn.Module):
         return F.relu(F.relu(x) if self.training else x)
 
 
+class Doubled(nn.ReLU):
+    """What is derived from a ReLU need not be one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Undecided(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
 @pytest.mark.parametrize(
     ("cnn", "said"),
     [
@@ -84,6 +97,7 @@ class OnlyInTraining(nn.Module):
             with_hidden(BranchingWith(nn.ReLU())),
             r"How hidden\.act \(ReLU\) is used can't be seen.* hidden \(BranchingWith",
         ),
+        (with_hidden(Undecided()), r"hidden \(Undecided\) has a forward of its own, and torch\.fx can't trace it"),
         (with_hidden(BranchingWith(nn.Tanh())), r"hidden\.act \(Tanh\) can't be converted"),
         (TwiceTheBlock(), r"block \(Sequential\) runs 2 times in one pass"),
         (with_hidden(OnlyInTraining()), r"hidden \(OnlyInTraining\) uses other activations in training"),
@@ -102,6 +116,26 @@ def test_an_activation_on_the_output_stays() -> None:
     for last in (nn.Softmax(1), nn.LogSoftmax(1), nn.Sigmoid()):
         model = convert(nn.Sequential(with_hidden(nn.Identity()), nn.Sequential(nn.Identity(), last)))
         assert type(model[1][1]) is type(last)
+
+
+@pytest.mark.parametrize(
+    ("between", "by"),
+    [
+        (Calls(lambda x: x.clamp(max=0.2)), "fc2"), (nn.GroupNorm(2, 4), "fc2"), (Calls(lambda x: x * x), "fc2"),
+        (Calls(torch.sqrt), "fc2"), (nn.BatchNorm1d(4), ""),
+        (Doubled(), ""), (Calls(lambda x: F.max_pool1d(x[:, None], 2).squeeze(1).repeat(1, 2) + x), ""),
+    ],
+)  # fmt: skip
+def test_what_rates_cannot_stand_for_is_warned_of(between: nn.Module, by: str) -> None:
+    torch.manual_seed(0)
+    cnn, x = with_hidden(between).eval(), torch.rand(8, 4)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model = convert(cnn, neuron="if", data=x, timesteps=256, percentile=100)
+    assert [str(w.message).split(" isn't")[0] for w in warned] == [f"What {by} (Linear) reads"] * bool(by)
+    with torch.no_grad():
+        off = torch.stack([model(x) for _ in range(256)]).mean(0) - cnn(x)
+    assert (float(off.abs().max()) > 0.01) == bool(by)
 
 
 class InPlaceTwice(nn.Module):
