@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -64,11 +64,11 @@ def refuse_compiled(model: nn.Module) -> None:
         raise ModelError(f"{what} was compiled by torch.compile. {place}, and compile what comes of it.")
 
 
-def refuse_broken(model: nn.Module, adapter: Adapter | None = None) -> None:
+def refuse_broken(model: nn.Module, adapter: Adapter | None = None, *, but: Collection[str] = ()) -> None:
     """Raise ModelError for a parameter or a norm's statistic that isn't finite, or a buffer that is NaN.
 
     Other buffers may be infinite: masks of an attention, thresholds of neurons that never fire. With an adapter, a
-    number that a neuron holds, such as its threshold, mustn't be NaN either.
+    number that a neuron holds, such as its threshold, mustn't be NaN either. What is named in ``but`` may be anything.
     """
     neurons = {} if adapter is None else adapter.neurons(model)
     for owner, module in model.named_modules():
@@ -80,7 +80,7 @@ def refuse_broken(model: nn.Module, adapter: Adapter | None = None) -> None:
                     f"that are."
                 )
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor.is_meta or not tensor.is_floating_point():
+            if tensor.is_meta or not tensor.is_floating_point() or f"{where}{name}" in but:
                 continue
             if bool(torch.isfinite(tensor.sum())):  # so all are; ten times as fast as looking at each
                 continue

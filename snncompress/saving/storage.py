@@ -18,6 +18,7 @@ from snncompress.errors import ModelError, OptionError, PlanError, StorageError
 from snncompress.interfaces import Adapter
 from snncompress.model.cells import cell_weights, layer_at, layer_of
 from snncompress.model.chance import undisturbed
+from snncompress.model.copying import refuse_broken
 from snncompress.model.grids import FixedGrid, Grid
 from snncompress.model.parametrizations import (
     CompressedWeight,
@@ -51,7 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | s
 
     Raises:
         StorageError: the file can't be written; what was there before is still there.
-        ModelError: a tensor holds NaN, or a module keeps other state than tensors.
+        ModelError: a tensor holds NaN, a weight is infinite, or a module keeps other state than tensors.
 
     Example:
         >>> import tempfile
@@ -68,14 +69,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: Adapter | s
     file = as_path(path)
     found = find_adapter(model, adapter, plain=True)
     plan = _plan_of(model)
+    refuse_broken(model, found, but=_moments(model, found))
     compacted, tensors = compact(plan)
     packed: dict[str, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
     state = _state(model, found)
     for name, *others in _tied(state):
         tensor = state[name]
-        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
-            raise ModelError(f"{name} of this {type(model).__name__} holds NaN. Find out why before you save it.")
         aliases.update(dict.fromkeys(others, name))
         compression = _compression(model, name)
         if compression is None or others:  # layers that share floats may make different weights of them
@@ -283,6 +283,10 @@ def _fill(model: nn.Module, file: Container, adapter: Adapter) -> None:
             continue
         if not bool(torch.isfinite(cast(Tensor, layer.weight)).all()):
             raise StorageError(f"The weight of a {type(layer).__name__} comes out infinite, or as NaN.")
+    try:
+        refuse_broken(model, adapter, but=moments)
+    except ModelError as error:
+        raise StorageError(str(error)) from error
 
 
 def _wake(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

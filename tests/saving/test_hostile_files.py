@@ -155,6 +155,7 @@ ATTACKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "a million layers": lambda m, t: _edit(m, "quantize_weights").update(layers=["7"] * 10**6),
     "layers are a number": lambda m, t: _edit(m, "quantize_weights").update(layers=7),
     "NaN": lambda m, t: t["7.bias"].fill_(torch.nan),
+    "infinite": lambda m, t: t["7.bias"].fill_(torch.inf),
     "another shape": lambda m, t: t.update({"7.bias": torch.zeros(1000)}),
     "another type": lambda m, t: t.update({"7.bias": t["7.bias"].double()}),
     "a tensor missing": lambda m, t: t.pop("7.bias"),

@@ -38,12 +38,16 @@ def test_folders_full_disks_and_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
 
 
-def test_nan_and_state_that_is_no_tensor(tmp_path: Path) -> None:
-    net = network("spikingjelly")
-    with torch.no_grad():
-        net[7].weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match=r"7.weight of this Sequential holds NaN"):
-        save(net, tmp_path / "net")
+def test_what_is_not_finite_and_state_that_is_no_tensor(tmp_path: Path) -> None:
+    for small, value in ((network("spikingjelly"), torch.nan), (channels(network("spikingjelly")), torch.inf)):
+        with torch.no_grad():
+            small[7].bias[0] = value
+        with pytest.raises(ModelError, match=r"7.bias of this Sequential holds 1 NaN or infinite values of"):
+            save(small, tmp_path / "net")
+    small[7].bias = nn.Parameter(torch.zeros_like(small[7].bias))
+    small[3].register_buffer("mask", torch.tensor([0.0, -torch.inf]))  # of an attention, for one
+    save(small, tmp_path / "net")
+    (tmp_path / "net").unlink()
 
     class Secret(nn.Module):
         def get_extra_state(self) -> str:
