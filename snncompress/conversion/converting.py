@@ -15,6 +15,7 @@ from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter
 from snncompress.model.chance import held, undisturbed
 from snncompress.model.copying import private_copy
+from snncompress.running.bench import full_precision
 from snncompress.running.data import Feed
 from snncompress.structure.fx_graphs import called
 
@@ -89,7 +90,7 @@ def convert(
     """
     adapter = _adapter(framework)
     _check(cnn, adapter, neuron, data, timesteps, percentile)
-    with no_sync(), undisturbed(cnn), torch.inference_mode(False):  # a DataLoader draws random numbers
+    with no_sync(), undisturbed(cnn), torch.inference_mode(False), full_precision():  # a DataLoader draws numbers
         return _convert(cnn, adapter, neuron, data, timesteps, percentile)
 
 

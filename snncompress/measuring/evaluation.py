@@ -63,7 +63,7 @@ def evaluate(
     Evaluation(accuracy=1.0, f1=1.0, n_samples=2)
     """
     named = named_neurons(adapter, neurons, time_dim)
-    with bench(model, data, timesteps, forward, adapter=named, plain=True) as table:
+    with bench(model, data, timesteps, forward, adapter=named, plain=True, mixed=True) as table:
         try:  # on the bench, since importing scikit-learn draws from Python's generator
             from sklearn.metrics import accuracy_score, f1_score
         except ImportError as error:

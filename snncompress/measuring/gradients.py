@@ -177,7 +177,9 @@ def gradient_flow(
         {'': 0.7071}
     """
     samples = 0
-    with bench(model, data, timesteps, forward, loss, adapter, plain=True, seed=seed, gradients=True) as table:
+    with bench(
+        model, data, timesteps, forward, loss, adapter, plain=True, seed=seed, gradients=True, mixed=True
+    ) as table:
         weights, feed = _trained(table.model), table.feed
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         with together(), in_mode(table.model, training=True):

@@ -107,7 +107,7 @@ def profile(
     rules = resolve_conventions(conventions)
     energy: EnergyModel = registry().resolve("energy model", energy_model, EnergyModel)
     named = named_neurons(adapter, neurons, time_dim)
-    with bench(model, data, timesteps, forward, adapter=named, plain=True, unknown=True) as table:
+    with bench(model, data, timesteps, forward, adapter=named, plain=True, unknown=True, mixed=True) as table:
         return measure(table.model, table.feed, energy, rules)
 
 

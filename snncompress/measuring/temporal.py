@@ -177,7 +177,7 @@ def temporal_analysis(
         >>> [round(e, 9) for e in result.energy_pj]        # 2 synapses · 4.6 pJ, once: the input is constant
         [9.2, 9.2, 9.2]
     """
-    with bench(model, data, timesteps, forward, adapter=adapter) as table:
+    with bench(model, data, timesteps, forward, adapter=adapter, mixed=True) as table:
         return analyse(table.model, table.feed, mode, share, energy_model, progress)
 
 

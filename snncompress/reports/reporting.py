@@ -140,7 +140,7 @@ def _network(
         else:
             right.append(int((predicted == labels).sum()))
 
-    with bench(model, data, timesteps, forward, adapter=adapter, plain=True, unknown=True) as table:
+    with bench(model, data, timesteps, forward, adapter=adapter, plain=True, unknown=True, mixed=True) as table:
         found = measure(table.model, table.feed, energy, rules, watch)
         framework = table.adapter.framework
         named = table.adapter.described() if isinstance(table.adapter, OwnNeurons) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -49,6 +49,13 @@ class Bench(Generic[M]):
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, autocast is off."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
 def bench(
     model: M,
     data: Any,
@@ -64,12 +71,14 @@ def bench(
     seed: int = 0,
     gradients: bool = False,
     unknown: bool = False,
+    mixed: bool = False,
 ) -> Iterator[Bench[M]]:
     """Inside, a copy of the model can be run, changed and trained.
 
     The model, torch's, numpy's and Python's global generators and the generators of the user's data loaders stay as
-    they are; gradients are on or off, and inference mode is left, whatever holds outside; batches come on the model's
-    device; everything random begins at ``seed``. Of several processes, all have the model of rank 0 on their benches.
+    they are; gradients are on or off, and inference mode and autocast are left, whatever holds outside: what is solved
+    and compared wants the precision that the network has; batches come on the model's device; everything random begins
+    at ``seed``. Of several processes, all have the model of rank 0 on their benches.
 
     Args:
         model: anything that :func:`find_adapter` takes.
@@ -86,6 +95,7 @@ def bench(
         seed: of all that is random.
         gradients: whether autograd records.
         unknown: whether to warn of neurons that no adapter knows.
+        mixed: whether an autocast that holds outside holds here too, where networks are measured as they would run.
 
     Raises:
         ModelError: no framework knows the model, or its weights hold NaN.
@@ -96,7 +106,8 @@ def bench(
         found = find_adapter(model, adapter, plain=plain)
         refuse_compiled(model)
         refuse_broken(model, found)
-    with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+    precision = nullcontext() if mixed else full_precision()
+    with undisturbed(model), precision, torch.inference_mode(False), torch.set_grad_enabled(gradients):
         with together():
             given = None if data is None and noise else Feed(found, data, timesteps, forward, loss, on=model)
             tested = None if test is None else Feed(found, test, timesteps, forward, on=model)

@@ -141,6 +141,22 @@ def test_gradients_are_what_the_work_needs_whatever_holds_outside(grad: Callable
         assert not torch.is_inference_mode_enabled()
 
 
+def test_what_is_solved_is_solved_in_the_networks_precision_and_measured_in_that_of_outside() -> None:
+    net, x, seen = plain(), torch.rand(16, 6), set()
+    net[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+
+    def compressed() -> nn.Module:
+        small = snncompress.apply(net, "reconstruction", 0.5, 4, data=x, timesteps=2, skip=[], progress=False)
+        return snncompress.freeze(small, x, timesteps=2, integer=True)
+
+    outside = compressed()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert unchanged(snapshot(compressed())["tensors"], snapshot(outside)["tensors"])
+        assert seen == {torch.float32}
+        snncompress.profile(net, x, timesteps=2)
+    assert seen == {torch.float32, torch.bfloat16}
+
+
 def test_noise_inside_the_model_is_the_same_in_runs_that_are_compared() -> None:
     model = Noisy()
     with bench(model, torch.rand(4, 6), 2, seed=5) as table:
