@@ -142,7 +142,7 @@ def test_gradients_are_what_the_work_needs_whatever_holds_outside(grad: Callable
 
 
 def test_what_is_solved_is_solved_in_the_networks_precision_and_measured_in_that_of_outside() -> None:
-    net, x, seen = plain(), torch.rand(16, 6), set()
+    net, x, seen = nn.Sequential(nn.Linear(6, 8), neuron.IFNode(), nn.Linear(8, 3)), torch.rand(16, 6), set()
     net[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
 
     def compressed() -> nn.Module:
