@@ -251,10 +251,11 @@ def _check_same(model: nn.Module, adapter: Adapter, step: nn.Module, x: Tensor) 
     if not all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(got, wanted, strict=True)
     ):
+        shapes = f"the steps give {list(got[0].shape)}, the model {list(wanted[0].shape)}"
+        unlike = "the values are others" if got[0].shape == wanted[0].shape else shapes
         raise ModelError(
             f"{name} computes something else when it is run one timestep at a time, its neurons' states handed on: "
-            f"the steps give {list(got[0].shape)}, the model {list(wanted[0].shape)}, or other values. Likely cause: "
-            f"its forward works across timesteps (a mean over time, a loop), or a module besides the neurons has a "
+            f"{unlike}. Likely cause: its forward works across timesteps (a mean over time, a loop), or a module besides the neurons has a "
             f"memory, as RateMaxPool has. {advice}"
         )
 
