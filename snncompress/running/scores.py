@@ -124,7 +124,8 @@ def scores_and_labels(output: Any, y: Any, *, batch_first: bool = False) -> tupl
             )
         return scores, y.to(scores.dtype)
     if y.dim() != 1:
-        raise DataError(f"Class indices must have shape [N], not {list(y.shape)}. y.squeeze() may be what is missing.")
+        what = "y.float(), if they are one-hot," if y.shape == scores.shape else "y.squeeze()"
+        raise DataError(f"Class indices must have shape [N], not {list(y.shape)}. {what} may be what is missing.")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise DataError(f"Labels range from {low} to {high}, but the model has {classes} classes (0 … {classes - 1}).")

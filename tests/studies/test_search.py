@@ -191,6 +191,7 @@ def test_options_by_hand() -> None:
         ({"space": {"ratio": 0.5}}, OptionError, "Nothing in space varies"),
         ({"space": {"ratoi": (0.1, 0.2)}}, OptionError, "names 'ratoi'"),
         ({"space": {"truncate": [1, 2]}}, OptionError, "searched as 'timesteps'"),
+        ({"space": {"lr": (1e-3, 1e-2)}}, OptionError, "'lr' without 'epochs'"),
         ({"space": {"ratio": (0.5, 1.0)}}, OptionError, "below 1"),
         ({"space": {"ratio": (0.5, 0.1)}}, OptionError, "range"),
         ({"space": {"bits": (2.0, 4.0)}}, OptionError, "whole numbers"),

@@ -70,6 +70,11 @@ class Space:
             if key not in KEYS:
                 hint = _HINTS.get(key, "")
                 raise OptionError(f"space names {key!r}, which can't be searched. Keys: {', '.join(KEYS)}.{hint}")
+        if "lr" in asked and "epochs" not in asked:
+            raise OptionError(
+                "space names 'lr' without 'epochs': it is the learning rate of the fine-tuning after compression, and "
+                "there is none. Add 'epochs', such as (1, 3), or leave 'lr' out."
+            )
         found = tuple(part for key, value in asked.items() for part in _parameters((key,), value))
         if not found:
             raise OptionError(
