@@ -255,8 +255,8 @@ def _check_same(model: nn.Module, adapter: Adapter, step: nn.Module, x: Tensor) 
         unlike = "the values are others" if got[0].shape == wanted[0].shape else shapes
         raise ModelError(
             f"{name} computes something else when it is run one timestep at a time, its neurons' states handed on: "
-            f"{unlike}. Likely cause: its forward works across timesteps (a mean over time, a loop), or a module besides the neurons has a "
-            f"memory, as RateMaxPool has. {advice}"
+            f"{unlike}. Likely cause: its forward works across timesteps (a mean over time, a loop), or a module "
+            f"besides the neurons has a memory, as RateMaxPool has. {advice}"
         )
 
 

@@ -15,6 +15,7 @@ from snncompress.interfaces import Adapter
 from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.fixed_point import state_grid
+from snncompress.model.modules import tensors_in
 from snncompress.model.network import WEIGHT_LAYERS
 from snncompress.model.patches import weight_dims
 from snncompress.model.spikes import Spikes, counts_of, in_float
@@ -22,7 +23,7 @@ from snncompress.running.data import Run
 from snncompress.structure.tracing import trace
 
 from .integer_layers import Codes, SumLayer, make_exact, make_integer, make_sums
-from .integer_neurons import IntegerGrid, as_spikes
+from .integer_neurons import IntegerGrid, count_in_numbers
 from .quickening import Seen, inputs_of, made_constant, noted
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,7 +36,8 @@ def integer_network(model: M, adapter: Adapter, run: Run, codes: Mapping[str, Co
     spikes than in float64.
     """
     network = trace(model, adapter, run, groups=False)
-    wanted = heard(in_double(private_copy(model, adapter)), adapter, run)
+    exact = in_double(private_copy(model, adapter))
+    wanted, put_out = heard(exact, adapter, run), _put_out(exact, adapter, run)
     inputs = _inputs(model, adapter, run)
     why: dict[str, str] = {}
     analog: set[str] = set()
@@ -69,6 +71,12 @@ def integer_network(model: M, adapter: Adapter, run: Run, codes: Mapping[str, Co
         )
     model.register_forward_hook(handed_out)
     _check(model, adapter, run, wanted)
+    if not all(map(_near, put_out, _put_out(model, adapter, run))):
+        raise ModelError(
+            f"This {type(model).__name__} puts out something else in whole numbers than in float64. Likely cause: it "
+            f"reads what a neuron remembers (its v or mem), which is a number of steps there. Let the neuron hand its "
+            f"state on, or put out spikes."
+        )
     return model
 
 
@@ -111,7 +119,26 @@ def heard(model: nn.Module, adapter: Adapter, run: Run) -> dict[str, Tensor]:
             stack.callback(adapter.observe(neuron, partial(note, name), membrane=False))
         run(model)
     adapter.reset(model)
-    return {name: torch.cat(spikes) for name, spikes in found.items()}
+    return {name: _joined(spikes) for name, spikes in found.items()}
+
+
+def _joined(spikes: list[Tensor]) -> Tensor:
+    """One after the other; flat where a neuron has been used at several widths."""
+    return torch.cat(spikes if len({s.shape[1:] for s in spikes}) == 1 else [s.flatten() for s in spikes])
+
+
+def _put_out(model: nn.Module, adapter: Adapter, run: Run) -> list[Tensor]:
+    """What a network puts out in an example."""
+    with torch.no_grad(), seeded(model):
+        found = [in_float(t) for t in tensors_in([run(model)])]
+    adapter.reset(model)
+    return found
+
+
+def _near(wanted: Tensor, found: Tensor) -> bool:
+    """Up to the few spikes that may be others, and rounding."""
+    apart = (wanted.double() - found.double()).abs()
+    return int((apart > 1e-3 * wanted.abs().amax().double()).sum()) <= 0.02 * apart.numel()
 
 
 def _inputs(model: nn.Module, adapter: Adapter, run: Run) -> dict[str, Seen]:
@@ -146,7 +173,9 @@ def _count(
     grid = state_grid(neuron)
     if grid is None:
         return "its state is in float, see state_bits of snncompress.apply"
-    if len(drivers) != 1:
+    if not drivers:
+        return "no layer drives it"
+    if len(drivers) > 1:
         return f"{len(drivers)} layers add up before it ({', '.join(drivers)}), and their scales differ"
     layer: Any = model.get_submodule(drivers[0])
     if not isinstance(layer, SumLayer) and drivers[0] not in analog:
@@ -162,7 +191,7 @@ def _count(
         adapter.step_on(neuron, cast(Any, counting))
     except ModelError as error:
         return str(error)
-    neuron.register_forward_hook(as_spikes)
+    count_in_numbers(neuron, counting)
     return ""
 
 

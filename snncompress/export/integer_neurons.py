@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class IntegerGrid(nn.Module):
     theta: Tensor
     rest: Tensor
     scale: Tensor
+    step: Tensor
     leaky: Tensor
 
     def __init__(
@@ -74,6 +76,7 @@ class IntegerGrid(nn.Module):
         for name, value in whole.items():  # of one axis at least: products of bytes with a scalar are bytes
             self.register_buffer(name, value.round().long().view(value.shape or (1,)))
         self.register_buffer("leaky", d.leak > 0)
+        self.register_buffer("step", grid.step)
         self.register_buffer("scale", per_step)
 
     @property
@@ -126,9 +129,27 @@ class IntegerGrid(nn.Module):
         return f"bits={self.bits}, overflow={self.overflow!r}, leak={self.leaks!r}"
 
 
-def as_spikes(neuron: nn.Module, args: Any, output: Any) -> Any:
-    """A hook: the bytes of a neuron in whole numbers, as the network wants spikes."""
-    first = output[0] if isinstance(output, tuple) else output
-    if not isinstance(first, Tensor) or first.dtype != torch.uint8:
-        return output
-    return (Spikes(first), *output[1:]) if isinstance(output, tuple) else Spikes(first)
+def count_in_numbers(neuron: nn.Module, grid: IntegerGrid) -> None:
+    """Let a neuron put out spikes as the network wants them, and hand on states as floats, also back to itself.
+
+    Inside they are numbers of δ.
+    """
+    neuron.register_forward_pre_hook(partial(_numbered, grid), with_kwargs=True)
+    neuron.register_forward_hook(partial(_handed_on, grid))
+
+
+def _numbered(grid: IntegerGrid, neuron: nn.Module, args: Any, named: Any) -> Any:
+    def number(state: Any) -> Any:
+        is_float = isinstance(state, Tensor) and state.is_floating_point()
+        known = is_float and state.dim() and state.numel()  # else it is what stands for a state that isn't there yet
+        return nearest(state.double() / grid.step.double()).int() if known else state
+
+    return (*args[:1], *map(number, args[1:])), {name: number(state) for name, state in named.items()}
+
+
+def _handed_on(grid: IntegerGrid, neuron: nn.Module, args: Any, output: Any) -> Any:
+    spikes, *states = output if isinstance(output, tuple) else (output,)
+    if isinstance(spikes, Tensor) and spikes.dtype == torch.uint8:
+        spikes = Spikes(spikes)
+    floats = [q.to(grid.step.dtype) * grid.step if q.dtype == torch.int32 else q for q in states]
+    return (spikes, *floats) if isinstance(output, tuple) else spikes

@@ -178,6 +178,30 @@ def test_neurons_that_are_silent_in_the_example_put_out_spikes_all_the_same() ->
     assert all(s.any() and torch.equal(found[name], s) for name, s in wanted.items())
 
 
+class Looping(nn.Module):
+    """snnTorch's own style: states go through the loop's hands, and the last neuron's are the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(128, 12), snn.Synaptic(alpha=0.7, beta=0.8, threshold=0.2)
+        self.fc2, self.lif2 = nn.Linear(12, 5), snn.Leaky(0.9, threshold=0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (syn1, mem1), mem2, found = self.lif1.init_synaptic(), self.lif2.init_leaky(), []
+        for _ in range(T):
+            spk1, syn1, mem1 = self.lif1(self.fc1(x.flatten(1)), syn1, mem1)
+            _, mem2 = self.lif2(self.fc2(spk1), mem2)
+            found.append(mem2)
+        return torch.stack(found)
+
+
+def test_states_that_a_network_hands_on_are_floats_outside() -> None:
+    model = small(Looping(), 4, skip=[], timesteps=None)
+    whole = snncompress.freeze(model, X, integer="full")
+    assert torch.equal(whole(X), model(X))
+    assert model(X).unique().numel() > 20
+
+
 def test_the_numbers_of_a_network_by_hand(tmp_path: Path) -> None:
     """Weights ±1/2 and ±3/2 of s = 0.5 are odd quarters; with δ = 0.125 one in a sum is 2 δ, and with a gain of 1/2
     (τ = 2, the input leaks too) 1 δ: M = 2^24. A bias of 0.3 is 0.3 · 0.5 / 0.125 = 1.2 δ, A = 2^11, and θ = 8 δ.
@@ -229,10 +253,23 @@ def between() -> nn.Module:
     return small(net, 4)
 
 
+def remembering() -> nn.Module:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.fire = nn.Linear(128, 6), neuron.IFNode(v_threshold=0.1)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fire(self.fc(x.flatten(1))), self.fire.v
+
+    return small(Reading(), 4, skip=[])
+
+
 REFUSED = {
     "states in float": (lambda: jelly(state_bits=None), "2: its state is in float, see state_bits.*; 6: its"),
     "weights in float": (lambda: jelly(skip={"quantize": ["4"]}), "4: its weight isn't quantized. Quantize"),
     "averages": (averaging, "3: its input isn't spikes: averages of them"),
+    "a state that is read": (remembering, "puts out something else in whole numbers.* reads what a neuron remembers"),
     "a factor": (between, "what the layer before 5 sums up reaches it as floats"),
 }  # fmt: skip
 
