@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from snncompress.errors import ModelError, SNNCompressError
 from snncompress.interfaces import Adapter
@@ -37,7 +38,6 @@ def integer_network(model: M, adapter: Adapter, run: Run, codes: Mapping[str, Co
     """
     network = trace(model, adapter, run, groups=False)
     exact = in_double(private_copy(model, adapter))
-    wanted, put_out = heard(exact, adapter, run), _put_out(exact, adapter, run)
     inputs = _inputs(model, adapter, run)
     why: dict[str, str] = {}
     analog: set[str] = set()
@@ -69,6 +69,7 @@ def integer_network(model: M, adapter: Adapter, run: Run, codes: Mapping[str, Co
             f"{'; '.join(f'{name}: {reason}' for name, reason in why.items())}. Quantize weights and states with "
             f"snncompress.apply(…, bits=4, state_bits=8), or take integer='auto', which leaves such layers in float."
         )
+    wanted, put_out = heard(exact, adapter, run), _put_out(exact, adapter, run)
     model.register_forward_hook(handed_out)
     _check(model, adapter, run, wanted)
     if not all(map(_near, put_out, _put_out(model, adapter, run))):
@@ -95,10 +96,12 @@ def refuse_integers(model: nn.Module, what: str) -> None:
 
 
 def in_double(model: M) -> M:
-    """A network whose layers multiply in float64, in place."""
+    """A network whose layers multiply in float64, and whose norms take what comes of it, in place."""
     for module in model.modules():
         if isinstance(module, WEIGHT_LAYERS):
             make_exact(module)
+        elif isinstance(module, _BatchNorm):
+            module.double()
     return model
 
 
@@ -199,8 +202,14 @@ def _check(model: nn.Module, adapter: Adapter, run: Run, wanted: Mapping[str, Te
     """Raise ModelError where whole numbers fire otherwise than floats of 64 bits."""
     try:
         found = heard(model, adapter, run)
-    except SNNCompressError as error:
+    except ModelError as error:
         raise ModelError(f"This {type(model).__name__} can't be a network in whole numbers: {error}") from error
+    except SNNCompressError as error:  # torch's own: the model has just run in float64
+        raise ModelError(
+            f"This {type(model).__name__} can't be a network in whole numbers: something between a layer and the "
+            f"neurons that it drives takes none. Likely cause: a batch norm that can't be folded, as behind a pooling; "
+            f"put it right behind its layer. Or take integer='auto', which leaves such layers in float."
+        ) from error
     for name, spikes in wanted.items():
         other = found.get(name)
         if other is None or other.shape != spikes.shape or int((other ^ spikes).sum()) > 1e-3 * spikes.numel():

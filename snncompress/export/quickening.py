@@ -188,10 +188,14 @@ def quicken(
         why = {name: reason or "the network can't hand its spikes on as whole numbers" for name, reason in why.items()}
     made = any(not reason for reason in why.values())
     if integer is True and not made:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items()) or "it has no weight layer"
+        wide = not any(isinstance(code, Codes) for code in found.values())
+        quantize = (
+            "Quantize its weights to at most 8 bits with snncompress.apply(…, bits=…), or take" if wide else "Take"
+        )
         raise ModelError(
-            f"No layer of this {type(model).__name__} can compute with integers: "
-            f"{'; '.join(f'{name}: {reason}' for name, reason in why.items())}. Quantize its weights to at most 8 bits "
-            f"with snncompress.apply(…, bits=…), or take integer='auto' or False."
+            f"No layer of this {type(model).__name__} can compute with integers: {reasons}. {quantize} integer='auto' "
+            f"or False."
         )
     if made:
         model.register_forward_hook(_handed_out)

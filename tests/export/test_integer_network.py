@@ -253,6 +253,14 @@ def between() -> nn.Module:
     return small(net, 4)
 
 
+def pooled_norm() -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), neuron.IFNode(), nn.Conv2d(4, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4), neuron.IFNode(),
+        nn.Flatten(), nn.Linear(16, 2),
+    )  # fmt: skip
+    return small(net, 4)
+
+
 def remembering() -> nn.Module:
     class Reading(nn.Module):
         def __init__(self) -> None:
@@ -269,6 +277,7 @@ REFUSED = {
     "states in float": (lambda: jelly(state_bits=None), "2: its state is in float, see state_bits.*; 6: its"),
     "weights in float": (lambda: jelly(skip={"quantize": ["4"]}), "4: its weight isn't quantized. Quantize"),
     "averages": (averaging, "3: its input isn't spikes: averages of them"),
+    "a batch norm behind a pooling": (pooled_norm, "takes none. Likely cause: a batch norm that can't be folded"),
     "a state that is read": (remembering, "puts out something else in whole numbers.* reads what a neuron remembers"),
     "a factor": (between, "what the layer before 5 sums up reaches it as floats"),
 }  # fmt: skip
