@@ -14,7 +14,7 @@ from snncompress.contract.registry import adapters, registry
 from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter
 from snncompress.model.chance import held, undisturbed
-from snncompress.model.copying import private_copy
+from snncompress.model.copying import private_copy, refuse_broken, refuse_compiled, refuse_wrapped
 from snncompress.running.bench import full_precision
 from snncompress.running.data import Feed
 from snncompress.structure.fx_graphs import called
@@ -145,9 +145,12 @@ def _check(cnn: Any, adapter: Adapter, neuron: Any, data: Any, timesteps: Any, p
         raise OptionError(f"timesteps must be None or a whole number of at least 1, not {timesteps!r}.")
     if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 0 < percentile <= 100:
         raise OptionError(f"percentile must be a number over 0 and up to 100, not {percentile!r}.")
+    refuse_wrapped(cnn)
+    refuse_compiled(cnn)
     for name, parameter in cnn.named_parameters():
         if is_lazy(parameter):
             raise ModelError(f"{name} is not initialised yet (a lazy layer). Run the CNN once on a batch first.")
+    refuse_broken(cnn)
     for known in {a.framework: a for a in (*adapters(), adapter)}.values():
         for name in known.neurons(cnn):
             raise ModelError(f"{called(cnn, name)} is a {known.framework} neuron already: this is no CNN.")

@@ -54,7 +54,15 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise ModelError for a model of torch.compile, or with a part of it: that runs a graph of the modules before."""
+    """Raise ModelError for a model of torch.compile, or with a part of it: that runs a graph of the modules before.
+
+    So does one of torch.jit.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "This model was compiled by torch.jit, so nothing in it can be exchanged. Take the model that it was made "
+            "from."
+        )
     found = next(
         (name for name, m in model.named_modules() if isinstance(getattr(m, "_orig_mod", None), nn.Module)), None
     )

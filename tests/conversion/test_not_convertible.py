@@ -55,6 +55,12 @@ def with_hidden(module: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(fc1=nn.Linear(4, 4), act=nn.ReLU(), hidden=module, fc2=nn.Linear(4, 2)))
 
 
+def diverged() -> nn.Module:
+    net = with_hidden(nn.ReLU())
+    nn.init.constant_(net.fc2.bias, torch.nan)
+    return net
+
+
 class TwiceTheBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -104,6 +110,7 @@ class Undecided(nn.ReLU):
         (nn.Sequential(nn.Linear(2, 2), nn.Sigmoid()), "Sequential uses no activation"),
         (nn.Sequential(nn.Linear(2, 2), neuron.LIFNode()), r"1 \(LIFNode\) is a spikingjelly neuron already"),
         (nn.Sequential(nn.LazyLinear(2), nn.ReLU()), r"0\.weight is not initialised"),
+        (diverged(), r"fc2\.bias of this Sequential holds 2 NaN or infinite values of 2"),
         ("resnet18", "must be a torch.nn.Module, not str"),
     ],
 )

@@ -295,3 +295,11 @@ def test_models_of_torch_compile_are_refused() -> None:
     for model, message in ((whole, r"Take model\._orig_mod"), (part, r"Put 0\._orig_mod in its place")):
         with pytest.raises(ModelError, match=message):
             snncompress.apply(model, data=torch.rand(2, 4), timesteps=2)
+    with pytest.raises(ModelError, match=r"Take model\._orig_mod"):
+        snncompress.convert(torch.compile(cnn(), backend="eager"))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_models_of_torch_jit_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"compiled by torch\.jit"):
+        snncompress.profile(torch.jit.trace(cnn(), torch.rand(2, 6)), torch.rand(2, 6))
