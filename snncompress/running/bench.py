@@ -50,7 +50,7 @@ class Bench(Generic[M]):
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, autocast is off."""
+    """Inside, autocast is off: what is computed in half precision differs by rounding."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 

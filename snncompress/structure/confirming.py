@@ -11,10 +11,11 @@ from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
 from snncompress.model.copying import plain_copy
 from snncompress.model.network import Network
+from snncompress.running.bench import full_precision
 from snncompress.running.data import Run
 
 from .elimination import sound_together
-from .trial import Flaw, Removal, Trial, full_precision
+from .trial import Flaw, Removal, Trial
 
 Confirm = Callable[[nn.Module, list[Removal]], dict[int, str]]
 """A model as it stands, and what is to be removed from it → by the id of each group that must stay, why."""

@@ -32,13 +32,13 @@ from snncompress.model.network import (
     weight_layers,
 )
 from snncompress.model.parametrizations import computed_before, stored_weight
+from snncompress.running.bench import full_precision
 from snncompress.running.data import Run, time_as_samples
 
 from .calls import Calls, leaves, upstream
 from .grouping import LOST, Graph, MapPruner, NeuronPruner, Site, add_groups, add_lost_groups
 from .recurrent import CellPruner, in_one_node
 from .shared_neurons import functions, several_widths
-from .trial import full_precision
 from .verifying import leave_out_what_breaks
 
 _IDLE = "the model never calls it on this input"

@@ -10,8 +10,8 @@ for all channels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,13 +44,6 @@ Removal = tuple[ChannelGroup, Tensor]
 """A group, and the positions that it loses."""
 
 _CALLS = 4  # of one module that are compared: a loop over timesteps does the same in each
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Inside, autocast is off: what is computed in half precision differs by rounding."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
 
 
 @dataclass(frozen=True)
