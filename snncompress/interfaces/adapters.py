@@ -275,6 +275,13 @@ class Adapter(ABC):
         """
         raise ModelError(f"The adapter of {self.framework} can't take a model apart into timesteps.")
 
+    def time_axis(self, neuron: nn.Module) -> int | None:
+        """The axis of time in what a neuron takes, where it doesn't stand in front; None where it does, or is no axis.
+
+        Behind the channels it moves them: on -3 of one timestep [N, C, H, W], they stand on -4 of [N, C, H, W, T].
+        """
+        return None
+
     # --- optional, "states": snncompress.export, and what stays out of saved files ---
 
     def states(self, neuron: nn.Module) -> dict[str, Tensor]:

@@ -28,6 +28,17 @@ def all_steps(y: Tensor, steps: int, axis: int) -> Tensor:
     return cast(Tensor, cast(Any, _All).apply(y, steps, axis))
 
 
+def in_all_steps(axis: int, time: int | None, dims: int) -> int:
+    """Where channels stand among ``dims`` dimensions, time on ``time`` of them, that are on ``axis`` < 0 of one step.
+
+    >>> in_all_steps(-3, -1, 5), in_all_steps(-3, 0, 5), in_all_steps(-1, None, 2)
+    (-4, -3, -1)
+    """
+    if time is None:
+        return axis
+    return axis - 1 if (time - dims if time >= 0 else time) >= axis else axis
+
+
 def through(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same values, but that the way from the first argument to them can't be looked into.
 

@@ -173,6 +173,10 @@ class OwnNeurons(Adapter):
                 raise ModelError(f"{type(neuron).__name__} holds layers of its own, so its channels stay.")
         remove_along(neuron, indices, width=width, axis=axis, anywhere=True)
 
+    def time_axis(self, neuron: nn.Module) -> int | None:
+        """As it was named."""
+        return self.time_dim if self.is_own(neuron) else self.base.time_axis(neuron)
+
     # What only the framework can do, for what is its own.
 
     def stateful(self, model: nn.Module) -> dict[str, nn.Module]:

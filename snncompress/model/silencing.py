@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .modules import patched
+from .one_step import in_all_steps
 from .parametrizations import CompressedWeight, passing_gradients
 
 
@@ -29,8 +30,13 @@ class Silencer:
 
 
 class _Spikes(Silencer):
+    def __init__(self, indices: Tensor, axis: int, time: int | None) -> None:
+        super().__init__(indices, axis)
+        self.of_one_step, self.time = axis, time
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         spikes = output[0] if isinstance(output, (tuple, list)) else output
+        self.axis = in_all_steps(self.of_one_step, self.time, spikes.dim())
         silent = self.silenced(spikes)
         for home in (module._buffers, vars(module)):  # where the neuron keeps them for its own next timestep
             for name in [name for name, value in home.items() if value is spikes]:
@@ -56,9 +62,12 @@ class _Inputs(Silencer):
         return args, {**named, name: self.silenced(named[name])}
 
 
-def silence_spikes(neuron: nn.Module, indices: Tensor, axis: int) -> None:
-    """Let a neuron's spikes be 0 in these channels; it goes on charging and firing behind that."""
-    neuron.register_forward_hook(_Spikes(indices, axis))
+def silence_spikes(neuron: nn.Module, indices: Tensor, axis: int, time: int | None = None) -> None:
+    """Let a neuron's spikes be 0 in these channels; it goes on charging and firing behind that.
+
+    They stand on ``axis`` of one timestep; ``time`` is the axis of all, where it isn't in front.
+    """
+    neuron.register_forward_hook(_Spikes(indices, axis, time))
 
 
 def silence_inputs(layer: nn.Module, indices: Tensor, axis: int) -> None:

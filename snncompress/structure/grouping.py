@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from .segments import segments
 from .ties import ALL, fits_runs, in_runs, tied
 
 _CLASSIFIER = "is the classifier: its outputs are the model's"
+_ROUNDS = 4  # how often a group may pass each edge; once is what nearly all do
 LOST = "its channels can't be followed through what forward does with them"
 
 
@@ -72,12 +73,17 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
                 offset(self, node)
         for node, reshaping in self._reshapings.items():
             reshaping.attach(node)
+        self._patience = _Patience()
+        for node in self.module2node.values():
+            node.dependencies = _Edges(node.dependencies, self._patience)
+            self._patience.edges += len(node.dependencies)
         return self
 
     def get_pruning_group(self, *args: Any, **kwargs: Any) -> Any:
         """From a clean slate."""
         for reshaping in self._reshapings.values():
             reshaping.restart()
+        self._patience.passed = 0
         return super().get_pruning_group(*args, **kwargs)
 
     def forget(self) -> None:
@@ -94,6 +100,32 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
         taken = (shape_infer.infer_in_channels_recursively(self, n, [0]) for n in node.outputs)
         consumer = next((t for t in taken if t is not None), None)
         return bool(before[-1] != after[0][-1] == consumer)
+
+
+@dataclass
+class _Patience:
+    """How many edges a graph has, and over how many torch-pruning looked for one group.
+
+    It never comes to an end where channels come round with other numbers each time, as those of states that a recurrent
+    forward stacks and takes apart in every timestep.
+    """
+
+    edges: int = 0
+    passed: int = 0
+
+
+class _Edges(list[Any]):
+    """A node's dependencies, that are counted when they are looked through."""
+
+    def __init__(self, edges: Iterable[Any], patience: _Patience) -> None:
+        super().__init__(edges)
+        self._patience = patience
+
+    def __iter__(self) -> Iterator[Any]:
+        self._patience.passed += len(self)
+        if self._patience.passed > _ROUNDS * self._patience.edges:
+            raise UnfitError(LOST)
+        return super().__iter__()
 
 
 @dataclass(frozen=True)

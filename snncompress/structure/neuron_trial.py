@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from snncompress.model.copying import private_copy
 from snncompress.model.fixed_point import remove_channels
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import Member
+from snncompress.model.one_step import in_all_steps
 from snncompress.running.data import Run
 from snncompress.running.sameness import wire
 
@@ -52,12 +54,13 @@ def first_calls(model: nn.Module, adapter: Adapter, run: Run) -> dict[str, Call]
 def uncuttable(neuron: nn.Module, adapter: Adapter, call: Call, member: Member, removed: Tensor) -> str | None:
     """Why the neuron isn't the same without the positions ``removed``, in plain words; None where it is."""
     what = f"{member.module} ({type(neuron).__name__})"
+    one_step, member = member, _in_all_steps(member, adapter, neuron, call)
     gone = member.index[removed].flatten().sort().values
     kept = torch.ones(member.width, dtype=torch.bool)
     kept[gone] = False
     whole, cut = private_copy(neuron, adapter), private_copy(neuron, adapter)
     try:
-        remove_channels(adapter, cut, gone.tolist(), width=member.width, axis=member.axis)
+        remove_channels(adapter, cut, gone.tolist(), width=member.width, axis=one_step.axis)
     except SNNCompressError as error:
         return f"its channels can't be removed safely: {error}"
     except Exception:  # a plugin's adapter may raise anything
@@ -94,6 +97,7 @@ def held(neuron: nn.Module) -> Iterator[Tensor]:
 def remembers(neuron: nn.Module, adapter: Adapter, call: Call, member: Member) -> bool:
     """Does what a call returns depend on calls before it?"""
     copy, generator = private_copy(neuron, adapter), torch.Generator().manual_seed(0)
+    member = _in_all_steps(member, adapter, neuron, call)
     once, other = (_random(call, member, scale, generator, states=True) for scale in _SCALES)
     try:
         wanted = list(_results(copy, adapter, once, 1))
@@ -103,6 +107,12 @@ def remembers(neuron: nn.Module, adapter: Adapter, call: Call, member: Member) -
     except Exception:  # it doesn't run by itself, so nothing is learned
         return True
     return not _agree(wanted, got)
+
+
+def _in_all_steps(member: Member, adapter: Adapter, neuron: nn.Module, call: Call) -> Member:
+    """The member with the axis on which channels stand in what the neuron is called with."""
+    x = next(tensors_in(call), None)
+    return member if x is None else replace(member, axis=in_all_steps(member.axis, adapter.time_axis(neuron), x.dim()))
 
 
 def _results(neuron: nn.Module, adapter: Adapter, call: Call, steps: int) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from snncompress.model.chance import seeded
 from snncompress.model.copying import private_copy
 from snncompress.model.modules import tensors_in
 from snncompress.model.network import Member
+from snncompress.model.one_step import in_all_steps
 from snncompress.running.data import Run
 
 from .neuron_trial import Call, held, remembers, uncuttable
@@ -58,7 +59,8 @@ def _for_each(neuron: nn.Module, adapter: Adapter) -> bool:
 
 def _is_function(neuron: nn.Module, adapter: Adapter, calls: list[Call], dirty: bool, member: Member) -> bool:
     removed = torch.arange(member.width // 2)
-    mine = [call for call in calls if _width(call, member.axis) == member.width]
+    time = adapter.time_axis(neuron)
+    mine = [call for call in calls if _width(call, member.axis, time) == member.width]
     for call in mine:
         if dirty and remembers(neuron, adapter, call, member):
             return False
@@ -67,8 +69,9 @@ def _is_function(neuron: nn.Module, adapter: Adapter, calls: list[Call], dirty: 
     return bool(mine)
 
 
-def _width(call: Call, axis: int) -> int:
+def _width(call: Call, axis: int, time: int | None) -> int:
     x = next(tensors_in(call))
+    axis = in_all_steps(axis, time, x.dim())
     return x.shape[axis] if x.dim() >= -axis else 0
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import snncompress
 from snncompress import ModelError
 from snncompress.contract.detection import find_adapter
+from snncompress.running.data import Feed
+from tests.equivalence import largest_difference, snapshot
 from tests.equivalence import same as unchanged
-from tests.equivalence import snapshot
 
 T = 4
 X, Y = torch.rand(T, 3, 1, 6, 6), torch.arange(3)
@@ -222,6 +223,29 @@ def test_readouts_that_never_fire(kind: type[nn.Module], decode: str | None) -> 
     assert [len(small[i].weight) for i in (0, 2, 5)] == [4, 2, 5]
     if decode:
         snncompress.evaluate(small, (X, Y))
+
+
+class Potentials(nn.Module):
+    """The readout is the potential of the last neurons: of one timestep, or of all."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.a, self.n = layer.Linear(6, 8, step_mode=mode), neuron.LIFNode(v_threshold=0.3, step_mode=mode)
+        self.b = layer.Linear(8, 3, step_mode=mode)
+        self.m = neuron.LIFNode(v_threshold=1e9, step_mode=mode, store_v_seq=mode == "m")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.m(self.b(self.n(self.a(x))))
+        return self.m.v if self.m.step_mode == "s" else self.m.v_seq
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("s", (3, 6)), ("m", (4, 3, 6))])
+def test_readouts_of_potentials(mode: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Potentials(mode).eval(), 3 * torch.rand(shape)
+    small = snncompress.apply(model, "magnitude", 0.5, None, data=x, skip=[], repair=None)
+    assert (len(small.a.weight), len(small.b.weight)) == (4, 3)
+    assert largest_difference(model, small, Feed(find_adapter(model), x)) < 1e-6
 
 
 # -- versions before 2.0 --

@@ -17,7 +17,7 @@ from snncompress.model.copying import private_copy
 from snncompress.model.edits import SilenceChannels, edit_from_dict
 from snncompress.model.network import ChannelGroup, without
 from snncompress.model.parametrizations import mask_weight
-from snncompress.model.silencing import give_voice, gradients_through_masks
+from snncompress.model.silencing import give_voice, gradients_through_masks, silence_spikes
 from snncompress.structure.tracing import trace
 from tests.networks import Case
 from tests.structure.test_streams import ms_resnet, padded_by_a_map, without_a_neuron_at_the_end
@@ -129,3 +129,12 @@ def test_another_architecture_is_refused() -> None:
         wider.apply(net, adapter)
     with pytest.raises(PlanError, match="has no module"):
         edit.apply(recurrent(), adapter)
+
+
+@pytest.mark.parametrize(("time", "axis"), [(-1, 1), (3, 1), (0, 2), (None, 1)])
+def test_spikes_fall_silent_wherever_time_stands(time: int | None, axis: int) -> None:
+    """-2 in [N, C, L] of one timestep is 1 in [N, C, L, T], and 2 in [T, N, C, L]."""
+    module, x = nn.Identity(), torch.ones((2, 4, 4) if time is None else (4, 4, 4, 4))
+    silence_spikes(module, torch.tensor([0, 3]), -2, time)
+    assert torch.equal(module(x).movedim(axis, 0)[[0, 3]], torch.zeros_like(x.movedim(axis, 0)[[0, 3]]))
+    assert module(x).movedim(axis, 0)[[1, 2]].eq(1).all()

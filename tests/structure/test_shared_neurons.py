@@ -11,6 +11,7 @@ from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
 
 import snncompress
+from snncompress import OwnNeurons
 from snncompress.contract.detection import find_adapter
 from snncompress.running.data import Feed
 from tests.equivalence import largest_difference
@@ -108,3 +109,35 @@ def test_a_layer_that_another_reads_without_neurons_between() -> None:
     assert off(model, small, "2") < 1e-12
     assert off(model, small) > 1e-3
     assert cut(model, "sca")[0].weight.shape == (12, 8)
+
+
+class LIF(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        v, spikes = torch.zeros_like(x[..., 0]), []
+        for current in x.unbind(-1):
+            v = 0.5 * v + current
+            spikes.append((v > 0.1).to(x))
+            v = v * (1 - spikes[-1])
+        return torch.stack(spikes, -1)
+
+
+class TimeBehind(nn.Module):
+    """[N, C, H, W, T], as networks after STBP have it: one object behind all layers, whose calls share nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 3, 1)
+        self.fire = LIF()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in (self.a, self.b):
+            x = self.fire(torch.stack([step(piece) for piece in x.unbind(-1)], -1))
+        return self.c(x.mean(-1))
+
+
+def test_channels_stand_before_time() -> None:
+    torch.manual_seed(0)
+    model, x, mine = TimeBehind().double().eval(), torch.rand(2, 1, 6, 6, 3, dtype=X.dtype), OwnNeurons(LIF, -1)
+    small = snncompress.apply(model, "magnitude", 0.5, None, data=x, adapter=mine, skip=[], repair=None)
+    assert [len(m.weight) for m in (small.a, small.b, small.c)] == [3, 2, 3]
+    assert largest_difference(model, small, Feed(find_adapter(model, mine), x), ["b", "c"]) < 1e-12

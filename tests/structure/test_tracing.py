@@ -85,3 +85,27 @@ def test_what_counts_spikes_is_told_as_such() -> None:
     found = tracing.trace(model, adapter, Feed(adapter, torch.rand(2, 6)).example())
     for name in "ab":
         assert found.skipped[name] == f"the channels of {name} are part of the model's output"
+
+
+class Stacked(nn.Module):
+    """Hands its potential and spikes on as one tensor, and takes them apart in the next timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.b, self.c = nn.Conv2d(1, 8, 3), neuron.IFNode(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = self.n(self.a(x))
+        state = torch.zeros(2, *now.shape)
+        for _ in range(3):
+            v, z = state
+            v = 0.5 * v * (1 - z) + now + self.b(z)
+            state = torch.stack([v, v.sigmoid()])
+        return self.c(state[1])
+
+
+def test_channels_that_come_round_under_other_numbers_end() -> None:
+    model = Stacked()
+    adapter = find_adapter(model)
+    found = tracing.trace(model, adapter, Feed(adapter, torch.rand(2, 1, 4, 4)).example())
+    assert found.skipped.keys() == {"c"}

@@ -79,7 +79,7 @@ class SilenceChannels(Edit):
         for piece in self.slices:
             module, indices = layer_at(model, piece.module), torch.tensor(piece.indices, dtype=torch.long)
             if piece.side == "neuron":
-                silence_spikes(module, indices, piece.axis)
+                silence_spikes(module, indices, piece.axis, adapter.time_axis(module))
             elif piece.side == "in":
                 silence_inputs(module, indices, channel_axis(module))
             elif not multiplier(module):  # which passes on what is silent itself
