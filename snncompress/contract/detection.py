@@ -50,7 +50,8 @@ def find_adapter(model: nn.Module, adapter: Adapter | str | None = None, *, plai
     if like := neuron_like(model):
         raise ModelError(f"{known} {described(like)} may be some of your own: {HOW_TO_NAME}")
     raise ModelError(
-        f"{known} An ordinary network must be converted to spikes first; neurons of your own are named: {HOW_TO_NAME}"
+        f"{known} An ordinary network must be converted to spikes first; neurons of your own are named: {HOW_TO_NAME} "
+        f"What forward computes itself, without a module for it, wants one."
     )
 
 

@@ -20,7 +20,7 @@ from snncompress.model.computed_once import evaluating
 from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.parametrizations import PACKED, weight_bits
-from snncompress.model.weights_in_use import weight_in_use
+from snncompress.model.weights_in_use import Within, has_its_own_forward, weight_in_use
 from snncompress.running.bench import bench
 from snncompress.running.data import Batch, Feed, time_as_samples
 from snncompress.running.scores import count_samples
@@ -290,17 +290,19 @@ class _Meter:
         """What costs something and isn't counted."""
         return [*self._unknown, *unknown_weights(self.model, self.weights)]
 
-    def _count(self, counter: WeightCounter | PlainCounter, layer: nn.Module) -> Callable[..., None]:
-        """A hook for one layer."""
+    def _count(
+        self, counter: WeightCounter | PlainCounter, layer: nn.Module, within: Within | None
+    ) -> Callable[..., None]:
+        """A hook for one layer, of which ``within`` saw what its own forward multiplied."""
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             with self._watch.aside() if self._watch else nullcontext():
                 x = met_by(layer, args, kwargs)
-                if isinstance(counter, WeightCounter):
-                    sums = None if self.averages is None else self.averages.of(x)
-                    counter.add(x, made_by(layer, x, output), sums)
-                else:
+                if not isinstance(counter, WeightCounter):
                     counter.add(x)
+                    return
+                for met, made in within.products(x, output) if within else [(x, made_by(layer, x, output))]:
+                    counter.add(met, made, None if self.averages is None else self.averages.of(met))
 
         return count
 
@@ -334,7 +336,11 @@ class _Meter:
         with ExitStack() as stack:
             for name, counter in counters.items():
                 layer = layer_at(self.model, name)
-                handle = home(layer)[0].register_forward_hook(self._count(counter, layer), with_kwargs=True)
+                within = Within(layer) if has_its_own_forward(layer) else None
+                if within is not None:
+                    stack.callback(layer.register_forward_pre_hook(within.begin).remove)
+                    stack.callback(layer.register_forward_hook(within.end, always_call=True).remove)
+                handle = home(layer)[0].register_forward_hook(self._count(counter, layer, within), with_kwargs=True)
                 stack.callback(handle.remove)
             for name, observer in self.neurons.items():
                 neuron = self.model.get_submodule(name)

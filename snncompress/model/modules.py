@@ -49,13 +49,13 @@ def remove_along(module: nn.Module, indices: list[int], *, width: int, axis: int
     That is in parameters, buffers and plain tensors, in lists and mappings of these, its own and those of norms and the
     like within it; layers within it are left. The channel axis of an input [N, C, H, W] is -3: of ``width`` channels a
     threshold [C, 1, 1] shrinks, one of shape [H, W] doesn't. With ``anywhere``, of a class that may do with them
-    whatever it likes, [C] does, too, and [C, C] on both axes, a matrix by which spikes come back.
+    whatever it likes, [C] does, too, and [T, C], and [C, C] on both axes, a matrix by which spikes come back.
 
     >>> neuron = nn.BatchNorm2d(3)
-    >>> neuron.thresholds, neuron.recurrent, neuron.times = [torch.ones(3, 1, 1)], torch.ones(3, 3), torch.ones(4)
+    >>> neuron.thresholds, neuron.recurrent, neuron.gains = [torch.ones(3, 1, 1)], torch.ones(3, 3), torch.ones(4, 3)
     >>> remove_along(neuron, [0], width=3, axis=-3, anywhere=True)
-    >>> len(neuron.weight), neuron.thresholds[0].shape, neuron.recurrent.shape, neuron.times.shape
-    (2, torch.Size([2, 1, 1]), torch.Size([2, 2]), torch.Size([4]))
+    >>> len(neuron.weight), neuron.thresholds[0].shape, neuron.recurrent.shape, neuron.gains.shape
+    (2, torch.Size([2, 1, 1]), torch.Size([2, 2]), torch.Size([4, 2]))
     """
 
     def cut(value: Any) -> Any:
@@ -90,8 +90,8 @@ def _without_channels(tensor: Tensor, indices: list[int], width: int, axis: int,
         kept = without(without(kept, indices, 0), indices, 1)
     elif tensor.dim() >= -axis and tensor.shape[axis] == width:
         kept = without(kept, indices, axis)
-    elif anywhere and tensor.shape == (width,):
-        kept = without(kept, indices, 0)
+    elif anywhere and list(tensor.shape).count(width) == 1:
+        kept = without(kept, indices, list(tensor.shape).index(width))
     else:
         return tensor
     return nn.Parameter(kept, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept

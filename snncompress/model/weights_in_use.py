@@ -82,6 +82,58 @@ def computes_its_weight(layer: nn.Module) -> bool:
     return not _PLAIN[key]
 
 
+class Within(TorchFunctionMode):
+    """Sees a layer's own product while its forward is run: torch may be handed something else than the layer.
+
+    A subclass may turn its input first, to multiply channels that don't stand last, or normalize and fire behind.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._shape = cast(Tensor, layer.weight).shape
+        self._dims = 1 if isinstance(layer, nn.Linear) else len(self._shape) - 1
+        self._calls: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if (name == "linear" or name.startswith("conv")) and len(args) > 1 and args[1].shape == self._shape:
+            self._calls.append((args[0], made))
+        return made
+
+    def begin(self, *_: Any) -> None:
+        """Look from here, as before a forward."""
+        cast(Any, self).__enter__()
+
+    def end(self, *_: Any) -> None:
+        """No longer, as behind it."""
+        cast(Any, self).__exit__(None, None, None)
+
+    def products(self, x: Tensor, output: Any) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """What was multiplied since the last time, and the shape of what came of it.
+
+        The layer's own input, if all of it was, as it is, and its output where that has the shape of the product's.
+        """
+        calls, self._calls = self._calls, []
+        if not calls or (
+            len(calls) == 1 and _one(x, calls[0][0], self._dims) and _one(output, calls[0][1], self._dims)
+        ):
+            return [(x, tuple(output.shape))]
+        return [(met, tuple(made.shape)) for met, made in calls]
+
+
+def has_its_own_forward(layer: nn.Module) -> bool:
+    """Whether a convolution or linear layer's forward isn't torch's."""
+    return isinstance(layer, (_ConvNd, nn.Linear)) and not _plain_class(layer)
+
+
+def _one(given: Any, there: Tensor, dims: int) -> bool:
+    """Are these the same numbers, in the same order, folded otherwise at most, as time into samples?"""
+    if not isinstance(given, Tensor) or given.numel() != there.numel() or given.shape[-dims:] != there.shape[-dims:]:
+        return False
+    return given.data_ptr() != there.data_ptr() or given.stride()[-dims - 1 :] == there.stride()[-dims - 1 :]
+
+
 def _plain_class(layer: nn.Module) -> bool:
     kind = type(layer)
     return kind.forward in _TORCHS and getattr(kind, "_conv_forward", None) in _TORCHS

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from snncompress.base.distributed import gathered, processes, together
 from snncompress.measuring.timestep_counting import Timeline
 from snncompress.model.chance import seeded
-from snncompress.model.network import Network
+from snncompress.model.network import Network, width
 from snncompress.model.parametrizations import compression_of, gridded, stored_weight, weight_mask
 from snncompress.model.patches import as_matrix, as_weight, outputs, patches, positions
 from snncompress.running.data import Batch, Feed
@@ -369,7 +369,11 @@ class LayerFit:
         def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             nonlocal calls
             for piece, out in timesteps_of(layer, line, input_of(args, named), output):
-                seen(piece, out)
+                if (piece.shape[1], out.shape[1]) == (
+                    width(layer, "in"),
+                    channels(layer),
+                ):  # else its forward turns them
+                    seen(piece, out)
             if line is None:
                 return
             calls += 1

@@ -95,7 +95,7 @@ class Settings:
         """With the ratio that counts where none was named and no budget has found one."""
         if self.bits == "auto":
             raise OptionError("bits='auto' finds the bits for a budget of size: budget={'size': …} or {'size_mb': …}.")
-        return self if self.ratio is not None else replace(self, ratio=0.6)
+        return self if self.ratio is not None else replace(self, ratio=0.6, at_most=True)
 
     @property
     def granularity(self) -> Granularity:

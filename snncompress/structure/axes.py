@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+_WRITTEN = "torch::autograd::CopySlices"
+
 
 class Axes:
     """The axis of channels in what comes out of autograd's nodes; ``known`` are those that a layer's type tells."""
@@ -70,6 +72,8 @@ def _behind(node: Any, source: Any, axis: int) -> int | None:
         after = len(node._input_metadata[0].shape)
         dim = signed(node._saved_dim) % after - after
         return axis - 1 if dim >= axis else axis
+    if name in ("StackBackward0", _WRITTEN, "_AllBackward", "_FirstBackward"):
+        return _timed(node, source, axis)
     if name == "SelectBackward0" or (name in ("MeanBackward1", "SumBackward1") and not node._saved_keepdim):
         gone = [node._saved_dim] if name == "SelectBackward0" else node._saved_dim or range(dims)
         places = [signed(d) % dims - dims for d in gone]
@@ -81,6 +85,23 @@ def _behind(node: Any, source: Any, axis: int) -> int | None:
         contracted = -1 if node.next_functions[0][0] is source else -2
         return None if axis == contracted else axis
     return axis
+
+
+def _timed(node: Any, source: Any, axis: int) -> int:
+    """Behind an axis that comes in, as that of time, or goes: written piece by piece, it is last or first."""
+    before, after = source._input_metadata[0].shape, node._input_metadata[0].shape
+    if abs(len(after) - len(before)) != 1:
+        return axis
+    longer, shorter = (after, before) if len(after) > len(before) else (before, after)
+    if name_of(node) == "StackBackward0":
+        place = signed(node._saved_dim) % len(after) - len(after)
+    elif name_of(node) == _WRITTEN:
+        place = -1 if longer[:-1] == shorter else -len(longer)
+    else:
+        place = node.axis % len(longer) - len(longer)
+    if longer is before:
+        return axis + (place > axis)
+    return axis - (place >= axis)
 
 
 def _transposed(node: Any, source: Any, axis: int) -> int:

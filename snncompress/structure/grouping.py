@@ -30,7 +30,7 @@ from snncompress.running.data import Run
 
 from .axes import Axes
 from .coupling import coupled
-from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, offset
+from .reshaping import Key, TiedError, Touched, UnfitError, concatenated, find_reshapings, flatten, merge, offset
 from .segments import segments
 from .ties import ALL, fits_runs, in_runs, tied
 
@@ -59,8 +59,10 @@ class Graph(tp.DependencyGraph):  # type: ignore[misc]
             if node.type == ops.OPTYPE.CONCAT:
                 node.spans = concatenated(node, self._axes)
                 node.enable_index_mapping &= node.spans is None
-            elif node.type == ops.OPTYPE.RESHAPE and self._flattens(node) and (reshaping := flatten(node, self._axes)):
-                self._reshapings[node] = reshaping
+            elif node.type == ops.OPTYPE.RESHAPE:
+                found = flatten(node, self._axes) if self._flattens(node) else None
+                if reshaping := found or merge(node, self._axes):
+                    self._reshapings[node] = reshaping
             if node in self._reshapings or node.type == ops.OPTYPE.RESHAPE:
                 node.type = ops.OPTYPE.ELEMENTWISE
         return nodes

@@ -284,6 +284,21 @@ def flatten(node: Any, axes: Axes) -> Reshaping | None:
     return Reshaping(moved=torch.arange(after).view(merged).movedim(axis, 0).flatten(1).tolist())
 
 
+def merge(node: Any, axes: Axes) -> Reshaping | None:
+    """The same with something behind: [N, C, H, W, T] to [N, C·H·W, T]."""
+    before, after = node.grad_fn._saved_self_sym_sizes, tuple(node.grad_fn._input_metadata[0].shape)
+    axis = axes.into(node.grad_fn)
+    if axis is None or len(before) < -axis:
+        return None
+    first, gone = axis % len(before), len(before) - len(after)
+    last = first + gone + 1
+    merged = before[first:last]
+    # two axes that become one are a shuffle's, which parts the channels first
+    if gone < 2 or last >= len(before) or (*before[:first], math.prod(merged), *before[last:]) != after:
+        return None
+    return Reshaping(moved=torch.arange(math.prod(merged)).view(merged[0], -1).tolist())
+
+
 def _one_each(places: Tensor) -> list[list[int]]:
     return [[to] for to in places.tolist()]
 

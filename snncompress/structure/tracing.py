@@ -5,8 +5,9 @@ What torch-pruning concludes is not believed but tested: see :mod:`snncompress.s
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,8 @@ def _trace(
         found = _structure(copy, adapter, run, timesteps, groups, shared)
         if isinstance(found, Network):
             leave_out_what_breaks(found, copy, adapter, run)
+            told = _firing(found.layers, adapter.neurons(copy))
+            found.skipped |= {n: told[n] for n in found.skipped.keys() & told.keys() - {*found.classifiers}}
             return found
     finally:
         discard(copy)
@@ -141,9 +144,10 @@ def _structure(
     readers = {n: by.pop() for n, by in fed.items() if len(by) == 1}
     inner = weight_layers(nn.ModuleList(neurons.values()))  # of neurons that hold what drives them
     if not (any(network.drives.values()) or inner or shared):
+        cause = next(iter(_firing(weights, neurons).values()), "an operation without a gradient between them")
         raise ModelError(
             f"No weight layer of {type(copy).__name__} drives a spiking neuron, as far as it can be traced. Likely "
-            f"cause: an operation without a gradient between them."
+            f"cause: {cause}."
         )
     if uncalled := [name for name in weights if name not in layers]:
         read = leaves(o.grad_fn for o in outputs)
@@ -171,6 +175,15 @@ def _structure(
     network.groups = [replace(group, shifted=tuple(_shifted(group, network, taken, copy))) for group in network.groups]
     graph.forget()
     return network
+
+
+def _firing(layers: Iterable[str], neurons: Iterable[str]) -> dict[str, str]:
+    """Layer → that it fires, of those of users' own classes that hold neurons."""
+    return {
+        layer: f"{neuron} fires in the forward of {layer} itself, which so doesn't put out its channels"
+        for layer, neuron in itertools.product(layers, neurons)
+        if neuron.startswith(f"{layer}.")
+    }
 
 
 def _norms(calls: Calls, norms: dict[str, nn.Module], stops: dict[Any, str]) -> dict[str, str]:

@@ -175,3 +175,11 @@ def test_defaults_that_leave_much_alone_say_so() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             by_default(model, **options)
+
+
+def test_a_ratio_that_nobody_asked_for_leaves_one_channel() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 2), neuron.IFNode(), nn.Linear(2, 3)), torch.rand(2, 4)
+    options = {"data": x, "timesteps": 2, "skip": [], "repair": None}
+    assert len(snncompress.apply(model, "magnitude", bits=None, **options)[0].weight) == 1
+    with pytest.raises(snncompress.OptionError, match="would remove all 2 channels"):
+        snncompress.apply(model, "magnitude", 0.6, None, **options)

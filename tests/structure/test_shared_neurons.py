@@ -124,20 +124,26 @@ class LIF(nn.Module):
 class TimeBehind(nn.Module):
     """[N, C, H, W, T], as networks after STBP have it: one object behind all layers, whose calls share nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, written: bool) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 3, 1)
-        self.fire = LIF()
+        self.a, self.b, self.c = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 4, 3), nn.Linear(64, 3)
+        self.fire, self.written = LIF(), written
 
     def forward(self, x: Tensor) -> Tensor:
         for step in (self.a, self.b):
-            x = self.fire(torch.stack([step(piece) for piece in x.unbind(-1)], -1))
-        return self.c(x.mean(-1))
+            currents = torch.stack([step(piece) for piece in x.unbind(-1)], -1)
+            if self.written:
+                currents, made = torch.zeros_like(currents), currents
+                for time in range(x.shape[-1]):
+                    currents[..., time] = made[..., time]
+            x = self.fire(currents)
+        return self.c(x.flatten(1, 3).mean(-1))
 
 
-def test_channels_stand_before_time() -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_channels_stand_before_time(written: bool) -> None:
     torch.manual_seed(0)
-    model, x, mine = TimeBehind().double().eval(), torch.rand(2, 1, 6, 6, 3, dtype=X.dtype), OwnNeurons(LIF, -1)
+    model, x, mine = TimeBehind(written).double().eval(), torch.rand(2, 1, 6, 6, 3, dtype=X.dtype), OwnNeurons(LIF, -1)
     small = snncompress.apply(model, "magnitude", 0.5, None, data=x, adapter=mine, skip=[], repair=None)
     assert [len(m.weight) for m in (small.a, small.b, small.c)] == [3, 2, 3]
     assert largest_difference(model, small, Feed(find_adapter(model, mine), x), ["b", "c"]) < 1e-12
