@@ -180,7 +180,7 @@ class Adapter(ABC):
         that can't be shrunk.
         """
 
-    # --- given: for adapters to use, and for the core; all but ``stateful`` stay as they are ---
+    # --- given: for adapters to use, and for the core; all but ``stateful`` and ``time_axis`` stay as they are ---
 
     def neurons(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's spiking neurons by name."""
@@ -192,6 +192,13 @@ class Adapter(ABC):
         An adapter adds what else remembers in its framework, such as leaky integrators that never fire.
         """
         return self.neurons(model)
+
+    def time_axis(self, neuron: nn.Module) -> int | None:
+        """The axis of time in what a neuron takes, where it doesn't stand in front; None where it does, or is no axis.
+
+        Behind the channels it moves them: on -3 of one timestep [N, C, H, W], they stand on -4 of [N, C, H, W, T].
+        """
+        return None
 
     def reset_memories(self, model: nn.Module) -> None:
         """Make every :class:`Memory` forget; to be called by ``reset``."""
@@ -274,13 +281,6 @@ class Adapter(ABC):
         ``x`` and ``timesteps`` are what ``run`` gets. Raises ModelError where the model loops over time itself.
         """
         raise ModelError(f"The adapter of {self.framework} can't take a model apart into timesteps.")
-
-    def time_axis(self, neuron: nn.Module) -> int | None:
-        """The axis of time in what a neuron takes, where it doesn't stand in front; None where it does, or is no axis.
-
-        Behind the channels it moves them: on -3 of one timestep [N, C, H, W], they stand on -4 of [N, C, H, W, T].
-        """
-        return None
 
     # --- optional, "states": snncompress.export, and what stays out of saved files ---
 

@@ -192,6 +192,7 @@ def test_every_method_is_required_or_optional_or_given() -> None:
         *optional,
         "neurons",
         "stateful",
+        "time_axis",
         "reset_memories",
         "offers",
         "leak",
