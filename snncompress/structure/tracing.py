@@ -37,7 +37,8 @@ from snncompress.running.bench import full_precision
 from snncompress.running.data import Run, time_as_samples
 
 from .calls import Calls, leaves, upstream
-from .grouping import LOST, Graph, MapPruner, NeuronPruner, Site, add_groups, add_lost_groups
+from .graphs import LOST, Graph, MapPruner, NeuronPruner, Site
+from .grouping import add_groups, add_lost_groups
 from .recurrent import CellPruner, in_one_node
 from .shared_neurons import functions, several_widths
 from .verifying import leave_out_what_breaks
