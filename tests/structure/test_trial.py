@@ -211,7 +211,7 @@ def test_a_graph_that_torch_pruning_cannot_read(monkeypatch: pytest.MonkeyPatch)
     def fail(nodes: object) -> None:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("snncompress.structure.grouping.find_reshapings", fail)
+    monkeypatch.setattr("snncompress.structure.graphs.find_reshapings", fail)
     assert set(traced(Net(nn.Identity())).values()) == {
         "its channels can't be followed through what forward does with them"
     }
