@@ -327,8 +327,9 @@ def _firing(neuron: nn.Module, forward: Callable[..., Any], stand_in: StandIn) -
         with torch.no_grad():
             form = forward(*args, **named)
         y = all_steps(stand_in(neuron, first_step(x, 0)), len(x), 0) if _all_steps(neuron) else stand_in(neuron, x)
-        for name in _STATES & neuron._non_persistent_buffers_set if getattr(neuron, "init_hidden", False) else ():
-            setattr(neuron, name, y + 1)
+        if getattr(neuron, "init_hidden", False):  # forward may read what the neuron keeps
+            for name in _STATES & neuron._non_persistent_buffers_set:
+                setattr(neuron, name, y + 1)
         return _like(form, y)
 
     return call

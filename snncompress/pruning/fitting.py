@@ -369,10 +369,8 @@ class LayerFit:
         def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             nonlocal calls
             for piece, out in timesteps_of(layer, line, input_of(args, named), output):
-                if (piece.shape[1], out.shape[1]) == (
-                    width(layer, "in"),
-                    channels(layer),
-                ):  # else its forward turns them
+                # else a forward of its own turns them
+                if (piece.shape[1], out.shape[1]) == (width(layer, "in"), channels(layer)):
                     seen(piece, out)
             if line is None:
                 return
