@@ -1,15 +1,41 @@
-"""Figures of jobs, kept as they come: a benchmark that was stopped goes on where it was."""
+"""Jobs side by side, their figures kept as they come: a benchmark that was stopped goes on where it was."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import platform
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+from rich.progress import track
+
+
+class _Case(Protocol):
+    def key(self) -> str: ...
+
+
+Case = TypeVar("Case", bound=_Case)
+
+
+def compute(
+    todo: Sequence[Case], work: Callable[[Case], Mapping[str, Any]], path: Path, workers: int, device: str
+) -> None:
+    """A row for each case, in processes of one thread each; those that stand first begin first."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start) as pool:
+        futures = {pool.submit(work, case): case for case in todo}
+        for future in track(as_completed(futures), description="jobs", total=len(futures)):
+            note(path, futures[future].key(), future.result(), device)
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
 
 
 def known(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,44 +1,41 @@
 """QP-SNN's ablation, its two orders and its γ (ICLR 2025: Tables 2 and 3, Figure 5a), each with and without repair.
 
-    python benchmarks/qp_snn.py --budget small [--data FOLDER] [--only ablation order gamma] [--workers 2]
+    python benchmarks/qp_snn.py --budget small [--data FOLDER] [--only ablation order gamma last] [--workers 2]
     python benchmarks/qp_snn.py --budget small --estimate
     torchrun --nproc_per_node 8 benchmarks/qp_snn.py --budget full --data FOLDER
 
 Small, for CPUs: CIFAR-10, 10,000 training images, the paper's ResNet20 at an eighth of its widths (8, 16, 32, 64),
-T = 2; 10 epochs dense, 5 after each step, SGD and cosine. It shows directions, not the paper's accuracies. Full, for
-GPUs: CIFAR-100, the paper's widths, 300 epochs dense and after quantization, 150 after pruning, automatic mixed
-precision. Not known from the paper are learning rates, weight decay, batch and what is done to images: SGD with
-momentum 0.9, 5e-4, 128, flips and shifts by up to 4 pixels, and the learning rates that stand below.
+T = 2; 10 epochs dense, 5 after each step, SGD and cosine. It shows directions, not the paper's accuracies. Wide, for
+one GPU: the same with the paper's widths, and automatic mixed precision. Full, for GPUs: CIFAR-100, the paper's widths,
+300 epochs dense and after quantization, 150 after pruning, automatic mixed precision. Not known from the paper are
+learning rates, weight decay, batch and what is done to images: SGD with momentum 0.9, 5e-4, 128, flips and shifts by up
+to 4 pixels, and the learning rates that stand below.
 
 A job is a dense network, or one step behind another job's network: quantize (first layer and classifier stay at 32
-bits), or prune by Table 10's ratios 0.3 and 0.6. Jobs run in --workers processes, each in one thread;
-under torchrun all processes share each job. Figures and networks are kept in benchmarks/.cache as they come, so
-a run that was stopped goes on with the job that it was at. --estimate measures training steps and says how long all
-that is still missing takes. Writes benchmarks/results/qp_snn.md (qp_snn_full.md), unless --images or --epochs make
-it a try, which has a folder of its own and prints its tables.
+bits), or prune by Table 10's ratios 0.3 and 0.6. Jobs run in --workers processes, each in one thread; under torchrun
+all processes share each job. Figures and networks are kept in benchmarks/.cache as they come, so a run that was stopped
+goes on with the job that it was at. --estimate measures training steps and says how long all that is still missing
+takes. Writes benchmarks/results/qp_snn.md (qp_snn_wide.md, qp_snn_full.md), unless --images or --epochs make it a try,
+which has a folder of its own and prints its tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import multiprocessing
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jobs
 import torch
-from jobs import here, known, note
 from qp_snn_study import PARTS, Case, Prune, Quantize, Step, Tables, cases
-from rich.progress import track
 from snncompress_rescaw import ReScaW, Uniform
 from spikingjelly.activation_based import functional
 from torch import Tensor, distributed, nn
@@ -86,6 +83,10 @@ class Budget:
 BUDGETS = {
     "small": Budget(
         "cifar10", 10, (8, 16, 32, 64), 10_000, 10_000, Training(10, 0.1), Training(5, 0.02), Training(5, 0.02), False
+    ),
+    "wide": Budget(
+        "cifar10", 10, (64, 128, 256, 512), 10_000, 10_000, Training(10, 0.1), Training(5, 0.02), Training(5, 0.02),
+        True,
     ),
     "full": Budget(
         "cifar100", 100, (64, 128, 256, 512), 50_000, 10_000, Training(300, 0.1), Training(300, 0.1),
@@ -236,22 +237,14 @@ def accuracy(net: nn.Module, folder: Path, budget: Budget, device: torch.device)
 
 # -- all of them --
 
-_alone: list[Ranks] = []
 
-
-def start(device: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    _alone[:] = [Ranks(device)]
-
-
-def job_alone(case: Case, budget: Budget, cache: Path, folder: Path) -> dict[str, float]:
-    return job(case, budget, cache, folder, _alone[0])
+def job_alone(case: Case, budget: Budget, cache: Path, folder: Path, device: str) -> dict[str, float]:
+    return job(case, budget, cache, folder, Ranks(device))
 
 
 def missing(wanted: Sequence[Case], cache: Path) -> list[list[Case]]:
     """What must be computed yet: dense networks, then those of one step, then those of two."""
-    done = known(cache / "figures.jsonl")
+    done = jobs.known(cache / "figures.jsonl")
     found: dict[Case, None] = {}
 
     def need(case: Case) -> None:
@@ -268,28 +261,25 @@ def missing(wanted: Sequence[Case], cache: Path) -> list[list[Case]]:
 def compute(todo: list[list[Case]], budget: Budget, cache: Path, options: argparse.Namespace) -> None:
     """One process, of one thread, for each job; or every process of torchrun for each."""
     figures = cache / "figures.jsonl"
-    if "RANK" in os.environ:
-        start(options.device)
-        ranks = _alone[0]
-        for case in (case for some in ranks.share(todo) for case in some):
-            found = job(case, budget, cache, options.data, ranks)
-            if ranks.rank == 0:
-                note(figures, case.key(), found, str(ranks.device))
-                print(case, found, flush=True)
-        distributed.destroy_process_group()
+    if "RANK" not in os.environ:
+        for some in todo:
+            work = partial(job_alone, budget=budget, cache=cache, folder=options.data, device=options.device)
+            jobs.compute(some, work, figures, options.workers, options.device)
         return
-    for some in todo:
-        pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), start, (options.device,))
-        with pool:
-            futures = {pool.submit(job_alone, case, budget, cache, options.data): case for case in some}
-            for future in track(as_completed(futures), description="jobs", total=len(futures)):
-                note(figures, futures[future].key(), future.result(), options.device)
+    ranks = Ranks(options.device)
+    for case in (case for some in ranks.share(todo) for case in some):
+        found = job(case, budget, cache, options.data, ranks)
+        if ranks.rank == 0:
+            jobs.note(figures, case.key(), found, str(ranks.device))
+            print(case, found, flush=True)
+    distributed.destroy_process_group()
 
 
 def estimate(todo: list[list[Case]], budget: Budget, options: argparse.Namespace) -> str:
     """Seconds of a training step, by what was done to the network, and what they come to."""
-    start(options.device)
-    device = _alone[0].device
+    torch.set_num_threads(1)
+    ranks = Ranks(options.device)
+    device = ranks.device
     x, y = images(options.data, replace(budget, images=BATCH, test=BATCH), "train", device)
     steps = {"dense": [], "quantized": [Quantize("l1_mean", 4)], "both": [Quantize("l1_mean", 4), Prune("svs")]}
     seconds = {}
@@ -297,9 +287,9 @@ def estimate(todo: list[list[Case]], budget: Budget, options: argparse.Namespace
         net = network(budget, 0).to(device)
         for step in chain:
             net = taken(net, step, None, x, y, 0)
-        train(net, x, y, Training(1, 0.1), budget.amp, 0, _alone[0])
+        train(net, x, y, Training(1, 0.1), budget.amp, 0, ranks)
         began = clock(device)
-        train(net, x, y, Training(3, 0.1), budget.amp, 0, _alone[0])
+        train(net, x, y, Training(3, 0.1), budget.amp, 0, ranks)
         seconds[name] = (clock(device) - began) / 3
     epochs = dict.fromkeys(steps, 0)
     for name, some in zip(steps, todo, strict=True):
@@ -308,7 +298,7 @@ def estimate(todo: list[list[Case]], budget: Budget, options: argparse.Namespace
     measured = ", ".join(f"{name} {seconds[name]:.2f} s" for name in steps)
     return (
         f"{sum(map(len, todo))} jobs, {sum(epochs.values())} epochs of {budget.images:,} images; a training step of "
-        f"{BATCH}: {measured} ({here(options.device)}). In all {total / 3600:.1f} hours of one "
+        f"{BATCH}: {measured} ({jobs.here(options.device)}). In all {total / 3600:.1f} hours of one "
         f"{'core' if device.type == 'cpu' else 'GPU'}, evaluations and repairs not counted."
     )
 
@@ -325,6 +315,7 @@ def report(budget: Budget, tables: Tables, parts: Sequence[str], where: Sequence
         "ablation": "Ablation (Table 2)",
         "order": "Order (Table 3)",
         "gamma": "γ (Figure 5a), quantized alone",
+        "last": "Repair of the last step alone: ReScaW, trained, then pruned",
     }
     count = len(tables.seeds)
     spread_over = "of one seed" if count == 1 else f"mean ± half the range over {count} seeds"
@@ -379,7 +370,7 @@ def main() -> None:
     compute(todo, budget, cache, options)
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    rows = known(cache / "figures.jsonl")
+    rows = jobs.known(cache / "figures.jsonl")
     tables = Tables(lambda case: rows[case.key()]["figures"], options.bits, seeds)
     found = {part: cases([part], options.bits, seeds) for part in PARTS}
     parts = [part for part, some in found.items() if all(case.key() in rows for case in some)]  # earlier runs' too

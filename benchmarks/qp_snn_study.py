@@ -28,18 +28,19 @@ class Case:
     steps: tuple[Step, ...] = ()
     repair: str | None = None
     seed: int = 0
+    first_bare: bool = False  # only the last step is repaired
 
     def before(self) -> Case:
         """The network that the last step starts from; the dense one is the same for all."""
         steps = self.steps[:-1]
-        return Case(steps, self.repair if steps else None, self.seed)
+        return Case(steps, self.repair if steps and not self.first_bare else None, self.seed)
 
     def key(self) -> str:
-        return json.dumps([self.steps, self.repair, self.seed])
+        return json.dumps([self.steps, self.repair, self.seed, *["last"] * self.first_bare])
 
     def stem(self) -> str:
         """Of the file that keeps the network."""
-        repaired = [self.repair or "bare"] if self.steps else []
+        repaired = [(self.repair or "bare") + "-last" * self.first_bare] if self.steps else []
         return "-".join([f"s{self.seed}", *repaired, *("".join(map(str, step)) for step in self.steps)])
 
 
@@ -79,18 +80,27 @@ def gammas(bits: int) -> list[tuple[Step, ...]]:
     return [steps(gamma, bits, None) for gamma in GAMMAS]
 
 
-PARTS = {"ablation": ablation, "order": orders, "gamma": gammas}
+def pruned(bits: int) -> list[tuple[Step, ...]]:
+    return [steps("l1_mean", bits, criterion) for criterion in CRITERIA]
+
+
+PARTS = {"ablation": ablation, "order": orders, "gamma": gammas, "last": pruned}
+WHERE = {
+    "bare": (None, False),
+    "after both steps": ("membrane", False),
+    "after the last step alone": ("membrane", True),
+}
 
 
 def cases(parts: Sequence[str], bits: Sequence[int], seeds: Sequence[int]) -> list[Case]:
     """Every case that the tables of these parts show, once; all of a seed, then the next one."""
     found = [
-        Case(chain, repair, seed)
+        Case(chain, repair, seed, first_bare)
         for seed in seeds
         for part in parts
         for width in bits
         for chain in PARTS[part](width)
-        for repair in REPAIRS
+        for repair, first_bare in list(WHERE.values())[: 3 if part == "last" else 2]
     ]
     return list(dict.fromkeys(found))
 
@@ -104,7 +114,7 @@ class Tables:
 
     def text(self, part: str) -> list[str]:
         made: Mapping[str, Callable[[], Iterator[str]]] = {
-            "ablation": self.ablation, "order": self.order, "gamma": self.gamma
+            "ablation": self.ablation, "order": self.order, "gamma": self.gamma, "last": self.last
         }  # fmt: skip
         return list(made[part]())
 
@@ -139,18 +149,27 @@ class Tables:
         for gamma in GAMMAS:
             yield self.row(gamma, papers[gamma], lambda bits, gamma=gamma: steps(gamma, bits, None))
 
+    def last(self) -> Iterator[str]:
+        columns = [(bits, criterion) for bits in dict.fromkeys(b for b, _ in self.columns) for criterion in CRITERIA]
+        yield f"| repaired | {' | '.join(f'{bits} bits, {criterion}' for bits, criterion in columns)} |"
+        yield "| --- |" + " ---: |" * len(columns)
+        for name, (repair, first_bare) in WHERE.items():
+            chains = [steps("l1_mean", bits, criterion) for bits, criterion in columns]
+            yield f"| {name} | {' | '.join(self.cell(chain, repair, first_bare) for chain in chains)} |"
+
     def header(self, first: str, second: str) -> Iterator[str]:
         names = [f"{width} bits, {'repaired' if repair else 'bare'}" for width, repair in self.columns]
         yield f"| {first} | {second} | {' | '.join(names)} |"
         yield "| --- | ---: |" + " ---: |" * len(names)
 
     def row(self, name: str, paper: str, chain: Callable[[int], tuple[Step, ...]]) -> str:
-        cells = []
-        for width, repair in self.columns:
-            found = [self.figure(Case(chain(width), repair, seed)) for seed in self.seeds]
-            straight = mean(one["straight"] for one in found)
-            cells.append(f"{straight:.1f} → **{spread([one['accuracy'] for one in found])}**")
+        cells = [self.cell(chain(width), repair) for width, repair in self.columns]
         return f"| {name} | {paper} | {' | '.join(cells)} |"
+
+    def cell(self, chain: tuple[Step, ...], repair: str | None, first_bare: bool = False) -> str:
+        found = [self.figure(Case(chain, repair, seed, first_bare)) for seed in self.seeds]
+        straight = mean(one["straight"] for one in found)
+        return f"{straight:.1f} → **{spread([one['accuracy'] for one in found])}**"
 
     def difference(self, name: str, one: tuple[str, str], other: tuple[str, str]) -> str:
         paper = f"{ABLATION[one] - ABLATION[other]:+.2f}"

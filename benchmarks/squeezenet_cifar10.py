@@ -1,33 +1,30 @@
 """CIFAR-10 study: does a spiking SqueezeNet lose anything when half of its fire modules go?
 
-    python benchmarks/squeezenet_cifar10.py [--budget small|full] [--epochs 6 12] [--seeds 2] [--device cpu]
-                                            [--data FOLDER]
+    python benchmarks/squeezenet_cifar10.py [--budget small|full] [--epochs 6 12] [--seeds 2] [--workers 2]
+                                            [--device cpu] [--data FOLDER]
 
 The nine schedules of SNN SqueezeNet-P and their CNN twins (a ReLU for each neuron), all trained from scratch under one
 budget, once for each number of epochs; the set that ``ablation`` chooses, trained the same way. Of the fewest epochs
 besides: the three repairs; sets of fire modules, untrained after removal. The image is the same at every timestep, so
-the first layer is charged for it once. One process of one thread for each seed; six epochs of six schedules took two
-CPU cores an hour and a half, so that nine schedules, six and twelve epochs are about six hours. What is done is kept in
-benchmarks/.cache, so that a run that was stopped goes on. Writes squeezenet_cifar10.md and .png to benchmarks/results.
+the first layer is charged for it once. A job is one network, in a process of one thread: all of the small budget are
+about six hours of two CPU cores. Figures and networks are kept in benchmarks/.cache as they come, so that a run that
+was stopped goes on. Writes squeezenet_cifar10.md and .png to benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import multiprocessing
-import os
-import platform
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import datasets
+import jobs
 import snncompress_fire
 import torch
 from snncompress_schedules import Iterative
@@ -47,6 +44,14 @@ SCHEDULES = tuple(snncompress_fire.SCHEDULES)
 CONVENTIONS = snncompress.Conventions(direct_encoding="once")
 
 
+REMOVALS = {  # from the trained network: what is left, and the test images that accuracy is of
+    "ref_1": (snncompress_fire.Keep.named("ref_1"), 10_000),
+    "all but fire6": (snncompress_fire.Keep(tuple(n for n in range(8) if n != 4)), 2_000),
+}
+REPAIRS = ("membrane", None, "reinit")
+WITHOUT = {f"{name}, {repair}": (name, repair) for name in REMOVALS for repair in REPAIRS}
+
+
 @dataclass(frozen=True)
 class Budget:
     """What every network gets: training images, epochs, images per batch."""
@@ -57,6 +62,22 @@ class Budget:
 
 
 BUDGETS = {"small": [Budget(10_000, epochs, 50) for epochs in (6, 12)], "full": [Budget(50_000, 60, 128)]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of a table: a schedule, its CNN twin, ``ablation``; or a removal from the trained network, and a repair."""
+
+    name: str
+    budget: Budget
+    seed: int
+
+    def key(self) -> str:
+        return json.dumps([self.name, self.budget.images, self.budget.epochs, self.seed])
+
+    def of(self, name: str) -> Case:
+        """Another one under the same budget."""
+        return replace(self, name=name)
 
 
 class Images:
@@ -83,6 +104,7 @@ class Images:
         return Images(self.x[picked], self.y[picked], self.batch, train=False)
 
 
+@cache
 def images(folder: Path, budget: Budget, device: str) -> tuple[Images, Images]:
     """For training, and the 10,000 for testing."""
 
@@ -108,6 +130,8 @@ def network(schedule: str | snncompress_fire.Keep, seed: int, norm: bool = True)
     net = squeezenet(norm=norm)
     net.after_conv10 = nn.Identity()
     functional.set_step_mode(net, "m")
+    if schedule == "full":
+        return net
     chosen = snncompress_fire.Keep.named(schedule) if isinstance(schedule, str) else schedule
     options = {"bits": None, "data": torch.rand(1, 3, 32, 32), "timesteps": 1, "seed": seed}
     return snncompress.apply(net, chosen, repair="reinit", **options)
@@ -122,15 +146,21 @@ def twin(net: nn.Module) -> nn.Module:
     return net
 
 
-def trained(name: str, net: nn.Module, train: Images, budget: Budget, timesteps: int | None, seed: int, cache: Path):
-    """The network after the budget's epochs; read from the cache where it was trained before."""
-    path = cache / f"{name}-s{seed}.pt"
-    if path.exists():
-        net.load_state_dict(torch.load(path, weights_only=True))
-        return net
-    torch.manual_seed(seed)
-    snncompress.finetune(net, train, epochs=budget.epochs, lr=LR, timesteps=timesteps, progress=False)
-    torch.save(net.state_dict(), path)
+def of_schedule(case: Case, keep: snncompress_fire.Keep | None, device: str) -> tuple[nn.Module, int | None]:
+    """The untrained network of a row, and its timesteps: a CNN has none."""
+    name = case.name.removeprefix("CNN ")
+    net = network(keep or name, case.seed).to(device)
+    return (net, T) if name == case.name else (twin(net), None)
+
+
+def file(case: Case, folder: Path) -> Path:
+    return folder / f"{case.name}-{case.budget.epochs}-s{case.seed}.pt"
+
+
+def trained(case: Case, folder: Path, device: str) -> nn.Module:
+    """A network of a job before."""
+    net, _ = of_schedule(case, None, device)
+    net.load_state_dict(torch.load(file(case, folder), map_location=device, weights_only=True))
     return net
 
 
@@ -164,78 +194,46 @@ def repaired(
     return {"straight": 100 * straight, "one epoch": 100 * snncompress.evaluate(small, test, timesteps=T).accuracy}
 
 
-def cache_of(options: argparse.Namespace, budget: Budget) -> Path:
-    return HERE / ".cache" / f"squeezenet-{options.budget}-{budget.epochs}-once"
+def job(case: Case, data: Path, folder: Path, device: str) -> dict[str, Any]:
+    """The figures of a row."""
+    train, test = images(data, case.budget, device)
+    if case.name in WITHOUT:
+        (name, repair), full = WITHOUT[case.name], trained(case.of("full"), folder, device)
+        keep, count = REMOVALS[name]
+        return repaired(full, keep, repair, train, test.some(count), case.seed)
+    keep, found = None, {}
+    if case.name == "ablation":
+        kept = kept_by_ablation(trained(case.of("full"), folder, device), train.some(500), case.seed)
+        keep, found = snncompress_fire.Keep(tuple(n - 2 for n in kept)), {"kept": kept}
+    net, timesteps = of_schedule(case, keep, device)
+    torch.manual_seed(case.seed)
+    snncompress.finetune(net, train, epochs=case.budget.epochs, lr=LR, timesteps=timesteps, progress=False)
+    if case.name in ("full", "ref_1"):  # others start from it; the picture's
+        torch.save(net.state_dict(), file(case, folder))
+    return found | measured(net, test)
 
 
-def study(seed: int, options: argparse.Namespace, budget: Budget, repairs: bool) -> dict[str, Any]:
-    """Everything for one seed and number of epochs; the repairs of the trained network on demand."""
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    cache = cache_of(options, budget)
-    cache.mkdir(parents=True, exist_ok=True)
-    train, test = images(options.data, budget, options.device)
-    kept = cache / f"results-s{seed}.json"
-    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-
-    def note(key: str, measure: Callable[[], Any]) -> None:
-        if key not in found:
-            found[key] = measure()
-            kept.write_text(json.dumps(found))
-            print(f"{budget.epochs} epochs, seed {seed}: {key}: {found[key]}", flush=True)
-
-    def snn(name: str, keep: str | snncompress_fire.Keep | None = None) -> nn.Module:
-        net = network(name if keep is None else keep, seed).to(options.device)
-        return trained(name, net, train, budget, T, seed, cache)
-
-    def cnn(name: str) -> nn.Module:
-        net = twin(network(name, seed).to(options.device))
-        return trained(f"cnn-{name}", net, train, budget, None, seed, cache)
-
-    full = snn("full")
-    note("kept by ablation", lambda: kept_by_ablation(full, train.some(500), seed))
-    by_ablation = snncompress_fire.Keep(tuple(n - 2 for n in found["kept by ablation"]))
-    for name in SCHEDULES:
-        note(name, lambda name=name: measured(snn(name), test))
-    note("ablation", lambda: measured(snn("ablation", by_ablation), test))
-    for repair in ("membrane", None, "reinit") if repairs else ():
-        keep = snncompress_fire.Keep.named("ref_1")
-        note(f"ref_1, {repair}", lambda keep=keep, repair=repair: repaired(full, keep, repair, train, test, seed))
-    for repair in ("membrane", None, "reinit") if repairs else ():
-        keep, some = snncompress_fire.Keep(tuple(n for n in range(8) if n != 4)), test.some(2000)
-        note(
-            f"all but fire6, {repair}",
-            lambda keep=keep, repair=repair, some=some: repaired(full, keep, repair, train, some, seed),
-        )
-    for name in SCHEDULES:
-        note(f"CNN {name}", lambda name=name: measured(cnn(name), test))
-    return found
-
-
-def pictures(options: argparse.Namespace, budget: Budget) -> snncompress.BlockSearch:
-    """All sets of fire modules of the trained network of seed 0, and its gradients before and after training."""
+def pictures(case: Case, data: Path, folder: Path, device: str) -> snncompress.BlockSearch:
+    """All sets of fire modules of the trained network, and its gradients before and after training."""
     from matplotlib import pyplot
 
-    cache = cache_of(options, budget)
-    train, test = images(options.data, budget, options.device)
-    full = trained("full", network("full", 0).to(options.device), train, budget, T, 0, cache)
+    train, test = images(data, case.budget, device)
+    full = trained(case, folder, device)
     result = snncompress.block_search(
         full, train.some(100), "fire", remove=(0, 1, 2, 4), test=test.some(500), timesteps=T, repair="membrane"
     )
     _, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
     result.plot(left).set_title("SqueezeNet without 0, 1, 2 or 4 fire modules, no fine-tuning")
     for name in ("full", "ref_1"):
-        net = network(name, 0).to(options.device)
-        for when in ("untrained", "trained"):
-            flow = snncompress.gradient_flow(net, train.some(500), timesteps=T)
-            flow.plot(right, label=f"{name}, {when}")
-            net = trained(name, net, train, budget, T, 0, cache)
+        untrained, _ = of_schedule(case.of(name), None, device)
+        for when, net in (("untrained", untrained), ("trained", trained(case.of(name), folder, device))):
+            snncompress.gradient_flow(net, train.some(500), timesteps=T).plot(right, label=f"{name}, {when}")
     right.set_title("Gradient flow")
     pyplot.savefig(HERE / "results" / "squeezenet_cifar10.png", dpi=110)
     return result
 
 
-def table(title: str, columns: dict[str, str], rows: dict[str, list[dict[str, float]]]) -> list[str]:
+def table(title: str, columns: Mapping[str, str], rows: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """One line per row; mean ± half the range over seeds for what is no count."""
 
     def cell(values: list[float], form: str) -> str:
@@ -249,13 +247,8 @@ def table(title: str, columns: dict[str, str], rows: dict[str, list[dict[str, fl
     return lines
 
 
-def networks(found: list[dict[str, Any]]) -> list[str]:
-    """The table of all networks, and what ablation kept."""
-    names = (*SCHEDULES, "ablation", *(f"CNN {s}" for s in SCHEDULES))
-    columns = {"accuracy": ".1f", "f1": ".3f", "parameters": ",.0f", "AC": ".2f", "MAC": ".2f", "energy": ".2f"}
-    kept = "; ".join(f"seed {n}: {one['kept by ablation']}" for n, one in enumerate(found))
-    rows = table("network", columns, {name: [one[name] for one in found] for name in names})
-    return [*rows, "", f"Kept by `ablation`: {kept}."]
+NETWORKS = (*SCHEDULES, "ablation", *(f"CNN {name}" for name in SCHEDULES))
+COLUMNS = {"accuracy": ".1f", "f1": ".3f", "parameters": ",.0f", "AC": ".2f", "MAC": ".2f", "energy": ".2f"}
 
 
 def main() -> None:
@@ -263,22 +256,35 @@ def main() -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="small")
     parser.add_argument("--epochs", type=int, nargs="+", help="other numbers of epochs than the budget's")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="jobs at a time")
     parser.add_argument("--device", default="cpu")
     datasets.add_data_option(parser)
     options = parser.parse_args()
-    budgets = BUDGETS[options.budget]
+    budgets, seeds = BUDGETS[options.budget], range(options.seeds)
     if options.epochs:
         budgets = [replace(budgets[0], epochs=epochs) for epochs in sorted(set(options.epochs))]
-    jobs = os.cpu_count() if options.device == "cpu" else 1
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {
-            budget: [pool.submit(study, seed, options, budget, budget == budgets[0]) for seed in range(options.seeds)]
-            for budget in budgets
-        }
-        found = {budget: [future.result() for future in some] for budget, some in futures.items()}
-    first, shortest = found[budgets[0]], budgets[0]
-    search = pictures(options, shortest)
-    repairs = {k: [one[k] for one in first] for k in first[0] if "straight" in first[0][k]}
+    folder = HERE / ".cache" / f"squeezenet-{options.budget}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def cases(names: Sequence[str], budgets: Sequence[Budget]) -> list[Case]:
+        """The longest first."""
+        return [Case(name, budget, seed) for budget in reversed(budgets) for name in names for seed in seeds]
+
+    work = partial(job, data=options.data, folder=folder, device=options.device)
+    independent = [name for name in NETWORKS if name != "ablation"]
+    for some in (
+        cases(independent, budgets), [*cases(["ablation"], budgets), *cases([*WITHOUT], budgets[:1])]
+    ):  # fmt: skip
+        done = jobs.known(folder / "figures.jsonl")
+        todo = [case for case in some if case.key() not in done]
+        jobs.compute(todo, work, folder / "figures.jsonl", options.workers, options.device)
+    search = pictures(Case("full", budgets[0], 0), options.data, folder, options.device)
+    rows = jobs.known(folder / "figures.jsonl")
+
+    def found(name: str, budget: Budget) -> list[Mapping[str, Any]]:
+        return [rows[Case(name, budget, seed).key()]["figures"] for seed in seeds]
+
+    shortest = budgets[0]
     fours = sorted((c for c in search.candidates if len(c.removed) == 4), key=lambda c: -c.accuracy)
     ref_1 = next(n for n, c in enumerate(fours, 1) if set(c.removed) == {"fire2", "fire3", "fire5", "fire7"})
     text = [
@@ -286,9 +292,17 @@ def main() -> None:
         f"{LR:g} with a cosine schedule, random flips, T = {T}, batch norms, no neuron behind the last convolution; "
         f"{options.seeds} seeds, mean ± half the range. Accuracy in % and macro F1 on the 10,000 test images, "
         f"operations in millions and energy in µJ per image on 1,000 of them; the first layer multiplies once. "
-        f"{options.device} ({platform.machine()}), one thread per seed, torch {torch.__version__}, "
-        f"{datetime.date.today()}.",
-        *(line for budget in budgets for line in ("", f"{budget.epochs} epochs:", "", *networks(found[budget]))),
+        f"{'; '.join(sorted({row['where'] for row in rows.values()}))}.",
+    ]
+    for budget in budgets:
+        kept = "; ".join(
+            f"seed {seed}: {one['kept']}" for seed, one in zip(seeds, found("ablation", budget), strict=True)
+        )
+        figures = {name: found(name, budget) for name in NETWORKS}
+        text += ["", f"{budget.epochs} epochs:", "", *table("network", COLUMNS, figures)]
+        text += ["", f"Kept by `ablation`: {kept}."]
+    repairs = {name: found(name, shortest) for name in WITHOUT}
+    text += [
         "",
         f"The full network, trained for {shortest.epochs} epochs, with four fire modules gone, or one: accuracy "
         f"straight after removal, and after an epoch (without fire6: on 2,000 test images).",

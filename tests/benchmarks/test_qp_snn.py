@@ -57,6 +57,20 @@ def test_order_and_gamma() -> None:
     )
 
 
+def test_repair_of_the_last_step_alone() -> None:
+    rows = TABLES.text("last")
+    assert rows[0] == "| repaired | 4 bits, sca | 4 bits, svs | 2 bits, sca | 2 bits, svs |"
+    assert [row.split(" | ")[1] for row in rows[2:]] == [
+        f"{45 + more} → **{65 + more} ± 1.0**" for more in (0.0, 0.5, 0.5)
+    ]
+    chain = Quantize("l1_mean", 4), Prune("svs")
+    last = Case(chain, "membrane", 1, first_bare=True)
+    assert last.before() == Case(chain[:1], None, 1)
+    assert last.key() != Case(chain, "membrane", 1).key()
+    assert last.stem() != Case(chain, "membrane", 1).stem()
+    assert len(cases(["last"], [4, 2], [0])) == 2 * 2 * 3
+
+
 def test_cases_share_what_they_start_from() -> None:
     """Two bits, two repairs, two seeds: six of the ablation, of which QP is one; PQ; three other γ."""
     found = cases(["ablation", "order", "gamma"], [4, 2], [0, 1])
