@@ -15,8 +15,8 @@ from snncompress.errors import ModelError, OptionError
 from snncompress.interfaces import Adapter
 from snncompress.model.chance import held, undisturbed
 from snncompress.model.copying import private_copy, refuse_broken, refuse_compiled, refuse_wrapped
-from snncompress.running.bench import full_precision
 from snncompress.running.data import Feed
+from snncompress.running.precision import full_precision
 from snncompress.structure.fx_graphs import called
 
 from .activations import separate

@@ -189,10 +189,14 @@ def _level(rnn: RNNBase, level: int, x: Tensor, states: list[Tensor]) -> Tensor:
     weights = [w for names in rnn._all_weights[level * ways : (level + 1) * ways] for w in names]
     run = getattr(torch, rnn.mode.lower())  # torch.lstm, gru, rnn_tanh, rnn_relu
     start = states if rnn.mode == "LSTM" else states[0]
-    with torch.backends.cudnn.flags(enabled=False):  # it warns of weights that aren't in one piece
+    cudnn = torch.backends.cudnn
+    before, cudnn.enabled = cudnn.enabled, False  # it warns of weights that aren't in one piece
+    try:
         made = run(
             x, start, [getattr(rnn, w) for w in weights], rnn.bias, 1, 0.0, False, bool(rnn.bidirectional), False
         )
+    finally:
+        cudnn.enabled = before
     return cast(Tensor, made[0])
 
 

@@ -22,6 +22,7 @@ from snncompress.model.copying import private_copy, refuse_broken, refuse_wrappe
 from snncompress.model.modules import in_mode
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.running.data import Feed
+from snncompress.running.precision import rounding_as_outside
 from snncompress.running.rehearsal import rehearse
 
 from .distillation import Distillation
@@ -166,7 +167,7 @@ def train(
     precision = Precision(parameters[0].device, wanted=recipe.amp)
     schedule, best, history = recipe.make_schedule(optimizer), Best(), list[Epoch]()
     try:
-        with in_mode(model, training=True), torch.inference_mode(False), torch.enable_grad():
+        with in_mode(model, training=True), torch.inference_mode(False), torch.enable_grad(), rounding_as_outside():
             step = Parallel(model, Objective(model, feed, recipe))
             norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
             for number in range(1, recipe.epochs + 1):

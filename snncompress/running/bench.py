@@ -19,6 +19,7 @@ from snncompress.model.chance import cuda_devices, held, set_seed, undisturbed
 from snncompress.model.copying import private_copy, refuse_broken, refuse_compiled, refuse_wrapped, same_everywhere
 
 from .data import Feed
+from .precision import full_precision
 from .rehearsal import rehearse
 from .synthetic import synthetic_feed
 
@@ -49,13 +50,6 @@ class Bench(Generic[M]):
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Inside, autocast is off: what is computed in half precision differs by rounding."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
-@contextmanager
 def bench(
     model: M,
     data: Any,
@@ -76,9 +70,9 @@ def bench(
     """Inside, a copy of the model can be run, changed and trained.
 
     The model, torch's, numpy's and Python's global generators and the generators of the user's data loaders stay as
-    they are; gradients are on or off, and inference mode and autocast are left, whatever holds outside: what is solved
-    and compared wants the precision that the network has; batches come on the model's device; everything random begins
-    at ``seed``. Of several processes, all have the model of rank 0 on their benches.
+    they are; gradients are on or off, and inference mode, autocast and TensorFloat-32 are left, whatever holds outside:
+    what is solved and compared wants the precision that the network has. Batches come on the model's device; everything
+    random begins at ``seed``. Of several processes, all have the model of rank 0 on their benches.
 
     Args:
         model: anything that :func:`find_adapter` takes.
@@ -95,7 +89,8 @@ def bench(
         seed: of all that is random.
         gradients: whether autograd records.
         unknown: whether to warn of neurons that no adapter knows.
-        mixed: whether an autocast that holds outside holds here too, where networks are measured as they would run.
+        mixed: whether autocast and TensorFloat-32, where they hold outside, hold here too: where networks are measured
+            as they would run.
 
     Raises:
         ModelError: no framework knows the model, or its weights hold NaN.

@@ -11,8 +11,8 @@ from snncompress.errors import ModelError
 from snncompress.interfaces import Adapter
 from snncompress.model.copying import plain_copy
 from snncompress.model.network import Network
-from snncompress.running.bench import full_precision
 from snncompress.running.data import Run
+from snncompress.running.precision import full_precision
 
 from .elimination import sound_together
 from .trial import Flaw, Removal, Trial

@@ -33,8 +33,8 @@ from snncompress.model.network import (
     weight_layers,
 )
 from snncompress.model.parametrizations import computed_before, stored_weight
-from snncompress.running.bench import full_precision
 from snncompress.running.data import Run, time_as_samples
+from snncompress.running.precision import full_precision
 
 from .calls import Calls, leaves, upstream
 from .graphs import LOST, Graph, MapPruner, NeuronPruner, Site

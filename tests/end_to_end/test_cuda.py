@@ -100,6 +100,24 @@ def test_channels_go_exactly_and_as_on_the_cpu(net: nn.Module, criterion: str) -
     assert largest_difference(net, small, Feed(find_adapter(net), images, STEPS)) < 1e-4
 
 
+def test_as_many_channels_go_where_convolutions_round_their_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(
+            layer.Conv2d(2, 64, 3, padding=1), layer.BatchNorm2d(64), neuron.LIFNode(), layer.Conv2d(64, 128, 3),
+            layer.BatchNorm2d(128), neuron.LIFNode(), layer.Conv2d(128, 128, 3), layer.BatchNorm2d(128),
+            neuron.LIFNode(), layer.AdaptiveAvgPool2d(1), layer.Flatten(), layer.Linear(128, 3),
+        )  # fmt: skip
+        functional.set_step_mode(made, "m")
+        return made.eval()
+
+    how: dict[str, Any] = {"data": loader(), "timesteps": STEPS, "repair": None, "skip": []}
+    on_cpu = snncompress.apply(net(), "magnitude", 0.4, None, **how)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as it is unless a user says otherwise
+    on_gpu = snncompress.apply(net().cuda(), "magnitude", 0.4, None, **how)
+    assert snncompress.plan_of(on_gpu).edits == snncompress.plan_of(on_cpu).edits
+
+
 @pytest.mark.parametrize("criterion", ["obs", "lamp", "cqp", "weight_magnitude"])
 def test_single_weights_bits_and_repair(net: nn.Module, criterion: str, tmp_path: Path) -> None:
     net.cuda()
