@@ -15,8 +15,8 @@ A job is a dense network, or one step behind another job's network: quantize (fi
 bits), or prune by Table 10's ratios 0.3 and 0.6. Jobs run in --workers processes, each in one thread; under torchrun
 all processes share each job. Figures and networks are kept in benchmarks/.cache as they come, so a run that was stopped
 goes on with the job that it was at. --estimate measures training steps and says how long all that is still missing
-takes. Writes benchmarks/results/qp_snn.md (qp_snn_wide.md, qp_snn_full.md), unless --images or --epochs make it a try,
-which has a folder of its own and prints its tables.
+takes. Writes benchmarks/results/qp_snn.md (qp_snn_cuda.md, qp_snn_wide.md, qp_snn_full.md), unless --images or --epochs
+make it a try, which has a folder of its own and prints its tables.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ class Ranks:
             backend = "gloo" if device == "cpu" else "nccl"
             distributed.init_process_group(backend, timeout=datetime.timedelta(hours=6))
             device = "cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = torch.device("cuda:0" if device == "cuda" else device)
         if device != "cpu":
-            torch.cuda.set_device(device)
-        self.device = torch.device(device)
+            torch.cuda.set_device(self.device)
 
     def share(self, value: Any) -> Any:
         """The first one's value."""
@@ -352,8 +352,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="a try with so many epochs of each training; none are written")
     parser.add_argument("--estimate", action="store_true", help="say how long what is missing takes, and stop")
     options = parser.parse_args()
-    options.device = options.device or ("cpu" if options.budget == "small" else "cuda")
-    budget, cache, seeds = BUDGETS[options.budget], HERE / ".cache" / f"qp_snn-{options.budget}", range(options.seeds)
+    default = "cpu" if options.budget == "small" else "cuda"
+    options.device = options.device or default
+    elsewhere = "" if options.device == default else f"-{options.device}"
+    budget, seeds = BUDGETS[options.budget], range(options.seeds)
+    cache = HERE / ".cache" / f"qp_snn-{options.budget}{elsewhere}"
     if a_try := options.images is not None or options.epochs is not None:
         cache = cache.with_name(f"{cache.name}-try-{options.images}-{options.epochs}")
         budget = replace(
@@ -377,7 +380,7 @@ def main() -> None:
     where = sorted({rows[case.key()]["where"] for part in parts for case in found[part]})
     text = "\n".join(report(budget, tables, parts, where))
     if not a_try:
-        name = "qp_snn.md" if options.budget == "small" else f"qp_snn_{options.budget}.md"
+        name = "_".join(["qp_snn", *[options.budget] * (options.budget != "small"), *elsewhere.split("-")[1:]]) + ".md"
         (HERE / "results" / name).write_text(text + "\n")
     print(text)
 
