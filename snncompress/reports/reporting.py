@@ -46,6 +46,8 @@ class _Network:
     kind: type[nn.Module]
     profile: Profile
     accuracy: float | None
+    unjudged: str
+    """Why there is no accuracy though there are labels; "" where there is, or are none."""
     plan: Plan | None
     widths: dict[str, int]
     framework: str
@@ -130,13 +132,13 @@ def _network(
     model: nn.Module, data: Any, timesteps: int | None, forward: Forward | None, adapter: Adapter | str | None,
     energy: EnergyModel, rules: Conventions,
 ) -> _Network:  # fmt: skip
-    right: list[int | None] = []
+    right: list[int | str] = []
 
     def watch(output: Any, batch: Batch) -> None:
         try:
             predicted, labels = classified(output, batch.y, batch_first=table.feed.batch_first)
-        except DataError:  # no labels, or of another kind than classes
-            right.append(None)
+        except DataError as error:
+            right.append("" if batch.y is None else str(error))
         else:
             right.append(int((predicted == labels).sum()))
 
@@ -145,11 +147,12 @@ def _network(
         framework = table.adapter.framework
         named = table.adapter.described() if isinstance(table.adapter, OwnNeurons) else ""
     rights = [part for own in gathered(right) for part in own]
-    known = [part for part in rights if part is not None]
+    known = [part for part in rights if isinstance(part, int)]
     return _Network(
         type(model),
         found,
         sum(known) / found.n_samples if len(known) == len(rights) else None,
+        next((part for part in rights if isinstance(part, str) and part), ""),
         plan_of(model) if has_plan(model) else None,
         {name: width(layer_at(model, name), "out") for name in weight_layers(model)},
         framework,
@@ -204,6 +207,8 @@ def _gains(found: Measured) -> Iterator[Part]:
         f"Measured on {profile.n_samples:,} samples. Counts and energy per {profile.conventions.per}; MB = 10⁶ bytes, "
         f"every weight at its bit width, all else 32 bits."
     )
+    for why in dict.fromkeys(network.unjudged for network in networks.values() if network.unjudged):
+        yield Note(f"There are labels, but no accuracy. {why}")
 
 
 def _gain(name: str, network: _Network, ratios: Mapping[str, float | None], reference: float | None) -> str:

@@ -143,6 +143,13 @@ def test_without_labels_or_plan_it_says_less(tmp_path: Path) -> None:
     assert any("holds no plan" in text for text in page.text)
 
 
+def test_labels_that_fit_no_output_are_told(tmp_path: Path) -> None:
+    data = [(torch.eye(2), torch.tensor([0, 7]))]
+    page = Page(snncompress.report({"net": Net()}, data, path=tmp_path / "r.html", timesteps=1).read_text())
+    assert "accuracy (%)" not in [row[0] for row in page.cells]
+    assert any("no accuracy. Labels range from 0 to 7, but the model has 2 classes" in text for text in page.text)
+
+
 @pytest.mark.parametrize("models", [{}, Net(), {"a": 1}])
 def test_what_is_no_mapping_of_networks_is_refused(models: object, tmp_path: Path) -> None:
     for call in (functools.partial(snncompress.report, path=tmp_path / "r.html"), snncompress.compare):

@@ -211,6 +211,8 @@ def test_options_by_hand() -> None:
         ({"on": "ray"}, OptionError, "all machines reach"),
         ({"n_jobs": 2, "storage": optuna.storages.InMemoryStorage()}, OptionError, "can't reach"),
         ({"space": {"ratio": {"0": 1.5, "2": (0.1, 0.2)}}}, OptionError, "below 1"),
+        ({"space": {"ratio": {"conv": (0.1, 0.2)}}}, OptionError, "'conv' matches no weight layer"),
+        ({"space": {"bits": [4, {"conv": 4}]}}, OptionError, "'conv' matches no weight layer"),
         ({"seed": -1}, OptionError, "seed must be"),
         ({"validation": torch.rand(4, 6)}, DataError, "no labels"),
         ({"storage": "/no/such/folder/file"}, StorageError, "can't be used"),

@@ -18,6 +18,7 @@ from snncompress.base.progress import Progress, tracked
 from snncompress.contract.registry import registry
 from snncompress.errors import OptionError
 from snncompress.interfaces import Adapter, EnergyModel, Forward, Loss
+from snncompress.model.network import weight_layers
 from snncompress.model.own_neurons import Neurons, named_neurons
 from snncompress.model.plan import refuse_frozen
 from snncompress.pruning.checkpoint import digest_of, fingerprint
@@ -128,6 +129,7 @@ def search(
     with bench(
         model, data, timesteps, forward, loss, named, test=validation, labels="accuracy needs labels", seed=seed
     ) as table:
+        asked.check_layers(weight_layers(table.model))
         if validation is None:
             feed, held = table.feed.parted()
             data, validation = _batches(feed), _batches(held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from snncompress.contract.registry import registry
 from snncompress.errors import OptionError
 from snncompress.interfaces import Criterion, Quantizer, Scheduler, Target
 from snncompress.pruning.budgets import Budget
+from snncompress.pruning.selection import per_layer
 from snncompress.studies.units import label
 
 PLUGINS: Mapping[str, tuple[str, Any]] = {
@@ -100,6 +101,14 @@ class Space:
                 place = place[part]
             place[parameter.path[-1]] = parameter.values[value] if parameter.values else value
         return found
+
+    def check_layers(self, names: Collection[str]) -> None:
+        """Raise OptionError where a ratio or a bit width is for layers that there aren't."""
+        for key in ("ratio", "bits"):
+            choices = [v for one in self.parameters if one.path == (key,) for v in one.values.values()]
+            for value in (self.given.get(key), *choices):
+                if isinstance(value, Mapping):
+                    per_layer(value, names, f"space[{key!r}]", lambda number, _: number)
 
     def described(self) -> dict[str, str]:
         """Plain text, to tell one space from another."""
