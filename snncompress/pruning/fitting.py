@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ from snncompress.model.network import Network, width
 from snncompress.model.parametrizations import compression_of, gridded, stored_weight, weight_mask
 from snncompress.model.patches import as_matrix, as_weight, outputs, patches, positions
 from snncompress.running.data import Batch, Feed
+from snncompress.running.resuming import OffTrackError, Resumed
 
 from .integration import POSITIONS, decay, input_of, timesteps_of
 from .least_squares import Sums, chosen_ridge, solved, stretched
@@ -74,6 +75,10 @@ class LayerFit:
     kept: Tensor
     network: Network
     feed: Feed
+    batches: Iterable[Batch]
+    """The feed's."""
+    runs: Mapping[nn.Module, Resumed]
+    """Of both networks."""
     kind: RepairKind
     rounding: Rounding = "nearest"
     sums: Sums | None = None
@@ -94,7 +99,14 @@ class LayerFit:
 
         Several processes take as many samples together, add up what they saw, and agree on whether there is.
         """
-        batches, most = enumerate(self.feed), _SAMPLES / processes()
+        while True:
+            try:
+                return self._gathered(seed)
+            except OffTrackError:  # once more, then, and all of it
+                self.sums = self.others = None
+
+    def _gathered(self, seed: int) -> bool:
+        batches, most = enumerate(self.batches), _SAMPLES / processes()
         with together():
             samples = self._add(*next(batches), seed)
         if all(gathered(self._batch.unchanged)):
@@ -111,8 +123,9 @@ class LayerFit:
     def _add(self, number: int, batch: Batch, seed: int) -> int:
         """Run both networks on a batch; of how many samples it is."""
         self._batch = _BatchState(torch.Generator().manual_seed(number), compare=number == 0 and self._same_weights())
-        self._run(self.before, self.old, batch, seed, self._want)
-        self._run(self.model, self.layer, batch, seed, self._read)
+        for net, layer, seen in (self.before, self.old, self._want), (self.model, self.layer, self._read):
+            with self.runs[net].up_to(self.name, number):
+                self._run(net, layer, batch, seed, seen)
         return self._batch.samples
 
     @property

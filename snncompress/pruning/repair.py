@@ -31,6 +31,7 @@ from snncompress.model.network import Network, computed_or_shared
 from snncompress.model.plan import Plan, attach, has_plan, plan_of, refuse_frozen
 from snncompress.running.bench import bench
 from snncompress.running.data import Feed
+from snncompress.running.resuming import Resumed, SameBatches
 from snncompress.structure.tracing import trace
 
 from .fitting import LayerFit, RepairKind, Rounding, channels
@@ -138,14 +139,15 @@ def fit(
     with evaluating(model), evaluating(before):
         lines = timelines(before, feed)
         names = [name for name in lines if only is None or name in only]
+        runs = {net: Resumed(net, feed, names, seed) for net in (before, model)}
+        batches = SameBatches(feed, runs.values())
         for name in tracked(names, progress, f"{what}repairing"):
             if name in left_alone or not _there(model, name) or reads(model.get_submodule(name)) > MOST_READS:
                 continue
             holder = next((neuron for neuron in neurons if name.startswith(f"{neuron}.")), None)
             gone = removed.get(name, []) if holder is None else shrunk.get(holder, [])
-            task = LayerFit(
-                model, before, name, lines[name], _kept(model, before, name, gone), network, feed, kind, rounding
-            )
+            kept = _kept(model, before, name, gone)
+            task = LayerFit(model, before, name, lines[name], kept, network, feed, batches, runs, kind, rounding)
             if task.gather(seed) and task.solve():
                 fitted.append(name)
     return fitted

@@ -1,0 +1,367 @@
+"""Runs up to one layer after another, each going on from where the last one stopped.
+
+To run a network up to each of its L layers is to run half of it L times. What the layers, norms and neurons in front
+put out is the same as the last time, though, so that little of it has to be kept: what those behind still read. The
+code in between, which can't be left out, is given that, and zeros of the right shape for all else.
+
+Who reads what of whom is found by following autograd's graph from every input back to the outputs that it was made of.
+Code that autograd can't follow, such as a comparison, hides that, and state that forward reads from a neuron isn't
+there without its run. So it is tried on an example: where a layer is handed anything else than in a run of the whole
+network, there is nothing but such runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from snncompress.base.distributed import processes
+from snncompress.interfaces import Adapter
+from snncompress.model.chance import seeded
+from snncompress.model.modules import patched, tensors_in
+from snncompress.model.network import WEIGHT_LAYERS
+
+from .data import Batch, Feed
+
+_LIMIT = 2**30
+"""Bytes that are kept of one network, at most."""
+_FEWEST = 4
+"""Layers, with fewer of which it isn't worth while."""
+_ALWAYS = ""
+"""A reader that is never done."""
+
+
+class OffTrackError(BaseException):
+    """A run failed that left something out: past handlers of ordinary exceptions in a user's code."""
+
+
+class _EnoughError(BaseException):
+    """Ends a forward pass early."""
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor that nobody reads: one of its shape, the same for all."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, x: Tensor, dtype: torch.dtype | None = None) -> _Unread:
+        return cls(x.shape, dtype or x.dtype, x.device)
+
+    def restored(self, blanks: dict[_Unread, Tensor]) -> Tensor:
+        if self not in blanks:
+            blanks[self] = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return blanks[self]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor that somebody reads; spikes take a byte each."""
+
+    values: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Held:
+        binary = x.is_floating_point() and bool((x.eq(0) | x.eq(1)).all())
+        return cls(x.bool() if binary else x.clone(), x.dtype)
+
+    def restored(self, blanks: dict[_Unread, Tensor]) -> Tensor:
+        return self.values.to(self.dtype, copy=True)
+
+
+_Stage = dict[str, list[Any]]
+"""How far a batch is: what those that are done put out, call by call."""
+
+
+class Resumed:
+    """Runs of ``model`` in eval mode, up to each of ``layers`` in order, on batches that are the same every time.
+
+    Between the runs up to two layers those from the first on, but before the second, may change.
+    """
+
+    def __init__(self, model: nn.Module, feed: Feed, layers: Sequence[str], seed: int) -> None:
+        self._model, self._feed, self._seed = model, feed, seed
+        self._sites = _sites(model, feed.adapter)
+        self._stages: dict[int, _Stage] = {}
+        self._sizes: dict[int, int] = {}
+        self._too_large: set[int] = set()
+        self._blanks: dict[_Unread, Tensor] = {}
+        self._done: dict[str, frozenset[str]] = {}
+        self._readers: dict[str, list[list[set[str]]]] = {name: [] for name in self._sites}
+        """Of what a site puts out, call by call and tensor by tensor."""
+        self.works = False
+        """Whether anything is left out at all; never where several processes have to keep in step."""
+        if len(layers) >= _FEWEST and processes() == 1:
+            try:
+                self.works = self._traced(layers) and self._tried(layers)
+            except Exception:  # the model is the user's, and may not go together with this
+                self.works = False
+            feed.adapter.reset(model)
+            self._stages.clear()
+            self._sizes.clear()
+
+    @contextmanager
+    def up_to(self, layer: str, number: int) -> Iterator[None]:
+        """Inside, a run of the model on batch ``number`` is one up to this layer; what comes behind isn't defined.
+
+        Raises OffTrackError where that failed, after which nothing is left out any more.
+        """
+        if not self.works or number in self._too_large or layer not in self._done:
+            yield
+            return
+        before = self._stages.get(number, {})
+        done = self._done[layer].union(before)
+        stage: _Stage = {}
+        with ExitStack() as stack:
+            for name in done:
+                module = self._sites[name]
+                if name in before:
+                    stage[name] = [self._noted(name, n, call, done) for n, call in enumerate(before[name])]
+                    forward = self._replaying(iter(before[name]))
+                else:
+                    forward = self._noting(name, module, stage.setdefault(name, []), done)
+                stack.enter_context(patched(module, "forward", forward))
+            try:
+                yield
+            except (OffTrackError, Exception) as error:  # the model's code may not take zeros; if it's the data, so be it
+                self.works = False
+                raise OffTrackError from error
+        self._keep(number, stage)
+
+    def _keep(self, number: int, stage: _Stage) -> None:
+        """For the next layer, if there is room."""
+        parts = (part for calls in stage.values() for part in _parts(calls))
+        self._sizes[number] = sum(part.values.nbytes for part in parts if isinstance(part, _Held))
+        self._stages[number] = stage
+        if sum(self._sizes.values()) > _LIMIT:
+            self._too_large.add(number)
+            del self._sizes[number], self._stages[number]
+
+    def _replaying(self, calls: Iterator[Any]) -> Callable[..., Any]:
+        """Stands in for a module's forward."""
+
+        def call(*args: Any, **named: Any) -> Any:
+            output = next(calls, OffTrackError)
+            if output is OffTrackError:
+                raise OffTrackError
+            return _mapped(output, lambda part: part.restored(self._blanks))
+
+        return call
+
+    def _noting(self, name: str, module: nn.Module, calls: list[Any], done: frozenset[str]) -> Callable[..., Any]:
+        """The same, run and noted."""
+        forward = module.forward
+
+        def call(*args: Any, **named: Any) -> Any:
+            output = forward(*args, **named)
+            calls.append(self._noted(name, len(calls), output, done))
+            return output
+
+        return call
+
+    def _noted(self, name: str, number: int, output: Any, done: frozenset[str]) -> Any:
+        """What of a call's output those read that aren't done; of a call that the example hadn't, all."""
+        calls = self._readers[name]
+        readers = iter(calls[number]) if number < len(calls) else None
+
+        def noted(x: Any) -> Any:
+            read = readers is None or bool(next(readers, {_ALWAYS}) - done)
+            if isinstance(x, Tensor):
+                return _Held.of(x) if read else _Unread.like(x)
+            return x if read or isinstance(x, _Unread) else _Unread.like(x.values, x.dtype)
+
+        return _mapped(output, noted)
+
+    # -- who reads what --
+
+    def _traced(self, layers: Sequence[str]) -> bool:
+        """Run an example, and find out what is done, and whose outputs are read, before each layer."""
+        leaves: dict[int, set[str]] = {}  # by what they are of: who reads them
+        alive: list[Tensor] = []
+        last: dict[str, int] = {}
+        clock = itertools.count()
+
+        def site(name: str, module: nn.Module) -> Callable[..., Any]:
+            forward = module.forward
+
+            def call(*args: Any, **named: Any) -> Any:
+                last[name] = next(clock)
+                for readers in _made_of([*tensors_in(args), *tensors_in(named)], leaves):
+                    readers.add(name)
+                with torch.no_grad():
+                    output = forward(*args, **named)
+                found: list[set[str]] = []
+                self._readers[name].append(found)
+
+                def cut(x: Tensor) -> Tensor:
+                    if not x.is_floating_point():  # autograd can't follow it
+                        found.append({_ALWAYS})
+                        return x
+                    found.append(set())
+                    leaf = x.detach().requires_grad_()
+                    alive.append(leaf)
+                    leaves[id(leaf)] = found[-1]
+                    return leaf.clone()  # which may be written to
+
+                return _mapped(output, cut)
+
+            return call
+
+        batch = self._feed.example_batch()
+        with ExitStack() as stack:
+            for name, module in self._sites.items():
+                stack.enter_context(patched(module, "forward", site(name, module)))
+            stack.enter_context(seeded(self._model, self._seed))
+            stack.enter_context(self._feed.adapter.alone(self._model))
+            with torch.enable_grad():
+                self._feed(self._model, batch)
+        self._feed.adapter.reset(self._model)
+        read_by = {name: set().union(*itertools.chain(*calls)) for name, calls in self._readers.items()}
+        behind: set[str] = set()
+        for layer in reversed(layers):
+            holder = _holder(layer, self._sites)
+            if holder is None or holder not in last:
+                return False
+            _add_readers(holder, read_by, behind)
+            before = (name for name in last if name not in behind and last[name] < last[holder])
+            self._done[layer] = frozenset(before)
+        return True
+
+    def _tried(self, layers: Sequence[str]) -> bool:
+        """Whether every layer is handed the same on an example as in a run of the whole network."""
+        self.works = True
+        whole = self._handed(layers)
+        for layer in layers:
+            with self.up_to(layer, -1):
+                found = self._handed([layer], len(whole[layer]))
+            pairs = zip(found[layer], whole[layer], strict=False)
+            if len(found[layer]) != len(whole[layer]) or not all(torch.equal(a, b) for a, b in pairs):
+                return False
+        return not self._too_large
+
+    def _handed(self, layers: Sequence[str], most: int | None = None) -> dict[str, list[Tensor]]:
+        """What layers take in, call by call; nothing runs after ``most`` of them."""
+        found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+
+        def hook(calls: list[Tensor]) -> Callable[..., None]:
+            def take(module: nn.Module, args: Any, named: Any, output: Any) -> None:
+                calls.append(next(tensors_in([*args, *named.values()])).detach().clone())
+                if len(calls) == most:
+                    raise _EnoughError
+
+            return take
+
+        handles = [
+            self._model.get_submodule(layer).register_forward_hook(hook(calls), with_kwargs=True)
+            for layer, calls in found.items()
+        ]
+        batch: Batch = self._feed.example_batch()
+        try:
+            with seeded(self._model, self._seed), self._feed.adapter.alone(self._model):
+                self._feed(self._model, batch)
+        except _EnoughError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._feed.adapter.reset(self._model)
+        return found
+
+
+class SameBatches:
+    """The batches of a feed; as long as any of the runs works the same ones every time, shuffled or not."""
+
+    def __init__(self, feed: Feed, runs: Collection[Resumed]) -> None:
+        self._feed, self._runs = feed, runs
+        self._kept: list[Batch] = []
+        self._rest: Iterator[Batch] | None = None
+        self._size = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not any(run.works for run in self._runs):
+            self._kept.clear()
+            yield from self._feed
+            return
+        self._rest = self._rest or iter(self._feed)
+        yield from self._kept
+        for batch in self._rest:
+            self._size += sum(x.nbytes for x in tensors_in(batch.raw))
+            self._kept.append(batch)
+            if self._size > _LIMIT:
+                for run in self._runs:
+                    run.works = False
+                self._kept.clear()
+            yield batch
+
+
+def _sites(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+    """Neurons, and the layers and norms outside of them; those of several names once."""
+    neurons = adapter.neurons(model)
+    inside = {m for neuron in neurons.values() for m in neuron.modules() if m is not neuron}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if m not in inside and (name in neurons or isinstance(m, (*WEIGHT_LAYERS, _BatchNorm)))
+    }
+
+
+def _holder(layer: str, sites: dict[str, nn.Module]) -> str | None:
+    """The site that a layer is, or is in."""
+    return layer if layer in sites else next((name for name in sites if layer.startswith(f"{name}.")), None)
+
+
+def _add_readers(name: str, read_by: Mapping[str, set[str]], found: set[str]) -> None:
+    """To ``found``, this one and all that depends on it."""
+    left = [name]
+    while left:
+        if (one := left.pop()) not in found:
+            found.add(one)
+            left.extend(read_by[one])
+
+
+def _made_of(tensors: list[Tensor], leaves: Mapping[int, set[str]]) -> list[set[str]]:
+    """The entries of ``leaves`` for what these were made of."""
+    found: list[set[str]] = []
+    left: list[Any] = [x.grad_fn for x in tensors if x.grad_fn is not None]
+    seen = set(left)
+    while left:
+        node = left.pop()
+        if (readers := leaves.get(id(getattr(node, "variable", None)))) is not None:
+            found.append(readers)
+        more = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= more
+        left.extend(more)
+    return found
+
+
+# -- what modules put out: tensors, or what stands for them, in tuples, lists and mappings --
+
+_Part = _Held | _Unread
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, (Tensor, _Held, _Unread)):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_mapped(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _parts(value: Any) -> list[_Part]:
+    found: list[_Part] = []
+    _mapped(value, found.append)
+    return found
