@@ -6,8 +6,8 @@ code in between, which can't be left out, is given that, and zeros of the right 
 
 Who reads what of whom is found by following autograd's graph from every input back to the outputs that it was made of.
 Code that autograd can't follow, such as a comparison, hides that, and state that forward reads from a neuron isn't
-there without its run. So it is tried on an example: where a layer is handed anything else than in a run of the whole
-network, there is nothing but such runs.
+there without its run. So it is tried on an example, with wild numbers in the place of zeros: where a layer is handed
+anything else than in a run of the whole network, there is nothing but such runs.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ class _Unread:
             blanks[self] = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return blanks[self]
 
+    def wild(self) -> Tensor:
+        """Numbers that show wherever somebody reads them after all, be it across a threshold."""
+        generator = torch.Generator().manual_seed(0)
+        return (100 * torch.randn(self.shape, generator=generator)).to(self.device, self.dtype)
+
 
 @dataclass(frozen=True)
 class _Held:
@@ -100,16 +105,17 @@ class Resumed:
         self._done: dict[str, frozenset[str]] = {}
         self._readers: dict[str, list[list[set[str]]]] = {name: [] for name in self._sites}
         """Of what a site puts out, call by call and tensor by tensor."""
+        self._trying = True
         self.works = False
         """Whether anything is left out at all; never where several processes have to keep in step."""
         if len(layers) >= _FEWEST and processes() == 1:
             try:
                 self.works = self._traced(layers) and self._tried(layers)
-            except Exception:  # the model is the user's, and may not go together with this
+            except (OffTrackError, Exception):  # the model is the user's, and may not go together with this
                 self.works = False
             feed.adapter.reset(model)
-            self._stages.clear()
-            self._sizes.clear()
+            self._forget()
+        self._trying = False
 
     @contextmanager
     def up_to(self, layer: str, number: int) -> Iterator[None]:
@@ -134,10 +140,20 @@ class Resumed:
                 stack.enter_context(patched(module, "forward", forward))
             try:
                 yield
-            except (OffTrackError, Exception) as error:  # the model's code may not take zeros; if it's the data, so be it
-                self.works = False
+            except (OffTrackError, Exception) as error:  # its code may not take zeros; if it's the data, it comes again
+                self.stop()
                 raise OffTrackError from error
         self._keep(number, stage)
+
+    def stop(self) -> None:
+        """Run all of it from now on."""
+        self.works = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._stages.clear()
+        self._sizes.clear()
+        self._blanks.clear()
 
     def _keep(self, number: int, stage: _Stage) -> None:
         """For the next layer, if there is room."""
@@ -155,9 +171,12 @@ class Resumed:
             output = next(calls, OffTrackError)
             if output is OffTrackError:
                 raise OffTrackError
-            return _mapped(output, lambda part: part.restored(self._blanks))
+            return _mapped(output, self._restored)
 
         return call
+
+    def _restored(self, part: _Part) -> Tensor:
+        return part.wild() if self._trying and isinstance(part, _Unread) else part.restored(self._blanks)
 
     def _noting(self, name: str, module: nn.Module, calls: list[Any], done: frozenset[str]) -> Callable[..., Any]:
         """The same, run and noted."""
@@ -300,7 +319,7 @@ class SameBatches:
             self._kept.append(batch)
             if self._size > _LIMIT:
                 for run in self._runs:
-                    run.works = False
+                    run.stop()
                 self._kept.clear()
             yield batch
 

@@ -91,6 +91,16 @@ class Reading(Residual):
         return self.fc(spikes.mean((3, 4)))
 
 
+class Hidden(Residual):
+    """A threshold in forward that nothing reaches on the first batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        current = self.norm(self.stem(x))
+        for conv, lif in zip(self.convs, self.lifs, strict=True):
+            current = conv(lif(current) + (current > 50).float())
+        return self.fc(current.mean((3, 4)))
+
+
 class Comparing(Residual):
     """A threshold in forward, through which autograd follows nothing."""
 
@@ -141,7 +151,7 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kind", [Residual, Loop, Feedback, Reading, Comparing])
+@pytest.mark.parametrize("kind", [Residual, Loop, Feedback, Reading, Comparing, Hidden])
 @pytest.mark.parametrize("limit", [2**30, 20_000])
 def test_layers_are_handed_the_same_while_those_in_front_change(
     kind: Callable[[], nn.Module], limit: int, monkeypatch: pytest.MonkeyPatch
