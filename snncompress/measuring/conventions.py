@@ -66,10 +66,12 @@ class Conventions:
             and their result serves all timesteps, as QP-SNN counts. ``"every step"``: T times. Spikes are counted at
             every step in any case.
         averaged_spikes: what a layer costs whose input is an average of spikes, as an average pooling or a mean over
-            positions or time makes it. ``"additions"``: with 1/n folded into the weights, k spikes in a window of n are
-            k additions per synapse. ``"multiplications"``: fractions, so MACs. The averages are found where the network
-            takes them, not by their values, and followed as far as they are only moved about; what passed a
-            normalization or a product is analog again.
+            positions or time makes it, or spikes of another height, {0, θ}, as those of converted networks.
+            ``"additions"``: with 1/n or θ folded into the weights, k spikes in a window of n are k additions per
+            synapse. ``"multiplications"``: fractions, so MACs; {0, θ} by its values. They are found where the network
+            takes averages, or multiplies spikes (−1, 0 and 1) with one number, or one of its own for each channel, not
+            by their values, and followed as far as they are moved about or scaled; what passed a normalization or
+            another product is analog again.
         attention: whether products of tensors outside layers are counted, such as q·kᵀ and attn·v: an AC for each spike
             that meets a number other than 0 in the other operand (any number, 0 too, with ``zero_weights``, unless both
             are spikes); MACs where neither operand is spikes, all of them or, without ``zero_inputs``, those of two

@@ -60,7 +60,7 @@ class Meter:
         self.products: dict[str, dict[str, list[float]]] = {}
         """Module → torch's function → accumulates and multiply-accumulates of its products."""
         averages = self.neurons and conventions.averaged_spikes == "additions"
-        self.averages = AveragedSpikes(conventions.spike_values) if averages else None
+        self.averages = AveragedSpikes(model, conventions.spike_values) if averages else None
         self._unknown: list[str] = []
         self._shapes: set[Any] = set()
         self._watch: Watch | None = None
@@ -95,7 +95,7 @@ class Meter:
         What happens outside layers is watched on batches of a new shape, and on others where it was found to count.
         """
         shape = batch.x.shape if isinstance(batch.x, Tensor) else None
-        found = self.products or (self.averages is not None and self.averages.any)
+        found = self.products or (self.averages is not None and self.averages.met)
         if shape in self._shapes and not found:
             yield
             return

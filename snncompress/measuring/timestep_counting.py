@@ -142,7 +142,7 @@ class StepMeter:
         self._spikes: dict[str, list[float]] = {}
         self._held: dict[str, int] = {}
         self._rows = 0
-        self._averages = AveragedSpikes()
+        self._averages = AveragedSpikes(model)
         neurons, layers = adapter.neurons(model), set(_layers(model, adapter))
         for name, line in lines.items():
             if name in neurons:

@@ -90,7 +90,7 @@ def test_moved_about_they_are_known_still(move: Callable[[Tensor], Tensor]) -> N
 
 
 LOST: dict[str, Callable[[Tensor], Tensor]] = {
-    "scaled": lambda x: x * 0.3,
+    "multiplied value by value": lambda x: x * torch.linspace(0.1, 1, x.numel()).view(x.shape),
     "normalized": lambda x: F.batch_norm(x, torch.zeros(2), torch.ones(2) * 3),
     "written to": lambda x: x.add_(0.3),
     "written to by way of a view": lambda x: (x.flatten().mul_(0.3), x)[1],
@@ -103,6 +103,95 @@ LOST: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("change", LOST.values(), ids=LOST)
 def test_changed_they_are_analog(change: Callable[[Tensor], Tensor]) -> None:
     assert followed(change)[1] is None
+
+
+@pytest.mark.parametrize("scale", [lambda x: x * 0.3, lambda x: torch.tensor([2.5]) * x, lambda x: x / 4])
+def test_scaled_they_stand_for_as_many_spikes(scale: Callable[[Tensor], Tensor]) -> None:
+    _, found = followed(lambda x: x)
+    _, scaled = followed(scale)
+    assert scaled is not None
+    assert found is not None
+    assert torch.equal(scaled, found)
+
+
+class High(nn.Module):
+    """Spikes of the height of the threshold, in a loop over timesteps, as in converted networks (QCFS)."""
+
+    def __init__(self, height: float) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor([height]))
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, N, C, H, W]
+        v, out = 0.5 * self.threshold, []
+        for current in x:
+            v = v + current
+            spike = (v >= self.threshold).float() * self.threshold
+            v = v - spike
+            out.append(spike)
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("height", [1.0, 0.5, 8.0])
+def test_a_spike_of_any_height_is_one(height: float) -> None:
+    net = nn.Sequential(
+        layer.Conv2d(1, 2, 1, bias=False), High(height), layer.Conv2d(2, 3, 1), High(height), layer.AvgPool2d(2),
+        layer.Flatten(), layer.Linear(12, 5),
+    )  # fmt: skip
+    functional.set_step_mode(net, "m")
+    with torch.no_grad():
+        net[0].weight.fill_(height)  # at each of T steps all 2 · 16 neurons fire
+        net[2].weight.fill_(0.5)
+        net[2].bias.zero_()  # and so do all 3 · 16, by 2 · θ / 2
+    x = torch.ones(T, 1, 1, 4, 4)
+    rows = {r.name: r for r in profile(net, x, neurons=High, time_dim=0).layers}
+    assert (rows["2"].n_ac, rows["2"].n_mac) == (T * 2 * 16 * 3, 0)
+    assert (rows["6"].n_ac, rows["6"].n_mac) == (T * 3 * 16 * 5, 0)
+    if height != 1:
+        by_values = profile(net, x, neurons=High, time_dim=0, conventions=FOLDED_OUT)
+        row = next(row for row in by_values.layers if row.name == "2")
+        assert (row.n_ac, row.n_mac) == ((8 * T * 2 * 16 * 3, 0) if height == 8 else (0, 2 * 16 * 3))  # constant
+
+
+@pytest.mark.parametrize("channel_wise", [False, True])
+def test_networks_that_spikingjelly_converts_are_of_spikes(channel_wise: bool) -> None:
+    ann2snn = pytest.importorskip("spikingjelly.activation_based.ann2snn")
+    if not hasattr(ann2snn, "RateCodingRecipe"):
+        pytest.skip("an older SpikingJelly")
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    x = torch.rand(8, 1, 8, 8)
+    recipe = ann2snn.RateCodingRecipe(dataloader=[(x, torch.zeros(8))], mode="max", channel_wise=channel_wise)
+    table = profile(ann2snn.FXConverter(recipe).convert(cnn.eval()), x, timesteps=T)
+    assert [(layer.n_ac > 0, layer.n_mac > 0) for layer in table.layers if layer.kind == "weight"] == [
+        (False, True), (True, False), (True, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gate", "known"), [
+    (lambda net, x: x * net.scale.view(1, -1, 1, 1), True),
+    (lambda net, x: net.scale.view(-1, 1, 1) * x, True),
+    (lambda net, x: x * net.scale.view(1, -1, 1, 1).exp(), False),  # may depend on the data
+    (lambda net, x: x * x.mean((2, 3), keepdim=True), False),
+    (lambda net, x: x * net.scale, False),  # a number for each column, which other weights don't hold
+])  # fmt: skip
+def test_a_factor_for_each_channel_must_be_the_models(gate: Callable[[nn.Module, Tensor], Tensor], known: bool) -> None:
+    net = nn.Module()
+    net.register_buffer("scale", torch.tensor([0.3, 2.0, 0.7, 1.1]))
+    averages, x = AveragedSpikes(net), spikes(1, 4, 4, 4)
+    with Watch(lambda *_: None, averages), torch.no_grad():
+        found = averages.of(gate(net, x))
+    assert (found is not None) == known
+    assert found is None or torch.equal(found, x)
+
+
+def test_batches_behind_the_first_are_counted_alike() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), High(0.5), nn.Linear(3, 4))
+    torch.manual_seed(0)
+    x = torch.rand(T, 6, 2)
+    one, parts = (profile(net, data, neurons=High, time_dim=0) for data in (x, [x[:, :2], x[:, 2:4], x[:, 4:]]))
+    assert one.n_ac > 0
+    assert one.layers[1].n_mac == parts.layers[1].n_mac == 0
+    assert one.n_ac == parts.n_ac
 
 
 def test_pictures_are_no_spikes_though_they_lie_on_a_grid() -> None:
