@@ -67,7 +67,8 @@ class ChannelGroup:
     """Channels that can only be removed together: ``size`` of them, in ``runs`` equal runs (grouped convolutions).
 
     From each run the same positions are removed, a multiple of ``step`` of them. ``widths`` are the whole numbers,
-    (module, attribute), from which forward reads how many there are: they shrink in proportion. ``shifted`` are ways
+    (module, attribute), from which forward reads how many there are: they shrink in proportion; and tensors with an
+    entry for each of them, which lose those of the first layer's channels that go. ``shifted`` are ways
     (modules, reader) from what is silenced, through batch norms and depthwise convolutions, to a layer that silent
     channels reach as constants so. With ``part`` they are some, not all of the channels of a layer, as where zeros pad
     a narrower layer to its width; the others stand in groups of their own, or stay.

@@ -1,15 +1,17 @@
-"""Whole numbers that a module holds, wherever: ``width``, ``kernel_size[1]``, ``config.channels[out]``."""
+"""What a module holds beside layers: whole numbers, wherever (``width``, ``kernel_size[1]``, ``config.channels[out]``),
+and tensors with an entry for each channel.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
 
-from .modules import OF_TORCH
+from .modules import OF_TORCH, without
 
 _STEP = re.compile(r"\.([^.\[\]]+)|\[([^.\[\]]+)\]")
 _DEPTH = 3  # a setting of settings of settings; beyond it there are graphs of objects
@@ -57,6 +59,39 @@ def set_number(module: nn.Module, attribute: str, number: int) -> None:
     """Set what :func:`number_at` gives, in a container of the module's own."""
     name, steps = _taken_apart(attribute)
     setattr(module, name, _changed(vars(module).get(name, _of_class(module).get(name)), steps, number))
+
+
+def tensors_for(module: nn.Module, channels: int) -> Iterator[str]:
+    """Names of parameters, buffers and plain tensors of the module itself, that have so many entries on one axis.
+
+    >>> module = nn.Module()
+    >>> module.gain, module.square, module.all = nn.Parameter(torch.ones(3, 1, 1)), torch.ones(3, 3), torch.ones(())
+    >>> list(tensors_for(module, 3))
+    ['gain']
+    """
+    own = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
+    for name, value in {**module._parameters, **module._buffers, **own}.items():
+        if isinstance(value, Tensor) and axis_for(value, channels) is not None:
+            yield name
+
+
+def tensor_at(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter, buffer or plain tensor of that name; None where there isn't one."""
+    value = next((home[name] for home in (module._parameters, module._buffers, vars(module)) if name in home), None)
+    return value if isinstance(value, Tensor) else None
+
+
+def axis_for(tensor: Tensor, channels: int) -> int | None:
+    """The one axis with an entry for each channel; None where there is none, or are several."""
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == channels]
+    return axes[0] if len(axes) == 1 else None
+
+
+def remove_entries(module: nn.Module, name: str, indices: list[int], channels: int) -> None:
+    """Remove those of some channels from a tensor that :func:`tensors_for` names."""
+    tensor = cast(Tensor, tensor_at(module, name))
+    kept = without(tensor.detach(), indices, cast(int, axis_for(tensor, channels)))
+    setattr(module, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
 
 
 def _changed(value: Any, steps: list[str], number: int) -> Any:

@@ -21,6 +21,7 @@ from snncompress.model.network import (
     width,
 )
 from snncompress.model.resizing import prunable_type
+from snncompress.model.settings import axis_for
 from snncompress.running.data import Run
 
 from .coupling import coupled
@@ -221,6 +222,8 @@ def _touched(graph: Graph, group: Any, names: dict[nn.Module, str], neurons: Ite
         target, handler = item.dep.target.module, item.dep.handler
         if isinstance(target, nn.Parameter) and all(length % size for length in target.shape):
             continue  # one number for all channels, or for each timestep
+        if isinstance(target, nn.Parameter) and axis_for(target, size) is not None:
+            continue  # cut with them, if a trial bears it
         if isinstance(target, nn.Parameter):
             raise UnfitError("a parameter that belongs to no layer depends on its channels")
         name = names.get(target)

@@ -13,7 +13,7 @@ from .branches import owner
 from .elimination import Doubt, resolved, set_aside, sound_together
 from .proportions import Halves
 from .trial import Flaw, Removal, Trial
-from .widths import fewest, likely, merged, widened, widths_of_classes
+from .widths import fewest, likely, may_hold, merged, widened, widths_of_classes, with_tensors
 
 
 class Mending:
@@ -28,11 +28,23 @@ class Mending:
         self.broken: dict[int, str] = {}
         """By the id of the group's members, which stay when widths or steps are added."""
         self.mended: list[ChannelGroup] = []
+        groups = self._with_tensors(groups)
         everything = self._removals(groups)
         self._kept, doubts = set_aside(everything, trial.difference, lambda g: widths_of_classes(g, model))
         self._settle(doubts)
         self._merge([group for group in groups if id(group.members) in self.broken])
         self._drop_widths()
+
+    def _with_tensors(self, groups: list[ChannelGroup]) -> list[ChannelGroup]:
+        inside = {m for neuron in self.trial.adapter.neurons(self.model).values() for m in neuron.modules()}
+        if not may_hold(self.model, {group.size for group in groups}, inside):
+            return groups
+
+        def failing(group: ChannelGroup) -> str | None:
+            flaw = self.trial.difference(self._removals([group]))
+            return None if flaw is None else flaw.code
+
+        return [with_tensors(group, self.model, inside, failing) for group in groups]
 
     @property
     def kept(self) -> list[ChannelGroup]:

@@ -1,25 +1,30 @@
-"""Widths that forward reads from whole-number attributes, as in ``x.reshape(n, self.hidden, h, w)``.
+"""Widths that forward reads from whole-number attributes, as in ``x.reshape(n, self.hidden, h, w)``; and tensors with
+an entry for each channel, as in ``x * self.gain``.
 
 Nothing shows which attribute is read, or whether it is: those that have the right value are set on a copy, and kept
-where the trial passes with them and doesn't without.
+where the trial passes with them and doesn't without. Tensors show themselves: where they stay, forward fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from math import lcm
 
 import torch
 from torch import nn
 
-from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS, ChannelGroup, Member
-from snncompress.model.settings import numbers_in
+from snncompress.model.cells import layer_at
+from snncompress.model.network import NORMS, POOLS, WEIGHT_LAYERS, ChannelGroup, Member, width
+from snncompress.model.resizing import prunable_type
+from snncompress.model.settings import numbers_in, tensors_for
 
 Name = tuple[str, str]
 """A module's name and an attribute's."""
 Fits = Callable[[ChannelGroup], bool]
 """Does the group pass the trial?"""
+Failing = Callable[[ChannelGroup], str | None]
+"""The module in whose forward a trial of the group fails, if it does."""
 _KINDS = 6  # of attributes that are tried apart: each takes trials
 
 
@@ -87,6 +92,38 @@ def _attributes(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[Name, i
                 continue
             if value % group.size == 0 or value * group.runs == group.size:
                 yield (name, attribute), value
+
+
+def with_tensors(
+    group: ChannelGroup, model: nn.Module, neurons: Collection[nn.Module], failing: Failing
+) -> ChannelGroup:
+    """The group with tensors that hold an entry for each of its channels in modules of the user's own.
+
+    Without these, forward fails in the first such module that the channels come to, as ``failing`` says: then its
+    tensors go along, and the next one is looked for.
+    """
+    layer = next(m for m in group.members if m.side == "out")
+    whole = width(layer_at(model, layer.module), "out") == group.size == len(layer.index.flatten())
+    if not whole or group.part:
+        return group
+    done: set[str] = set()
+    while (name := failing(group)) is not None and name not in done:
+        done.add(name)
+        module = model.get_submodule(name)
+        if module in neurons or prunable_type(module):
+            break
+        found = tuple((name, attribute) for attribute in tensors_for(module, group.size))
+        group = replace(group, widths=(*group.widths, *found))
+    return group
+
+
+def may_hold(model: nn.Module, sizes: Collection[int], neurons: Collection[nn.Module]) -> bool:
+    """Whether any module of the user's own has tensors with as many entries as there are channels in a group."""
+    return any(
+        module not in neurons and not prunable_type(module) and any(True for _ in tensors_for(module, size))
+        for module in model.modules()
+        for size in sizes
+    )
 
 
 def _only_reshapes(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from snncompress.model.cells import layer_at
 from snncompress.model.fixed_point import remove_channels
 from snncompress.model.network import ChannelGroup, width
 from snncompress.model.resizing import prunable_type, remove_from_layer
-from snncompress.model.settings import number_at, set_number
+from snncompress.model.settings import axis_for, number_at, remove_entries, set_number, tensor_at
 
 from .base import Budget, Edit, find, integers
 from .shifts import Shift, shifts
@@ -30,7 +30,7 @@ class Width:
     """A whole number ``attribute`` of ``module`` ("" is the model itself), from which forward reads a width.
 
     Of a list or tuple, as of the sizes of a split, it is one: ``sizes[0]``; ``sizes[hidden]`` of a mapping,
-    ``config.hidden`` of an object that holds settings.
+    ``config.hidden`` of an object that holds settings. Or a tensor with an entry for each channel of the edit's layer.
     """
 
     module: str
@@ -72,7 +72,8 @@ class RemoveChannels(Edit):
         left = group.size - len(removed)
         widths = []
         for module, attribute in group.widths:
-            before = number_at(model.get_submodule(module), attribute)
+            tensor = tensor_at(model.get_submodule(module), attribute)
+            before = own.width if tensor is not None else number_at(model.get_submodule(module), attribute)
             widths.append(Width(module, attribute, before, before * left // group.size))
         return cls(own.module, own.indices, slices, tuple(widths), shifts(model, group))
 
@@ -105,6 +106,9 @@ class RemoveChannels(Edit):
         for width_ in self.widths:
             module = find(model, width_.module, f"the plan sets its {width_.attribute!r}")
             number = number_at(module, width_.attribute)
+            tensor = tensor_at(module, width_.attribute)
+            if tensor is not None:
+                number = width_.before if axis_for(tensor, width_.before) is not None else list(tensor.shape)
             if type(number) is not int or number != width_.before or not 0 < width_.after <= number:
                 raise PlanError(
                     f"{width_.module or type(model).__name__} has {width_.attribute} = {number!r}, where the plan "
@@ -124,7 +128,11 @@ class RemoveChannels(Edit):
             else:
                 remove_from_layer(layer_at(model, piece.module), piece.side, list(piece.indices))
         for new in self.widths:
-            set_number(model.get_submodule(new.module), new.attribute, new.after)
+            module = model.get_submodule(new.module)
+            if tensor_at(module, new.attribute) is None:
+                set_number(module, new.attribute, new.after)
+            else:
+                remove_entries(module, new.attribute, list(self.indices), new.before)
 
     def supersedes(self, earlier: Edit) -> bool:
         """What was silent for a while is cut out."""
