@@ -17,7 +17,7 @@ OF_TORCH = frozenset(vars(nn.Module()))
 
 
 @contextmanager
-def patched(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def patched(module: object, name: str, value: Any) -> Iterator[None]:
     """Inside, the instance attribute ``name`` is ``value``; afterwards it is gone or as it was."""
     attributes = vars(module)
     before = attributes.get(name, _MISSING)

@@ -124,7 +124,7 @@ class LayerFit:
         """Run both networks on a batch; of how many samples it is."""
         self._batch = _BatchState(torch.Generator().manual_seed(number), compare=number == 0 and self._same_weights())
         for net, layer, seen in (self.before, self.old, self._want), (self.model, self.layer, self._read):
-            with self.runs[net].up_to(self.name, number):
+            with self.runs[net].up_to(self.name, number, batch):
                 self._run(net, layer, batch, seed, seen)
         return self._batch.samples
 

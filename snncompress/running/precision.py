@@ -46,29 +46,33 @@ class _Rounding:
     """torch's settings. It has two ways to say them, and refuses to tell of one where the user took the other: None."""
 
     def __init__(self) -> None:
-        self.convolutions = _asked(lambda: torch.backends.cudnn.allow_tf32)
+        self.convolutions = _asked(lambda: torch.backends.cudnn.allow_tf32) if _on_gpus() else None
         self.matrices = _asked(torch.get_float32_matmul_precision)
         self.by_kind: list[str] = [kind.fp32_precision for kind in _kinds()]
 
     def put(self) -> None:
-        """Let these hold."""
-        if self.convolutions is not None:
-            torch.backends.cudnn.allow_tf32 = self.convolutions
-        if self.matrices is not None:
-            torch.set_float32_matmul_precision(self.matrices)
+        """Let these hold. What does so already isn't touched: told once, it no longer follows what is told of all."""
+        now = _Rounding()
+        if self.convolutions not in (None, now.convolutions):
+            _asked(lambda: setattr(torch.backends.cudnn, "allow_tf32", self.convolutions))  # refused where frozen
+        if self.matrices not in (None, now.matrices):
+            torch.set_float32_matmul_precision(str(self.matrices))
         for kind, precision in zip(_kinds(), self.by_kind, strict=True):
-            kind.fp32_precision = "none"  # then it is what holds for all kinds
             if kind.fp32_precision != precision:
-                kind.fp32_precision = precision
+                kind.fp32_precision = "none"  # then it is what holds for all kinds
+                if kind.fp32_precision != precision:
+                    kind.fp32_precision = precision
 
 
 def _exact() -> None:
-    if _asked(lambda: torch.backends.cudnn.allow_tf32) is not None:
-        torch.backends.cudnn.allow_tf32 = False
-    if _asked(torch.get_float32_matmul_precision) is not None:
-        torch.set_float32_matmul_precision("highest")
+    wanted = _Rounding()
+    wanted.convolutions = None if wanted.convolutions is None else False
+    wanted.matrices = None if wanted.matrices is None else "highest"
+    wanted.by_kind = [precision if precision == "none" else "ieee" for precision in wanted.by_kind]
+    wanted.put()
     for kind in _kinds():
-        kind.fp32_precision = "ieee"
+        if kind.fp32_precision not in ("none", "ieee"):
+            kind.fp32_precision = "ieee"
 
 
 _outside: list[_Rounding] = []
@@ -77,10 +81,16 @@ _outside: list[_Rounding] = []
 
 def _kinds() -> list[Any]:
     """Since torch 2.9 each kind of product has a setting of its own."""
-    cudnn, cublas, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
     if not hasattr(cudnn, "conv"):
         return []
-    return [cudnn.conv, cudnn.rnn, cublas.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]  # type: ignore[attr-defined]
+    gpu = [cudnn.conv, cudnn.rnn, backends.cuda.matmul] if _on_gpus() else []
+    return [*gpu, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]
+
+
+def _on_gpus() -> bool:
+    return torch.cuda.is_available()
 
 
 def _asked(ask: Callable[[], V]) -> V | None:

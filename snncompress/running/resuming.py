@@ -4,15 +4,14 @@ To run a network up to each of its L layers is to run half of it L times. What t
 put out is the same as the last time, though, so that little of it has to be kept: what those behind still read. The
 code in between, which can't be left out, is given that, and zeros of the right shape for all else.
 
-Who reads what of whom is found by following autograd's graph from every input back to the outputs that it was made of.
-Code that autograd can't follow, such as a comparison, hides that, and state that forward reads from a neuron isn't
-there without its run. So it is tried on an example, with wild numbers in the place of zeros: where a layer is handed
-anything else than in a run of the whole network, there is nothing but such runs.
+Who reads what is found on the first batch (:mod:`snncompress.running.readers`), and holds for batches of its shape.
+Then it is tried on an example, with wild numbers in the place of zeros. Where anything isn't followed, or a layer is
+handed anything else than in a run of the whole network, there is nothing but such runs.
 """
 
 from __future__ import annotations
 
-import itertools
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,14 +24,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from snncompress.base.distributed import processes
 from snncompress.interfaces import Adapter
 from snncompress.model.chance import seeded
+from snncompress.model.computed_once import evaluating
+from snncompress.model.copying import private_copy
 from snncompress.model.modules import patched, tensors_in
 from snncompress.model.network import WEIGHT_LAYERS
 
-from .data import Batch, Feed
+from .batches import Batch, own_copy, split
+from .data import Feed
+from .readers import Aside, readers_in
 
 _LIMIT = 2**30
 """Bytes that are kept of one network, at most."""
-_FEWEST = 4
+_FEWEST = 6
 """Layers, with fewer of which it isn't worth while."""
 _ALWAYS = ""
 """A reader that is never done."""
@@ -61,7 +64,7 @@ class _Unread:
     def restored(self, blanks: dict[_Unread, Tensor]) -> Tensor:
         if self not in blanks:
             blanks[self] = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return blanks[self]
+        return blanks[self].view(self.shape)  # whose own shape may be changed
 
     def wild(self) -> Tensor:
         """Numbers that show wherever somebody reads them after all, be it across a threshold."""
@@ -96,39 +99,45 @@ class Resumed:
     """
 
     def __init__(self, model: nn.Module, feed: Feed, layers: Sequence[str], seed: int) -> None:
-        self._model, self._feed, self._seed = model, feed, seed
-        self._sites = _sites(model, feed.adapter)
+        self._model, self._feed, self._seed = private_copy(model, feed.adapter), feed, seed
+        self._sites = _sites(self._model, feed.adapter)
         self._stages: dict[int, _Stage] = {}
         self._sizes: dict[int, int] = {}
         self._too_large: set[int] = set()
+        self._room = 0
         self._blanks: dict[_Unread, Tensor] = {}
         self._done: dict[str, frozenset[str]] = {}
-        self._readers: dict[str, list[list[set[str]]]] = {name: [] for name in self._sites}
-        """Of what a site puts out, call by call and tensor by tensor."""
+        self._readers: Mapping[str, list[list[set[str]]]] = {}
+        self._shapes: list[torch.Size] = []
         self._trying = True
         self.works = False
         """Whether anything is left out at all; never where several processes have to keep in step."""
         if len(layers) >= _FEWEST and processes() == 1:
-            try:
-                self.works = self._traced(layers) and self._tried(layers)
-            except (OffTrackError, Exception):  # the model is the user's, and may not go together with this
-                self.works = False
-            feed.adapter.reset(model)
+            with warnings.catch_warnings(), evaluating(self._model):
+                warnings.simplefilter("ignore")
+                try:
+                    self.works = self._traced(layers) and self._tried(layers)
+                except (OffTrackError, Exception):  # the model is the user's, and may not go together with this
+                    self.works = False
             self._forget()
         self._trying = False
+        self._model, self._sites = model, _sites(model, feed.adapter)
 
     @contextmanager
-    def up_to(self, layer: str, number: int) -> Iterator[None]:
-        """Inside, a run of the model on batch ``number`` is one up to this layer; what comes behind isn't defined.
+    def up_to(self, layer: str, number: int, batch: Batch) -> Iterator[None]:
+        """Inside, a run of the model on a batch is one up to this layer; what comes behind isn't defined.
 
         Raises OffTrackError where that failed, after which nothing is left out any more.
         """
-        if not self.works or number in self._too_large or layer not in self._done:
+        fits = self._trying or _shapes(batch) == self._shapes
+        if not (self.works and fits) or number in self._too_large or layer not in self._done:
             yield
             return
         before = self._stages.get(number, {})
         done = self._done[layer].union(before)
         stage: _Stage = {}
+        self._room = _LIMIT - sum(size for n, size in self._sizes.items() if n != number)
+        self._failed = False
         with ExitStack() as stack:
             for name in done:
                 module = self._sites[name]
@@ -143,6 +152,9 @@ class Resumed:
             except (OffTrackError, Exception) as error:  # its code may not take zeros; if it's the data, it comes again
                 self.stop()
                 raise OffTrackError from error
+        if self._failed:  # and a forward that catches everything went on
+            self.stop()
+            raise OffTrackError
         self._keep(number, stage)
 
     def stop(self) -> None:
@@ -157,12 +169,14 @@ class Resumed:
 
     def _keep(self, number: int, stage: _Stage) -> None:
         """For the next layer, if there is room."""
+        self._stages.pop(number, None)
+        self._sizes.pop(number, None)
+        if self._room < 0:
+            self._too_large.add(number)
+            return
         parts = (part for calls in stage.values() for part in _parts(calls))
         self._sizes[number] = sum(part.values.nbytes for part in parts if isinstance(part, _Held))
         self._stages[number] = stage
-        if sum(self._sizes.values()) > _LIMIT:
-            self._too_large.add(number)
-            del self._sizes[number], self._stages[number]
 
     def _replaying(self, calls: Iterator[Any]) -> Callable[..., Any]:
         """Stands in for a module's forward."""
@@ -170,6 +184,7 @@ class Resumed:
         def call(*args: Any, **named: Any) -> Any:
             output = next(calls, OffTrackError)
             if output is OffTrackError:
+                self._failed = True
                 raise OffTrackError
             return _mapped(output, self._restored)
 
@@ -195,74 +210,54 @@ class Resumed:
         readers = iter(calls[number]) if number < len(calls) else None
 
         def noted(x: Any) -> Any:
-            read = readers is None or bool(next(readers, {_ALWAYS}) - done)
+            read = (readers is None or bool(next(readers, {_ALWAYS}) - done)) and self._room >= 0
             if isinstance(x, Tensor):
-                return _Held.of(x) if read else _Unread.like(x)
-            return x if read or isinstance(x, _Unread) else _Unread.like(x.values, x.dtype)
+                x = _Held.of(x) if read else _Unread.like(x)
+            elif not read and isinstance(x, _Held):
+                x = _Unread.like(x.values, x.dtype)
+            if isinstance(x, _Held):
+                self._room -= x.values.nbytes
+            return x
 
         return _mapped(output, noted)
 
     # -- who reads what --
 
     def _traced(self, layers: Sequence[str]) -> bool:
-        """Run an example, and find out what is done, and whose outputs are read, before each layer."""
-        leaves: dict[int, set[str]] = {}  # by what they are of: who reads them
-        alive: list[Tensor] = []
-        last: dict[str, int] = {}
-        clock = itertools.count()
+        """Find out what is done, and whose outputs are read, before each layer."""
+        batch, adapter = self._feed.first(), self._feed.adapter
+        reset = adapter.reset
 
-        def site(name: str, module: nn.Module) -> Callable[..., Any]:
-            forward = module.forward
+        def run(aside: Aside) -> None:
+            def quietly(model: nn.Module) -> None:
+                with aside():
+                    reset(model)
 
-            def call(*args: Any, **named: Any) -> Any:
-                last[name] = next(clock)
-                for readers in _made_of([*tensors_in(args), *tensors_in(named)], leaves):
-                    readers.add(name)
-                with torch.no_grad():
-                    output = forward(*args, **named)
-                found: list[set[str]] = []
-                self._readers[name].append(found)
+            with patched(adapter, "reset", quietly):
+                self._run(batch)
 
-                def cut(x: Tensor) -> Tensor:
-                    if not x.is_floating_point():  # autograd can't follow it
-                        found.append({_ALWAYS})
-                        return x
-                    found.append(set())
-                    leaf = x.detach().requires_grad_()
-                    alive.append(leaf)
-                    leaves[id(leaf)] = found[-1]
-                    return leaf.clone()  # which may be written to
-
-                return _mapped(output, cut)
-
-            return call
-
-        batch = self._feed.example_batch()
-        with ExitStack() as stack:
-            for name, module in self._sites.items():
-                stack.enter_context(patched(module, "forward", site(name, module)))
-            stack.enter_context(seeded(self._model, self._seed))
-            stack.enter_context(self._feed.adapter.alone(self._model))
-            with torch.enable_grad():
-                self._feed(self._model, batch)
-        self._feed.adapter.reset(self._model)
-        read_by = {name: set().union(*itertools.chain(*calls)) for name, calls in self._readers.items()}
+        found = readers_in(self._model, self._sites, batch.raw, run)
+        self._shapes, self._readers = _shapes(batch), found.readers
         behind: set[str] = set()
         for layer in reversed(layers):
             holder = _holder(layer, self._sites)
-            if holder is None or holder not in last:
+            if holder is None or holder not in found.last:
                 return False
-            _add_readers(holder, read_by, behind)
-            before = (name for name in last if name not in behind and last[name] < last[holder])
+            found.behind(holder, behind)
+            before = (name for name in found.last if name not in behind and found.last[name] < found.last[holder])
             self._done[layer] = frozenset(before)
-        return True
+        return bool(self._shapes)
+
+    def _run(self, batch: Batch) -> None:
+        with seeded(self._model, self._seed), self._feed.adapter.alone(self._model):
+            self._feed(self._model, batch)
 
     def _tried(self, layers: Sequence[str]) -> bool:
         """Whether every layer is handed the same on an example as in a run of the whole network."""
         self.works = True
         whole = self._handed(layers)
         for layer in layers:
-            with self.up_to(layer, -1):
+            with self.up_to(layer, -1, self._feed.example_batch()):
                 found = self._handed([layer], len(whole[layer]))
             pairs = zip(found[layer], whole[layer], strict=False)
             if len(found[layer]) != len(whole[layer]) or not all(torch.equal(a, b) for a, b in pairs):
@@ -285,10 +280,8 @@ class Resumed:
             self._model.get_submodule(layer).register_forward_hook(hook(calls), with_kwargs=True)
             for layer, calls in found.items()
         ]
-        batch: Batch = self._feed.example_batch()
         try:
-            with seeded(self._model, self._seed), self._feed.adapter.alone(self._model):
-                self._feed(self._model, batch)
+            self._run(self._feed.example_batch())
         except _EnoughError:
             pass
         finally:
@@ -316,7 +309,9 @@ class SameBatches:
         yield from self._kept
         for batch in self._rest:
             self._size += sum(x.nbytes for x in tensors_in(batch.raw))
-            self._kept.append(batch)
+            raw = own_copy(batch.raw)  # a loader may fill the same tensors again
+            x, y = split(raw)
+            self._kept.append(Batch(x, y, raw))
             if self._size > _LIMIT:
                 for run in self._runs:
                     run.stop()
@@ -340,28 +335,9 @@ def _holder(layer: str, sites: dict[str, nn.Module]) -> str | None:
     return layer if layer in sites else next((name for name in sites if layer.startswith(f"{name}.")), None)
 
 
-def _add_readers(name: str, read_by: Mapping[str, set[str]], found: set[str]) -> None:
-    """To ``found``, this one and all that depends on it."""
-    left = [name]
-    while left:
-        if (one := left.pop()) not in found:
-            found.add(one)
-            left.extend(read_by[one])
-
-
-def _made_of(tensors: list[Tensor], leaves: Mapping[int, set[str]]) -> list[set[str]]:
-    """The entries of ``leaves`` for what these were made of."""
-    found: list[set[str]] = []
-    left: list[Any] = [x.grad_fn for x in tensors if x.grad_fn is not None]
-    seen = set(left)
-    while left:
-        node = left.pop()
-        if (readers := leaves.get(id(getattr(node, "variable", None)))) is not None:
-            found.append(readers)
-        more = {before for before, _ in node.next_functions if before is not None} - seen
-        seen |= more
-        left.extend(more)
-    return found
+def _shapes(batch: Batch) -> list[torch.Size]:
+    """Of its tensors; none where they are in objects of the user's, which nobody here can look into."""
+    return [x.shape for x in tensors_in(batch.raw)]
 
 
 # -- what modules put out: tensors, or what stands for them, in tuples, lists and mappings --

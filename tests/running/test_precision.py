@@ -16,6 +16,11 @@ from snncompress.running import precision
 from snncompress.running.precision import full_precision, rounding_as_outside
 
 
+@pytest.fixture(autouse=True)
+def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_on_gpus", lambda: True)
+
+
 class TensorFloat32(TorchFunctionMode):
     """A device whose convolutions round their operands to ten bits where the settings let them and the widths fit."""
 
@@ -120,8 +125,28 @@ def test_settings_are_exact_inside_and_as_before_afterwards(
         exact = settings()
         assert exact[1:3] == [False, "highest"]
         assert not exact[0]  # None where the user said it by kind
-        assert set(exact[3:]) <= {"ieee"}
+        assert set(exact[3:]) <= {"ieee", "none"}
         with full_precision(), rounding_as_outside():
             assert settings() == before
         assert settings() == exact
     assert settings() == before
+
+
+def test_where_nothing_is_rounded_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that was told once no longer follows what is told of all kinds."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(precision, "_on_gpus", lambda: False)
+    for setter in ("_set_fp32_precision_setter", "_set_cudnn_allow_tf32", "_set_float32_matmul_precision"):
+        if hasattr(torch._C, setter):
+            monkeypatch.setattr(torch._C, setter, never)
+    with full_precision(), rounding_as_outside():
+        assert torch.backends.cudnn.allow_tf32
+
+
+def test_frozen_settings_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    with full_precision():
+        assert [kind.fp32_precision for kind in precision._kinds()[:2]] in ([], ["ieee", "ieee"])
