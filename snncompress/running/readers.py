@@ -33,6 +33,9 @@ _BY_SHAPE = frozenset(
 )  # fmt: skip
 _OUT_OF_SIGHT = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
 
+_MOST = 2**30
+"""Bytes of tensors on the way, which are all held, at most."""
+
 _Key = tuple[str, int, int]
 """Which tensor of which call of whom."""
 _DATA: _Key = ("", 0, 0)
@@ -100,6 +103,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made_of: dict[int, set[_Key]] = {}
         self._states: set[int] = set()
         self._alive: list[Any] = []  # so that no storage takes another's place
+        self._held = 0
         for x in tensors_in(data):
             self._add(x, {_DATA})
         own = (x for module in sites.values() for x in (*module.parameters(), *module.buffers()))
@@ -139,8 +143,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotFollowedError
 
     def _add(self, x: Tensor, found: set[_Key]) -> None:
+        if (storage := _storage(x)) not in self._made_of:
+            self._held += x.untyped_storage().nbytes()
+            if self._held > _MOST:
+                raise NotFollowedError
         self._alive.append(x)
-        self._made_of.setdefault(_storage(x), set()).update(found)
+        self._made_of.setdefault(storage, set()).update(found)
 
     def site(self, name: str, module: nn.Module, chance: _Chance) -> Callable[..., Any]:
         """Stands in for its forward."""

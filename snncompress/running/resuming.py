@@ -4,7 +4,7 @@ To run a network up to each of its L layers is to run half of it L times. What t
 put out is the same as the last time, though, so that little of it has to be kept: what those behind still read. The
 code in between, which can't be left out, is given that, and zeros of the right shape for all else.
 
-Who reads what is found on the first batch (:mod:`snncompress.running.readers`), and holds for batches of its shape.
+Who reads what is found on a few samples (:mod:`snncompress.running.readers`), and holds for batches of their shape.
 Then it is tried on an example, with wild numbers in the place of zeros. Where anything isn't followed, or a layer is
 handed anything else than in a run of the whole network, there is nothing but such runs.
 """
@@ -37,6 +37,8 @@ _LIMIT = 2**30
 """Bytes that are kept of one network, at most."""
 _FEWEST = 6
 """Layers, with fewer of which it isn't worth while."""
+_SAMPLES = 3
+"""On which it is found out who reads what."""
 _ALWAYS = ""
 """A reader that is never done."""
 
@@ -108,7 +110,7 @@ class Resumed:
         self._blanks: dict[_Unread, Tensor] = {}
         self._done: dict[str, frozenset[str]] = {}
         self._readers: Mapping[str, list[list[set[str]]]] = {}
-        self._shapes: list[torch.Size] = []
+        self._shapes: Any = []
         self._trying = True
         self.works = False
         """Whether anything is left out at all; never where several processes have to keep in step."""
@@ -129,7 +131,7 @@ class Resumed:
 
         Raises OffTrackError where that failed, after which nothing is left out any more.
         """
-        fits = self._trying or _shapes(batch) == self._shapes
+        fits = self._trying or self._shapes_of(batch) == self._shapes
         if not (self.works and fits) or number in self._too_large or layer not in self._done:
             yield
             return
@@ -225,7 +227,7 @@ class Resumed:
 
     def _traced(self, layers: Sequence[str]) -> bool:
         """Find out what is done, and whose outputs are read, before each layer."""
-        batch, adapter = self._feed.first(), self._feed.adapter
+        batch, adapter = self._few_samples(), self._feed.adapter
         reset = adapter.reset
 
         def run(aside: Aside) -> None:
@@ -237,7 +239,7 @@ class Resumed:
                 self._run(batch)
 
         found = readers_in(self._model, self._sites, batch.raw, run)
-        self._shapes, self._readers = _shapes(batch), found.readers
+        self._shapes, self._readers = self._shapes_of(batch), found.readers
         behind: set[str] = set()
         for layer in reversed(layers):
             holder = _holder(layer, self._sites)
@@ -247,6 +249,23 @@ class Resumed:
             before = (name for name in found.last if name not in behind and found.last[name] < found.last[holder])
             self._done[layer] = frozenset(before)
         return bool(self._shapes)
+
+    def _few_samples(self) -> Batch:
+        """Of the first batch: more than one, as code may ask for that; all, where nothing tells on which axis."""
+        batch = self._feed.first()
+        axis = self._feed.samples_axis(batch)
+        if axis is None or batch.x.shape[axis] <= _SAMPLES:
+            return batch
+        x = batch.x.narrow(axis, 0, _SAMPLES)
+        return Batch(x, batch.y, x if isinstance(batch.raw, Tensor) else (x, batch.y))
+
+    def _shapes_of(self, batch: Batch) -> Any:
+        """The shapes of its tensors; the number of samples only where nothing tells which it is, or where it is one."""
+        axis = self._feed.samples_axis(batch)
+        if axis is None:
+            return [x.shape for x in tensors_in(batch.raw)]
+        count = batch.x.shape[axis]
+        return [*batch.x.shape[:axis], min(count, 2), *batch.x.shape[axis + 1 :]]
 
     def _run(self, batch: Batch) -> None:
         with seeded(self._model, self._seed), self._feed.adapter.alone(self._model):
@@ -333,11 +352,6 @@ def _sites(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
 def _holder(layer: str, sites: dict[str, nn.Module]) -> str | None:
     """The site that a layer is, or is in."""
     return layer if layer in sites else next((name for name in sites if layer.startswith(f"{name}.")), None)
-
-
-def _shapes(batch: Batch) -> list[torch.Size]:
-    """Of its tensors; none where they are in objects of the user's, which nobody here can look into."""
-    return [x.shape for x in tensors_in(batch.raw)]
 
 
 # -- what modules put out: tensors, or what stands for them, in tuples, lists and mappings --
