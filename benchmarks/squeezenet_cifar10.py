@@ -7,9 +7,9 @@ The nine schedules of SNN SqueezeNet-P and their CNN twins (a ReLU for each neur
 budget, once for each number of epochs; the set that ``ablation`` chooses, trained the same way. Of the fewest epochs
 besides: the three repairs; sets of fire modules, untrained after removal. The image is the same at every timestep, so
 the first layer is charged for it once. A job is one network, in a process of one thread: the small budget takes six
-minutes of an H200 (--device cuda --workers 10, sharing it through MPS), or some six hours of two cores. Figures, networks
-are kept in benchmarks/.cache as they come, so that a run that was stopped goes on. Writes squeezenet_cifar10.md and
-.png to benchmarks/results.
+minutes of an H200 (--device cuda --workers 10, which share it through MPS), or some six hours of two cores. Figures and
+networks are kept in benchmarks/.cache as they come, so that a run that was stopped goes on. Writes
+squeezenet_cifar10.md and .png to benchmarks/results.
 """
 
 from __future__ import annotations
