@@ -64,6 +64,7 @@ def set_number(module: nn.Module, attribute: str, number: int) -> None:
 def tensors_for(module: nn.Module, channels: int) -> Iterator[str]:
     """Names of parameters, buffers and plain tensors of the module itself, that have so many entries on one axis.
 
+    >>> import torch
     >>> module = nn.Module()
     >>> module.gain, module.square, module.all = nn.Parameter(torch.ones(3, 1, 1)), torch.ones(3, 3), torch.ones(())
     >>> list(tensors_for(module, 3))

@@ -35,7 +35,7 @@ from .readers import Aside, readers_in
 
 _LIMIT = 2**30
 """Bytes that are kept of one network, at most."""
-_FEWEST = 6
+_FEWEST = 8
 """Layers, with fewer of which it isn't worth while."""
 _SAMPLES = 3
 """On which it is found out who reads what."""
@@ -101,8 +101,8 @@ class Resumed:
     """
 
     def __init__(self, model: nn.Module, feed: Feed, layers: Sequence[str], seed: int) -> None:
-        self._model, self._feed, self._seed = private_copy(model, feed.adapter), feed, seed
-        self._sites = _sites(self._model, feed.adapter)
+        self._model, self._feed, self._seed = model, feed, seed
+        self._sites = _sites(model, feed.adapter)
         self._stages: dict[int, _Stage] = {}
         self._sizes: dict[int, int] = {}
         self._too_large: set[int] = set()
@@ -115,6 +115,8 @@ class Resumed:
         self.works = False
         """Whether anything is left out at all; never where several processes have to keep in step."""
         if len(layers) >= _FEWEST and processes() == 1:
+            self._model = private_copy(model, feed.adapter)
+            self._sites = _sites(self._model, feed.adapter)
             with warnings.catch_warnings(), evaluating(self._model):
                 warnings.simplefilter("ignore")
                 try:
