@@ -323,8 +323,8 @@ def test_a_step_traces_once_and_copies_what_it_changes(monkeypatch: pytest.Monke
 
     The result is run once more.
 
-    Repair keeps a copy of what was, and looks at the last network too, which nothing more is removed from; of three repairs
-    each follows a copy of both networks.
+    Repair keeps a copy of what was, and looks at the last network too, which nothing more is removed from. Each of
+    three repairs follows a copy of both networks.
     """
     counts = {"traces": 0, "copies": 0}
     build, deepcopy = tp.DependencyGraph.build_dependency, copy.deepcopy
