@@ -114,7 +114,7 @@ class Resumed:
         self._trying = True
         self.works = False
         """Whether anything is left out at all; never where several processes have to keep in step."""
-        if len(layers) >= _FEWEST and processes() == 1:
+        if len(layers) >= _FEWEST and processes() == 1 and not self._is_little():
             self._model = private_copy(model, feed.adapter)
             self._sites = _sites(self._model, feed.adapter)
             with warnings.catch_warnings(), evaluating(self._model):
@@ -251,6 +251,15 @@ class Resumed:
             before = (name for name in found.last if name not in behind and found.last[name] < found.last[holder])
             self._done[layer] = frozenset(before)
         return bool(self._shapes)
+
+    def _is_little(self) -> bool:
+        """Are the data hardly more than what it takes to find out who reads what?"""
+        batch = self._feed.first()
+        axis = self._feed.samples_axis(batch)
+        try:
+            return axis is not None and batch.x.shape[axis] * len(self._feed) < 3 * _SAMPLES
+        except TypeError:  # they don't tell how many batches there are
+            return False
 
     def _few_samples(self) -> Batch:
         """Of the first batch: more than one, as code may ask for that; all, where nothing tells on which axis."""
