@@ -81,9 +81,12 @@ class Feedback(Loop):
             h = x + back
             for n, (conv, lif) in enumerate(zip(self.convs, self.lifs, strict=True)):
                 h, membranes[n] = lif(conv(h), membranes[n])
-            back = h[:, :3]
+            back = self.fed_back(h)
             out.append(self.fc(h.mean((2, 3))))
         return torch.stack(out)
+
+    def fed_back(self, h: Tensor) -> Tensor:
+        return h[:, :3]
 
 
 class Chain(Residual):
@@ -166,19 +169,11 @@ class Noisy(neuron.IFNode):
         return super().multi_step_forward(x_seq + 0.1 * torch.randn_like(x_seq))
 
 
-class Held(Loop):
-    """Spikes of the last layer come back to the first by a decision that no gradient passes."""
+class Held(Feedback):
+    """They come back by a decision that no gradient passes."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        membranes = [lif.reset_mem() for lif in self.lifs]
-        out, back = [], torch.zeros_like(x)
-        for _ in range(3):
-            h = x + back
-            for n, (conv, lif) in enumerate(zip(self.convs, self.lifs, strict=True)):
-                h, membranes[n] = lif(conv(h), membranes[n])
-            back = (h[:, :3] >= h[:, :3].amax(1, keepdim=True)).float()
-            out.append(self.fc(h.mean((2, 3))))
-        return torch.stack(out)
+    def fed_back(self, h: Tensor) -> Tensor:
+        return (h[:, :3] >= h[:, :3].amax(1, keepdim=True)).float()
 
 
 FOLLOWED = [Residual, Loop, Feedback, Held, Chain, Comparing]
